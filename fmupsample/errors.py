@@ -1,0 +1,40 @@
+"""Errors that a person can act on.
+
+Every error a user can cause is a ``FmupsampleError``: one sentence (or a few) saying what was wrong,
+where, and what to do about it. The command line prints the message without a traceback and exits
+with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+
+class FmupsampleError(Exception):
+    """Base of all errors raised on purpose; ``str(error)`` is the message for the user."""
+
+    exit_code = 1
+
+
+class UsageError(FmupsampleError, ValueError):
+    """An argument or option that cannot be honoured; nothing was started."""
+
+    exit_code = 2
+
+
+class ShapeError(FmupsampleError, ValueError):
+    """Tensors whose shapes do not fit together (wrong rank, swapped arguments, wrong sizes)."""
+
+
+class ImageError(FmupsampleError):
+    """One picture that cannot be read or used; a run reports it and goes on."""
+
+
+class BackboneError(FmupsampleError):
+    """A backbone that cannot be built, found or downloaded, or that cannot give a feature map."""
+
+
+class HeadError(FmupsampleError):
+    """A head file that is missing, damaged, or made for another backbone."""
+
+
+class OutputError(FmupsampleError):
+    """Results that cannot be written: no space, no permission, a folder in the way."""

@@ -1,0 +1,114 @@
+"""Where output pixels lie on a low-resolution axis, in exact integer arithmetic.
+
+Pixel ``P`` of an axis with ``N`` output pixels has its centre at LR coordinate
+``(P + 1/2) n / N - 1/2`` on an axis with ``n`` cells (``align_corners=False``). Written over the
+common denominator ``2N`` this is an integer, so floor and fraction are exact at every ratio; a
+float32 floor is off by a whole cell at some non-integer ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AxisPlan:
+    """How the ``N`` output pixels of one axis read the ``n`` cells of the LR axis.
+
+    Pixels are numbered in *groups*: maximal runs that share their base cell, and with it all the
+    cells they read. ``slots`` is the length of the longest group; every group is laid out on that
+    many slots, so that a group is one matrix of a batched product.
+
+    Attributes:
+        cells: n, the LR size.
+        pixels: N, the output size, >= n.
+        base: int64 ``[N]``, the first LR cell of a pixel before any offset; may be -1.
+        fraction: float64 ``[N]`` in [0, 1), the share of cell ``base + 1``; zeros for integer
+            neighbours.
+        first: base cell of the first group; group ``g`` has base ``first + g``.
+        starts: first pixel of each group, and N at the end: ``groups + 1`` numbers.
+        slots: slots per group.
+    """
+
+    cells: int
+    pixels: int
+    base: Tensor
+    fraction: Tensor
+    first: int
+    starts: tuple[int, ...]
+    slots: int
+
+    @property
+    def groups(self) -> int:
+        return len(self.starts) - 1
+
+    def runs(self, g0: int, g1: int) -> list[tuple[int, int, int]]:
+        """The groups ``g0 .. g1`` as runs of equally long ones: ``(first, last + 1, length)``."""
+        found: list[tuple[int, int, int]] = []
+        for g in range(g0, g1):
+            length = self.starts[g + 1] - self.starts[g]
+            if found and found[-1][2] == length:
+                found[-1] = (found[-1][0], g + 1, length)
+            else:
+                found.append((g, g + 1, length))
+        return found
+
+    def slots_of_pixels(self, g0: int, g1: int) -> Tensor:
+        """int64: where the pixels of groups ``g0 .. g1`` lie among those groups' slots."""
+        pixels = torch.arange(self.starts[g0], self.starts[g1])
+        group = self.base[pixels] - self.first
+        return (group - g0) * self.slots + pixels - torch.tensor(self.starts)[group]
+
+
+@lru_cache(maxsize=256)
+def plan_axis(cells: int, pixels: int, fractional: bool) -> AxisPlan:
+    """Plan an axis for fractional neighbours (bilinear samples) or integer ones (whole cells)."""
+    numerator = (2 * torch.arange(pixels, dtype=torch.int64) + 1) * cells
+    if fractional:
+        numerator = numerator - pixels
+    base = torch.div(numerator, 2 * pixels, rounding_mode="floor")
+    remainder = numerator - base * (2 * pixels)
+    fraction = remainder.double() / (2 * pixels) if fractional else torch.zeros(pixels).double()
+    counts = torch.bincount(base - base[0])
+    starts = torch.cumsum(counts, 0) - counts
+    return AxisPlan(
+        cells=cells,
+        pixels=pixels,
+        base=base,
+        fraction=fraction,
+        first=int(base[0]),
+        starts=(*starts.tolist(), pixels),
+        slots=int(counts.max()),
+    )
+
+
+@lru_cache(maxsize=256)
+def neighbour_inside(cells: int, pixels: int, offset: int) -> Tensor:
+    """Bool ``[N]``: does the neighbour ``offset`` LR cells away lie inside the picture?
+
+    The neighbour's centre, ``P + 1/2 + offset N / n`` in output pixels, must fall in ``(0, N)``.
+    """
+    centre = (2 * torch.arange(pixels, dtype=torch.int64) + 1) * cells + 2 * offset * pixels
+    return (centre > 0) & (centre < 2 * pixels * cells)
+
+
+@lru_cache(maxsize=256)
+def interpolation_matrix(cells: int, pixels: int, padding: int = 0) -> Tensor:
+    """Bilinear interpolation as a float64 matrix ``U`` ``[N, n]``, rows summing to 1.
+
+    With ``padding`` p the matrix is ``[N, n + 2p]`` and acts on an axis replicate-padded by p
+    cells; with p >= 1 no row needs clamping.
+    """
+    plan = plan_axis(cells, pixels, True)
+    matrix = torch.zeros(pixels, cells + 2 * padding, dtype=torch.float64)
+    last = cells + 2 * padding - 1
+    rows = torch.arange(pixels)
+    low = (plan.base + padding).clamp(0, last)
+    high = (plan.base + padding + 1).clamp(0, last)
+    matrix.index_put_((rows, low), 1 - plan.fraction, accumulate=True)
+    matrix.index_put_((rows, high), plan.fraction, accumulate=True)
+    return matrix

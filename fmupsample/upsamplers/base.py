@@ -1,0 +1,110 @@
+"""The interface behind which every upsampler stands, learned or not."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fmupsample.errors import ShapeError, UsageError
+
+
+class Upsampler(nn.Module):
+    """Upsamples a low-resolution feature map, usually under the guidance of a larger map.
+
+    A subclass that is linear in its values implements :meth:`kernels` and :meth:`reassemble` and
+    inherits :meth:`forward`; the two halves let a caller map the values first (to PCA scores, class
+    logits, ...) and reassemble the few resulting channels instead of all C.
+    Others override :meth:`forward`.
+
+    Attributes:
+        name: the word that selects this method on the command line.
+        needs_guidance: whether ``guidance`` must be given.
+        guidance_is_image: guidance is the normalised picture ``[B, 3, H, W]`` (end-to-end form);
+            otherwise any map with the channels the module was built for.
+        fixed_ratio: the only ratio H/h it can do, or ``None`` for any ratio >= 1.
+        linear_in_value: whether ``kernels``/``reassemble`` exist.
+    """
+
+    name: ClassVar[str]
+    needs_guidance: ClassVar[bool] = False
+    fixed_ratio: ClassVar[int | None] = None
+    linear_in_value: ClassVar[bool] = True
+    guidance_is_image: bool = True
+
+    def forward(
+        self, x: Tensor, guidance: Tensor | None = None, *, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Upsample ``x`` ``[B, C, h, w]`` to ``[B, C, H, W]``, in the dtype of ``x``.
+
+        Args:
+            x: features, any floating dtype.
+            guidance: ``[B, G, H, W]``; required where ``needs_guidance``.
+            size: ``(H, W)`` of the output; by default the size of the guidance.
+
+        Raises:
+            ShapeError: wrong ranks, batches that differ, guidance or size smaller than ``x``
+                (the two arguments swapped?), or a missing guidance.
+        """
+        weights = self.kernels(x, guidance, size)
+        return self.reassemble(weights, x)
+
+    def kernels(
+        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Kernel weights ``[B, N, H, W]``, each pixel's N neighbour weights summing to 1."""
+        raise UsageError(f"{self.name} is not linear in its values: it has no kernel weights")
+
+    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Weighted neighbours of ``value`` ``[B, V, h, w]`` -> ``[B, V, H, W]``.
+
+        ``value`` may be any map on the grid of the features that made ``weights``.
+        """
+        raise UsageError(f"{self.name} is not linear in its values: it has no kernel weights")
+
+    def check(
+        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None
+    ) -> tuple[int, int]:
+        """Validate the arguments of :meth:`forward` and return the output size ``(H, W)``."""
+        if x.ndim != 4 or not x.is_floating_point():
+            raise ShapeError(
+                f"{self.name}: features must be a floating [B, C, h, w] tensor, "
+                f"got {x.dtype} {list(x.shape)}"
+            )
+        h, w = x.shape[-2:]
+        if h < 1 or w < 1:
+            raise ShapeError(f"{self.name}: features {list(x.shape)} have no pixels")
+        if guidance is None and self.needs_guidance:
+            raise ShapeError(f"{self.name} needs a guidance map [B, G, H, W]; none was given")
+        if guidance is None and size is None:
+            raise ShapeError(f"{self.name}: give a guidance map or size=(H, W)")
+        if guidance is not None:
+            if guidance.ndim != 4 or not guidance.is_floating_point():
+                raise ShapeError(
+                    f"{self.name}: guidance must be a floating [B, G, H, W] tensor, "
+                    f"got {guidance.dtype} {list(guidance.shape)}"
+                )
+            if guidance.shape[0] != x.shape[0]:
+                raise ShapeError(
+                    f"{self.name}: features have batch {x.shape[0]}, guidance {guidance.shape[0]}"
+                )
+            if guidance.shape[-2] < h or guidance.shape[-1] < w:
+                raise ShapeError(
+                    f"{self.name}: guidance {list(guidance.shape)} is smaller than the features "
+                    f"{list(x.shape)}; the call is up(features, guidance) - are they swapped?"
+                )
+        height, width = (int(n) for n in (size or guidance.shape[-2:]))
+        if height < h or width < w:
+            raise ShapeError(
+                f"{self.name}: output size {height}x{width} is smaller than the features {h}x{w}; "
+                "ratios below 1 are not upsampling"
+            )
+        if self.fixed_ratio is not None and (height, width) != (
+            h * self.fixed_ratio,
+            w * self.fixed_ratio,
+        ):
+            raise ShapeError(
+                f"{self.name} upsamples exactly {self.fixed_ratio} times: features {h}x{w} give "
+                f"{h * self.fixed_ratio}x{w * self.fixed_ratio}, not {height}x{width}"
+            )
+        return height, width

@@ -1,0 +1,44 @@
+"""Upsamplers without parameters and without guidance: what every other one is measured against."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmupsample.ops.grid import plan_axis
+from fmupsample.upsamplers.base import Upsampler
+
+
+class _Interpolation(Upsampler):
+    """One neighbour of weight 1 per pixel; the kind of neighbour is the method."""
+
+    def kernels(
+        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        height, width = self.check(x, guidance, size)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # A view of one number: the weights carry the size, and cost nothing.
+        return torch.ones((), dtype=dtype, device=x.device).expand(x.shape[0], 1, height, width)
+
+
+class Nearest(_Interpolation):
+    """Every pixel takes the features of the cell it lies in."""
+
+    name: ClassVar[str] = "nearest"
+
+    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
+        rows = plan_axis(value.shape[2], weights.shape[2], False).base.to(value.device)
+        columns = plan_axis(value.shape[3], weights.shape[3], False).base.to(value.device)
+        return value.index_select(2, rows).index_select(3, columns)
+
+
+class Bilinear(_Interpolation):
+    """Bilinear interpolation between cell centres (``align_corners=False``)."""
+
+    name: ClassVar[str] = "bilinear"
+
+    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
+        return F.interpolate(value, size=weights.shape[2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,183 @@
+"""Head files: a trained upsampler and what it was trained for, in one safetensors file.
+
+The header (safetensors metadata, all values strings) holds ``format``, ``upsampler``, ``config``
+(JSON of the module's configuration), ``backbone`` (JSON: name, layer, channels, stride, mean, std,
+fingerprint), and ``card`` (JSON: data, recipe, seed, hardware, metrics).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fmupsample.errors import HeadError, OutputError, UsageError
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
+
+FORMAT = "fmupsample-head/1"
+
+
+class BackboneLike(Protocol):
+    """What a head needs to know of a backbone."""
+
+    name: str
+    layer: int | str
+    channels: int
+    stride: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """12 hex digits of a SHA-256 over names, shapes, dtypes and bytes of the tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def describe_backbone(backbone: BackboneLike) -> dict[str, Any]:
+    """The facts about a backbone that a head file records."""
+    return {
+        "name": backbone.name,
+        "layer": backbone.layer,
+        "channels": backbone.channels,
+        "stride": list(backbone.stride),
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "fingerprint": backbone.fingerprint,
+    }
+
+
+def save_head(
+    path: str | Path, head: ReSFU, backbone: BackboneLike, card: Mapping[str, Any] | None = None
+) -> None:
+    """Write a head file; it appears under its name only when complete.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    path = Path(path)
+    metadata = {
+        "format": FORMAT,
+        "upsampler": head.name,
+        "config": json.dumps(head.config.to_dict()),
+        "backbone": json.dumps(describe_backbone(backbone)),
+        "card": json.dumps(dict(card or {})),
+    }
+    state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        try:
+            save_file(state, temporary, metadata)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"the head could not be written to {path}: {error}") from error
+
+
+def read_head_metadata(path: str | Path) -> dict[str, Any]:
+    """The decoded header of a head file.
+
+    Raises:
+        HeadError: no such file, not safetensors, or not a head.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise HeadError(f"there is no head file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise HeadError(
+            f"{path} is not a readable safetensors file ({error}); heads are .safetensors files "
+            "written by fmupsample"
+        ) from error
+    if raw.get("format") != FORMAT:
+        raise HeadError(
+            f"{path} is not a head file of this version: its format is "
+            f"{raw.get('format', 'not stated')!r}, expected {FORMAT!r}"
+        )
+    try:
+        decoded = {k: json.loads(raw[k]) for k in ("config", "backbone", "card")}
+    except (KeyError, ValueError) as error:
+        raise HeadError(f"the header of the head file {path} is damaged: {error}") from error
+    return {"upsampler": raw.get("upsampler", ""), **decoded}
+
+
+def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampler:
+    """Load a head file and check it against the backbone in use.
+
+    Args:
+        backbone: ``None`` skips the check.
+
+    Raises:
+        HeadError: unreadable, damaged, or made for another backbone.
+    """
+    metadata = read_head_metadata(path)
+    if metadata["upsampler"] != ReSFU.name:
+        raise HeadError(f"{path} holds an unknown upsampler {metadata['upsampler']!r}")
+    if backbone is not None:
+        check_fit(path, metadata["backbone"], backbone)
+    try:
+        head = ReSFU(ReSFUConfig.from_dict(metadata["config"]))
+    except (UsageError, TypeError) as error:
+        raise HeadError(
+            f"the configuration in the head file {path} is unusable: {error}"
+        ) from error
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    _check_state(path, state, head.state_dict())
+    head.load_state_dict(state)
+    head.fingerprint = fingerprint(state)
+    return head.eval().requires_grad_(False)
+
+
+def _check_state(path: str | Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    if missing or unexpected:
+        raise HeadError(
+            f"the head file {path} does not hold the parameters its configuration asks for: "
+            f"missing {missing or 'none'}, unexpected {unexpected or 'none'}"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise HeadError(
+                f"the head file {path} is damaged: {name} has shape {list(tensor.shape)}, "
+                f"its configuration asks for {list(expected[name].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise HeadError(f"the head file {path} is damaged: {name} holds NaN or infinity")
+
+
+def check_fit(path: str | Path, made_for: Mapping[str, Any], backbone: BackboneLike) -> None:
+    """Raise a HeadError that names every difference between two backbones that matters."""
+    in_use = describe_backbone(backbone)
+    differences = [
+        f"{key} {made_for.get(key)} (in use: {in_use[key]})"
+        for key in ("name", "layer", "channels", "stride")
+        if made_for.get(key) != in_use[key]
+    ]
+    if differences:
+        raise HeadError(
+            f"the head {path} was made for another backbone: {'; '.join(differences)}; use "
+            f"--backbone {made_for.get('name')}, or a head of {backbone.name}"
+        )

@@ -1,0 +1,88 @@
+"""From a name or a file to an upsampler, and where heads are looked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fmupsample.errors import HeadError, UsageError
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.classic import Bilinear, Nearest
+from fmupsample.upsamplers.heads import BackboneLike, load_head, read_head_metadata
+from fmupsample.upsamplers.jbu import JointBilateral
+from fmupsample.upsamplers.resfu import ReSFU
+
+TRAINING_FREE: dict[str, type[Upsampler]] = {
+    method.name: method for method in (Nearest, Bilinear, JointBilateral)
+}
+LEARNED = (ReSFU.name,)
+UPSAMPLERS = (*TRAINING_FREE, *LEARNED)
+
+
+def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> Upsampler:
+    """The upsampler to use with a backbone, in evaluation mode on the CPU.
+
+    Args:
+        source: ``None`` for the shipped or cached head of this backbone; a method's name
+            (``"nearest"``, ``"bilinear"``, ``"jbu"``, or ``"resfu"`` for its head); or a head file.
+
+    Raises:
+        HeadError: the head does not exist, is damaged, or belongs to another backbone.
+        UsageError: neither a method's name nor an existing file.
+    """
+    if isinstance(source, str) and source in TRAINING_FREE:
+        method = TRAINING_FREE[source]()
+        method.fingerprint = source
+        return method.eval()
+    if source is None or (isinstance(source, str) and source in LEARNED):
+        found = find_head(backbone)
+        if found is None:
+            raise HeadError(
+                f"there is no head for {backbone.name} (layer {backbone.layer}): use "
+                "--upsampler jbu (edge-aware, needs no training) or --upsampler bilinear, give a "
+                "head file with --head, or train one with weights/recipes/train_head.py"
+            )
+        return load_head(found, backbone)
+    path = Path(source)
+    if isinstance(source, str) and not path.exists() and path.suffix != ".safetensors":
+        raise UsageError(
+            f"{source!r} is neither an upsampler ({', '.join(UPSAMPLERS)}) nor a head file"
+        )
+    return load_head(path, backbone)
+
+
+def head_folders() -> list[Path]:
+    """Where heads are looked for, in this order: the user's cache, then what is shipped."""
+    import fmupsample_weights
+
+    return [cache_folder() / "heads", fmupsample_weights.FOLDER]
+
+
+def cache_folder() -> Path:
+    """The folder for files fmupsample keeps: ``$FMUPSAMPLE_CACHE``, or below the user's cache."""
+    given = os.environ.get("FMUPSAMPLE_CACHE")
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fmupsample"
+
+
+def list_heads() -> list[tuple[Path, dict]]:
+    """Every head that can be found without a network, with its decoded header."""
+    heads = []
+    for folder in head_folders():
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                heads.append((path, read_head_metadata(path)))
+            except HeadError:
+                continue  # a backbone's file, or damaged: not a head to offer
+    return heads
+
+
+def find_head(backbone: BackboneLike) -> Path | None:
+    """The first head made for this backbone and layer, or ``None``."""
+    for path, metadata in list_heads():
+        made_for = metadata["backbone"]
+        if (made_for.get("name"), made_for.get("layer")) == (backbone.name, backbone.layer):
+            return path
+    return None

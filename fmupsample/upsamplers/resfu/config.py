@@ -1,0 +1,61 @@
+"""What makes one ReSFU differ from another."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fmupsample.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ReSFUConfig:
+    """Shape and switches of a ReSFU; the defaults are the paper's.
+
+    The switches exist for ablation: each turns one part of the method into its plain counterpart.
+    """
+
+    channels: int  # C, of the features
+    guidance_channels: int = 16  # G, of the guidance map (of the stem's output, where there is one)
+    stem: bool = True  # make the guidance from the picture (end-to-end form); else it is given
+    kernel_size: int = 3  # K: K x K neighbours per pixel, odd
+    embedding: int = 32  # channels of queries and keys
+    middle: int = 128  # channels of the paired central difference convolution
+    groups: int = 4  # of that convolution and of the 1x1 after it
+    norm_groups: int = 8  # of the GroupNorms on queries, keys and middle channels
+    semantic: bool = True  # use the semantic pair (keys from the features)
+    detail: bool = True  # use the detail pair (keys from the guidance)
+    align: bool = True  # align queries with keys: guided filter and Gaussian
+    similarity: str = "pcdc"  # "pcdc", or "inner": the plain inner product
+    neighbours: str = "fine"  # "fine": bilinear samples; "coarse": whole cells
+    guided_radius: int = 8  # of the guided filter, in pixels
+    guided_eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not (self.semantic or self.detail):
+            raise UsageError("ReSFU needs the semantic pair, the detail pair, or both")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise UsageError(f"ReSFU: kernel_size must be odd and positive, not {self.kernel_size}")
+        if self.similarity not in ("pcdc", "inner"):
+            raise UsageError(f"ReSFU: similarity is 'pcdc' or 'inner', not {self.similarity!r}")
+        if self.neighbours not in ("fine", "coarse"):
+            raise UsageError(f"ReSFU: neighbours is 'fine' or 'coarse', not {self.neighbours!r}")
+        for name in ("embedding", "middle"):
+            for divisor in (self.groups, self.norm_groups):
+                if getattr(self, name) % divisor:
+                    raise UsageError(
+                        f"ReSFU: {name}={getattr(self, name)} must be a multiple of groups="
+                        f"{self.groups} and of norm_groups={self.norm_groups}"
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ReSFUConfig:
+        """Build from a stored mapping; unknown keys are refused by name."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UsageError(f"ReSFU has no option {', '.join(unknown)}; it has {sorted(known)}")
+        return cls(**values)

@@ -1,0 +1,181 @@
+"""ReSFU, the refreshed similarity-based upsampler.
+
+Zhou et al., "A Refreshed Similarity-based Upsampler for Direct High-Ratio Feature Upsampling"
+(2024). Every output pixel compares its query with the keys of K x K neighbours, one LR cell apart,
+and averages their features with the softmax of those scores.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmupsample.errors import ShapeError
+from fmupsample.layers.filters import fast_guided_filter, gaussian3, upsampled_on_half_grid
+from fmupsample.layers.moments import (
+    affine,
+    apply_affine,
+    group_moments,
+    largest_group_count,
+    pointwise_after_norm,
+    upsampled_group_moments,
+)
+from fmupsample.ops import reassemble
+from fmupsample.ops.grid import interpolation_matrix, neighbour_inside
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.resfu.config import ReSFUConfig
+from fmupsample.upsamplers.resfu.scores import PairedCDC
+from fmupsample.upsamplers.resfu.stem import GuidanceStem
+
+
+class ReSFU(Upsampler):
+    """Upsample features ``[B, C, h, w]`` under a guidance map, at any ratio >= 1.
+
+    With ``config.stem`` the guidance is the normalised picture ``[B, 3, H, W]`` (end-to-end form);
+    without, any map ``[B, G, H, W]`` (decoder form). Where ``size`` differs from the guidance's
+    size, the guidance is resized first.
+
+    Scores are computed in float32 (float64 for float64 features) whatever the features' dtype.
+    """
+
+    name: ClassVar[str] = "resfu"
+    needs_guidance: ClassVar[bool] = True
+
+    def __init__(self, config: ReSFUConfig):
+        super().__init__()
+        self.config = config
+        self.guidance_is_image = config.stem
+        self.stem = GuidanceStem(config.guidance_channels) if config.stem else None
+        guidance, channels, e = config.guidance_channels, config.channels, config.embedding
+        self.guidance_norm = nn.GroupNorm(largest_group_count(guidance), guidance)
+        self.query = nn.Conv2d(guidance, e, 1)
+        if config.semantic:
+            self.feature_norm = nn.GroupNorm(largest_group_count(channels), channels)
+            self.key = nn.Conv2d(channels, e, 1)
+        for pair in ("semantic", "detail"):
+            if getattr(config, pair):
+                self.add_module(f"{pair}_scores", self._similarity())
+
+    def _similarity(self) -> nn.Module:
+        c = self.config
+        if c.similarity == "inner":
+            return nn.GroupNorm(c.norm_groups, c.embedding)
+        return PairedCDC(c.embedding, c.middle, c.groups, c.norm_groups, c.kernel_size)
+
+    def kernels(
+        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Kernel weights ``[B, K*K, H, W]``; zero where a neighbour lies outside the picture."""
+        size = self.check(x, guidance, size)
+        assert guidance is not None  # checked above: needs_guidance
+        self._check_channels(x, guidance)
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return self._kernels(x.to(dtype), self._guidance_map(guidance.to(dtype), size), size)
+
+    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Weighted fine-grained (or coarse) neighbours of ``value`` ``[B, V, h, w]``."""
+        return reassemble(value, weights, fractional=self.config.neighbours == "fine")
+
+    def _check_channels(self, x: Tensor, guidance: Tensor) -> None:
+        c = self.config
+        if x.shape[1] != c.channels:
+            raise ShapeError(f"this ReSFU was built for {c.channels} channels, got {x.shape[1]}")
+        expected = 3 if c.stem else c.guidance_channels
+        if guidance.shape[1] != expected:
+            what = "the normalised picture" if c.stem else "a guidance map"
+            raise ShapeError(
+                f"this ReSFU takes {what} with {expected} channels, got {guidance.shape[1]}"
+            )
+
+    def _guidance_map(self, guidance: Tensor, size: tuple[int, int]) -> Tensor:
+        if guidance.shape[-2:] != size:
+            guidance = F.interpolate(
+                guidance, size=size, mode="bilinear", align_corners=False, antialias=True
+            )
+        return guidance if self.stem is None else self.stem(guidance)
+
+    def _kernels(self, x: Tensor, guidance: Tensor, size: tuple[int, int]) -> Tensor:
+        c = self.config
+        query = pointwise_after_norm(
+            guidance, self.guidance_norm, self.query.weight.flatten(1), self.query.bias
+        )
+        scores = None
+        if c.semantic:
+            scores = self._semantic(x, query)
+        if c.detail:
+            detail = self._detail(query, x.shape[-2:])
+            scores = detail if scores is None else scores + detail
+        return (scores + self._outside(x, size)).softmax(1)
+
+    def _semantic(self, x: Tensor, query: Tensor) -> Tensor:
+        c, size = self.config, query.shape[-2:]
+        key = pointwise_after_norm(x, self.feature_norm, self.key.weight.flatten(1), self.key.bias)
+        if c.align:
+            # The radius counts output pixels; the filter works on a grid of half the size.
+            query = fast_guided_filter(
+                query, upsampled_on_half_grid(key, size), c.guided_radius // 2, c.guided_eps
+            )
+        moments = upsampled_group_moments(key, size, c.norm_groups)
+        if c.similarity == "inner":
+            key = apply_affine(key, *affine(self.semantic_scores, *moments))
+            return self._inner(query, self.semantic_scores, self._upsampled_neighbours(key, size))
+        term = self.semantic_scores.upsampled_key_term(key, moments, size)
+        return self.semantic_scores(term, query)
+
+    def _detail(self, query: Tensor, cells: tuple[int, int]) -> Tensor:
+        c = self.config
+        key = gaussian3(query) if c.align else query
+        moments = group_moments(key, c.norm_groups)
+        # At ratios that are not whole, neighbours on the output grid are the nearest whole step
+        # apart.
+        stride = tuple(max(1, round(n / m)) for n, m in zip(query.shape[-2:], cells, strict=True))
+        if c.similarity == "inner":
+            key = apply_affine(key, *affine(self.detail_scores, *moments))
+            return self._inner(query, self.detail_scores, self._neighbours(key, stride))
+        return self.detail_scores(self.detail_scores.key_term(key, moments, stride), query)
+
+    def _inner(self, query: Tensor, norm: nn.GroupNorm, neighbours: list[Tensor]) -> Tensor:
+        """Scaled inner products with each neighbour's key: the similarity PCDC replaces."""
+        query = apply_affine(query, *affine(norm, *group_moments(query, norm.num_groups)))
+        products = [(query * key).sum(1) for key in neighbours]
+        return torch.stack(products, 1) / self.config.embedding**0.5
+
+    def _neighbours(self, key: Tensor, stride: tuple[int, int]) -> list[Tensor]:
+        height, width = key.shape[-2:]
+        (sy, sx), reach = stride, self.config.kernel_size // 2
+        pad = (sx * reach, sx * reach, sy * reach, sy * reach)
+        padded = F.pad(key, pad, mode="replicate")
+        steps = range(self.config.kernel_size)
+        return [
+            padded[:, :, i * sy : i * sy + height, j * sx : j * sx + width]
+            for i in steps
+            for j in steps
+        ]
+
+    def _upsampled_neighbours(self, key: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        h, w = key.shape[-2:]
+        reach = self.config.kernel_size // 2
+        pad = reach + 1
+        padded = F.pad(key, (pad, pad, pad, pad), mode="replicate")
+        uy = interpolation_matrix(h, size[0], padding=1).to(key)
+        ux = interpolation_matrix(w, size[1], padding=1).to(key)
+        steps = range(self.config.kernel_size)
+        return [
+            uy @ padded[:, :, i : i + h + 2, j : j + w + 2] @ ux.T for i in steps for j in steps
+        ]
+
+    def _outside(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """``[1, K*K, H, W]``: -inf where a neighbour's centre is outside the picture, else 0."""
+        (h, w), (height, width) = x.shape[-2:], size
+        reach = self.config.kernel_size // 2
+        steps = range(-reach, reach + 1)
+        rows = torch.stack([neighbour_inside(h, height, d) for d in steps])[:, None, :, None]
+        columns = torch.stack([neighbour_inside(w, width, d) for d in steps])[None, :, None, :]
+        inside = (rows & columns).flatten(0, 1)[None].to(x.device)
+        return torch.zeros(inside.shape, dtype=x.dtype, device=x.device).masked_fill_(
+            ~inside, float("-inf")
+        )
