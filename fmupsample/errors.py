@@ -1,7 +1,7 @@
 """Errors that a person can act on.
 
-Every error a user can cause is a ``FmupsampleError``: one sentence (or a few) saying what was wrong,
-where, and what to do about it. The command line prints the message without a traceback and exits
+Every error a user can cause is a ``FmupsampleError``: one sentence (or a few) saying what was
+wrong, where, and what to do about it. The command line prints it without a traceback and exits
 with ``exit_code``.
 """
 

@@ -107,7 +107,7 @@ def test_a_head_file_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"name": "other.v1"}, "toy.v1"),
+        ({"name": "other.v1", "fingerprint": "1" * 12}, r"toy\.v1"),
         ({"layer": 3}, "layer"),
         ({"channels": 8}, "channels"),
         ({"stride": (16, 16)}, "stride"),
@@ -117,6 +117,12 @@ def test_a_head_of_another_backbone_is_refused(tmp_path, change, words):
     save_head(tmp_path / "a.safetensors", head(), backbone())
     with pytest.raises(HeadError, match=words):
         load_head(tmp_path / "a.safetensors", backbone(**change))
+
+
+def test_a_local_copy_of_the_same_weights_is_the_same_backbone(tmp_path, no_cache):
+    (no_cache / "heads").mkdir(parents=True)
+    save_head(no_cache / "heads" / "toy.safetensors", head(), backbone())
+    assert isinstance(load_upsampler(backbone(name="toy.local-0000")), ReSFU)
 
 
 def _rewrite(path, *, state=None, **metadata):

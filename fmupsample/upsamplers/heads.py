@@ -168,6 +168,13 @@ def _check_state(path: str | Path, state: dict[str, Tensor], expected: dict[str,
             raise HeadError(f"the head file {path} is damaged: {name} holds NaN or infinity")
 
 
+def same_backbone(made_for: Mapping[str, Any], backbone: BackboneLike) -> bool:
+    """Is it the one by name, or one with exactly its weights (a local copy of a checkpoint)?"""
+    return (
+        made_for.get("name") == backbone.name or made_for.get("fingerprint") == backbone.fingerprint
+    )
+
+
 def check_fit(path: str | Path, made_for: Mapping[str, Any], backbone: BackboneLike) -> None:
     """Raise a HeadError that names every difference between two backbones that matters."""
     in_use = describe_backbone(backbone)
@@ -175,6 +182,7 @@ def check_fit(path: str | Path, made_for: Mapping[str, Any], backbone: BackboneL
         f"{key} {made_for.get(key)} (in use: {in_use[key]})"
         for key in ("name", "layer", "channels", "stride")
         if made_for.get(key) != in_use[key]
+        and not (key == "name" and same_backbone(made_for, backbone))
     ]
     if differences:
         raise HeadError(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from fmupsample.errors import HeadError, UsageError
+from fmupsample.folders import cache_folder
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.classic import Bilinear, Nearest
-from fmupsample.upsamplers.heads import BackboneLike, load_head, read_head_metadata
+from fmupsample.upsamplers.heads import (
+    BackboneLike,
+    load_head,
+    read_head_metadata,
+    same_backbone,
+)
 from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.resfu import ReSFU
 
@@ -58,15 +63,6 @@ def head_folders() -> list[Path]:
     return [cache_folder() / "heads", fmupsample_weights.FOLDER]
 
 
-def cache_folder() -> Path:
-    """The folder for files fmupsample keeps: ``$FMUPSAMPLE_CACHE``, or below the user's cache."""
-    given = os.environ.get("FMUPSAMPLE_CACHE")
-    if given:
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fmupsample"
-
-
 def list_heads() -> list[tuple[Path, dict]]:
     """Every head that can be found without a network, with its decoded header."""
     heads = []
@@ -83,6 +79,6 @@ def find_head(backbone: BackboneLike) -> Path | None:
     """The first head made for this backbone and layer, or ``None``."""
     for path, metadata in list_heads():
         made_for = metadata["backbone"]
-        if (made_for.get("name"), made_for.get("layer")) == (backbone.name, backbone.layer):
+        if same_backbone(made_for, backbone) and made_for.get("layer") == backbone.layer:
             return path
     return None

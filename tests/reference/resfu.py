@@ -24,7 +24,7 @@ def sample_cells(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
     y, x = y.clamp(0, h - 1), x.clamp(0, w - 1)
     y0, x0 = y.floor().long(), x.floor().long()
     y1, x1 = (y0 + 1).clamp(max=h - 1), (x0 + 1).clamp(max=w - 1)
-    fy, fx = (y - y0)[:, None], x - x0
+    fy, fx = (y - y0).to(value.dtype)[:, None], (x - x0).to(value.dtype)
     top = value[:, :, y0][..., x0] * (1 - fx) + value[:, :, y0][..., x1] * fx
     bottom = value[:, :, y1][..., x0] * (1 - fx) + value[:, :, y1][..., x1] * fx
     return top * (1 - fy) + bottom * fy

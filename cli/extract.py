@@ -1,0 +1,213 @@
+"""``fmupsample extract``: dense features of pictures, as files for other programs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fmupsample_cli import options as o
+
+if TYPE_CHECKING:
+    from fmupsample.extract import ExtractReport
+
+
+class Format(StrEnum):
+    """File formats of the results."""
+
+    safetensors = "safetensors"
+    npy = "npy"
+    pt = "pt"
+
+
+class Dtype(StrEnum):
+    """Number formats of the results."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+FormatOption = Annotated[
+    Format,
+    typer.Option(
+        "--format",
+        help="safetensors (key `features`, metadata in the header), npy (bare array) or pt.",
+        rich_help_panel=o.RESULTS,
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype", help="Numbers in the files; npy has no bf16.", rich_help_panel=o.RESULTS
+    ),
+]
+OutputSize = Annotated[
+    str,
+    typer.Option(
+        "--output-size",
+        metavar="image|original|HxW|xN",
+        help="Size of the maps: what the model saw of the picture, the file's own pixels, "
+        "exactly HxW, or N times the model's grid. Beyond 2 million pixels, enlarged bilinearly.",
+        rich_help_panel=o.RESULTS,
+    ),
+]
+TokensOnly = Annotated[
+    bool,
+    typer.Option(
+        "--tokens-only",
+        help="Write the low-resolution features, without upsampling.",
+        rich_help_panel=o.RESULTS,
+    ),
+]
+Pca = Annotated[
+    int | None,
+    typer.Option(
+        "--pca",
+        min=1,
+        metavar="N",
+        help="Keep N principal components, one basis for all pictures (saved as pca.safetensors).",
+        show_default=False,
+        rich_help_panel=o.RESULTS,
+    ),
+]
+
+
+def extract(
+    images: o.Images = None,
+    output: o.Output = ...,
+    list_file: o.ListFile = None,
+    backbone: o.BackboneName = "embedded",
+    layer: o.Layer = None,
+    backbone_weights: o.BackboneWeights = None,
+    upsampler: o.UpsamplerName = None,
+    head: o.Head = None,
+    image_size: o.ImageSizeOption = None,
+    fit: o.Fit = o.FitMode.resize,
+    format: FormatOption = Format.safetensors,
+    dtype: DtypeOption = Dtype.fp16,
+    output_size: OutputSize = "image",
+    tokens_only: TokensOnly = False,
+    pca: Pca = None,
+    device: o.Device = "auto",
+    precision: o.Precision = o.PrecisionName.fp32,
+    batch_size: o.BatchSize = None,
+    workers: o.Workers = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write the upsampled features of pictures, one file each.
+
+    Each file holds a map [channels, height, width]. The folder structure of the input is kept, and
+    `manifest.jsonl` says for each picture where its result is, how it maps to the original pixels,
+    and what made it. Run the same command again to continue after an interruption, or to add
+    pictures: what is finished is skipped.
+
+        fmupsample extract photos/ -o features/
+
+        fmupsample extract 'photos/*.jpg' -o small/ --pca 32 --output-size x4
+
+    A 448 x 448 map of 384 channels takes 154 MB in fp16; --pca, --output-size and --tokens-only
+    make it smaller. Exit code 3 means that some pictures failed; the others are there.
+    """
+    import warnings
+
+    from fmupsample.images import find_images
+    from fmupsample.images.size import ImageSize
+    from fmupsample_cli.progress import RichProgress, note, warn
+
+    # What cannot work is said before torch and the models are loaded.
+    sources = find_images(images or [], list_file=list_file, exclude=[output], warn=warn)
+    size = None if image_size is None else ImageSize.parse(image_size)
+
+    from fmupsample.extract import ExtractOptions
+    from fmupsample.extract import extract as run
+    from fmupsample.pipeline import Pipeline
+    from fmupsample.writers.formats import check_format
+    from fmupsample_cli.loading import load_models
+
+    check_format(format, dtype)
+    # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
+    warnings.filterwarnings("ignore", module="PIL")
+    model, method = load_models(
+        backbone,
+        layer,
+        backbone_weights,
+        # Tokens need no upsampler, and so no head.
+        "nearest" if tokens_only and upsampler is None and head is None else upsampler,
+        head,
+        device,
+        image_size=size.exact if size else None,
+        quiet=quiet,
+    )
+    pipeline = Pipeline(
+        model,
+        method,
+        image_size=size,
+        fit=fit,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    wanted = ExtractOptions(format.value, dtype.value, output_size, tokens_only, pca)
+    with RichProgress(quiet=quiet) as progress:
+        report = run(
+            pipeline,
+            sources,
+            output,
+            wanted,
+            overwrite=overwrite,
+            progress=progress,
+            say=lambda message: note(message, quiet=quiet),
+        )
+    _summarise(report, json)
+    if report.failed:
+        raise typer.Exit(3 if report.done or report.skipped else 1)
+
+
+def _summarise(report: ExtractReport, as_json: bool) -> None:
+    from fmupsample.images import printable
+    from fmupsample_cli.report import human_bytes, print_summary
+
+    records = [*report.done, *report.skipped]
+    options = report.options
+    size = sum(r.get("bytes", 0) for r in records)
+    rate = len(report.done) / report.seconds if report.done else 0.0
+    shapes = sorted({tuple(r["shape"]) for r in records})
+    payload: dict[str, Any] = {
+        "done": len(report.done),
+        "skipped": len(report.skipped),
+        "failed": len(report.failed),
+        "failures": [{"source": r["source"], "error": r["error"]} for r in report.failed],
+        "manifest": printable(report.manifest),
+        "shapes": shapes[:20],
+        "bytes": size,
+        "seconds": round(report.seconds, 3),
+        "pictures_per_second": round(rate, 3),
+        "explained_variance": report.explained,
+        "options": options,
+    }
+    counts = f"{len(report.done)} done"
+    if report.skipped:
+        counts += f", {len(report.skipped)} finished before"
+    if report.failed:
+        counts += f", {len(report.failed)} failed"
+    rows = {"pictures": counts}
+    if shapes:
+        text = [" x ".join(map(str, shape)) for shape in (shapes[0], shapes[-1])]
+        rows["maps"] = text[0] if len(shapes) == 1 else f"{text[0]} to {text[1]}"
+        rows["maps"] += f", {options['dtype']}, {human_bytes(size)} in all"
+    if report.explained is not None:
+        rows["pca"] = f"{options['pca']} components hold {report.explained:.1%} of the variance"
+    rows["time"] = f"{report.seconds:.1f} s" + (f", {rate:.2f} pictures/s" if rate else "")
+    rows["backbone"] = f"{options['backbone']} ({options['backbone_fingerprint']})"
+    method, fingerprint = options["upsampler"], options["upsampler_fingerprint"]
+    if method is None:
+        rows["upsampler"] = "none, low-resolution features"
+    else:
+        rows["upsampler"] = method if method == fingerprint else f"{method} ({fingerprint})"
+    rows["manifest"] = printable(report.manifest)
+    print_summary("extract", rows, as_json=as_json, payload=payload)

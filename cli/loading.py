@@ -1,0 +1,57 @@
+"""From the options of a command line to the models it asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fmupsample.errors import UsageError
+from fmupsample_cli.progress import note
+
+if TYPE_CHECKING:
+    import torch
+
+    from fmupsample.backbones import Backbone
+    from fmupsample.upsamplers.base import Upsampler
+
+
+def load_models(
+    backbone: str = "embedded",
+    layer: str | int | None = None,
+    weights: Path | None = None,
+    upsampler: str | None = None,
+    head: Path | None = None,
+    device: str | torch.device = "auto",
+    *,
+    image_size: tuple[int, int] | None = None,
+    quiet: bool = False,
+) -> tuple[Backbone, Upsampler]:
+    """Load what ``--backbone --layer --backbone-weights --upsampler --head`` name, on ``device``.
+
+    Args:
+        image_size: ``(H, W)`` when ``--image-size HxW`` was given: models that are built for one
+            size are then built for this one.
+        quiet: do not say on standard error which models are used.
+
+    Raises:
+        UsageError: both ``upsampler`` and ``head``.
+        BackboneError, HeadError: something that is named does not exist or does not fit.
+    """
+    if upsampler is not None and head is not None:
+        raise UsageError("--head and --upsampler exclude each other; give one of them")
+    # Here and not at the top: these import torch and timm, which takes seconds.
+    from fmupsample.backbones import load_backbone
+    from fmupsample.pipeline import resolve_device
+
+    place = resolve_device(device) if isinstance(device, str) else device
+    model = load_backbone(backbone, layer=layer, weights=weights, image_size=image_size)
+    from fmupsample.upsamplers import load_upsampler
+
+    method = load_upsampler(model, head if head is not None else upsampler)
+    origin = f" from {weights}" if weights is not None else ""
+    note(
+        f"backbone {model.name}{origin}, layer {model.layer}, {model.channels} channels per "
+        f"{model.stride[0]}x{model.stride[1]} pixels; upsampler {method.name}; on {place}",
+        quiet=quiet,
+    )
+    return model.to(place), method.to(place).eval()

@@ -1,0 +1,212 @@
+"""Options that several commands share, so that they mean and read the same everywhere.
+
+Use them as annotations and give the default in the signature::
+
+    def extract(images: Images, output: Output, backbone: BackboneName = "embedded", ...)
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL = "Model"
+PICTURES = "Pictures"
+COMPUTE = "Compute"
+RESULTS = "Results"
+
+
+class FitMode(StrEnum):
+    """How a picture is brought to the model's patch grid."""
+
+    resize = "resize"
+    pad = "pad"
+
+
+class PrecisionName(StrEnum):
+    """Number format of the model's arithmetic."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def _complete_backbone(incomplete: str) -> list[str]:
+    from fmupsample.backbones.aliases import ALIASES
+
+    return [name for name in ("embedded", *ALIASES) if name.startswith(incomplete)]
+
+
+def _complete_upsampler(incomplete: str) -> list[str]:
+    return [name for name in ("nearest", "bilinear", "jbu", "resfu") if name.startswith(incomplete)]
+
+
+# --- what goes in ---------------------------------------------------------------------------------
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="IMAGES...",
+        help="Pictures, folders (searched recursively) or quoted globs such as 'photos/*.jpg'.",
+        show_default=False,
+    ),
+]
+ListFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--list",
+        metavar="FILE",
+        help="Text file with one picture per line; - reads standard input.",
+        rich_help_panel=PICTURES,
+    ),
+]
+ImageSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--image-size",
+        metavar="N|HxW|native",
+        help="Size the model sees: N pixels for the short side, exactly HxW, or native. "
+        "Default: what suits the model.",
+        show_default=False,
+        rich_help_panel=PICTURES,
+    ),
+]
+Fit = Annotated[
+    FitMode,
+    typer.Option(
+        "--fit",
+        help="Reach the patch grid by a tiny resize or by padding right and bottom.",
+        rich_help_panel=PICTURES,
+    ),
+]
+
+# --- which model ----------------------------------------------------------------------------------
+BackboneName = Annotated[
+    str,
+    typer.Option(
+        "--backbone",
+        "-b",
+        metavar="NAME",
+        help="embedded (shipped, offline), an alias such as dinov2-s, or any timm model; "
+        "see `fmupsample models`.",
+        autocompletion=_complete_backbone,
+        rich_help_panel=MODEL,
+    ),
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        "--layer",
+        metavar="N|sN",
+        help="Block or level the features come from: an index from 0, or from the end when "
+        "negative (-1 is the last); sN picks the last level of stride N, e.g. s16. "
+        "Default: the last block of a ViT, stride 16 of a convolutional net.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+BackboneWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--backbone-weights",
+        metavar="FILE",
+        help="Local checkpoint for --backbone (.safetensors, .pth, .pt, .bin).",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+UpsamplerName = Annotated[
+    str | None,
+    typer.Option(
+        "--upsampler",
+        metavar="NAME",
+        help="Method: nearest, bilinear, jbu (edge-aware, needs no training), or resfu, the "
+        "backbone's trained head and the default.",
+        autocompletion=_complete_upsampler,
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+Head = Annotated[
+    Path | None,
+    typer.Option(
+        "--head",
+        metavar="FILE",
+        help="Trained head (.safetensors) to use instead of the shipped one.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+
+# --- how it runs ----------------------------------------------------------------------------------
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda|mps",
+        help="Where to compute; auto takes a GPU if there is one. cuda:1 picks one of several.",
+        rich_help_panel=COMPUTE,
+    ),
+]
+Precision = Annotated[
+    PrecisionName,
+    typer.Option(
+        "--precision",
+        help="Arithmetic of the model; bf16 is faster where the hardware has it.",
+        rich_help_panel=COMPUTE,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="Pictures of equal size that go through the model together. "
+        "Default: what suits the device.",
+        show_default=False,
+        rich_help_panel=COMPUTE,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=0,
+        metavar="N",
+        help="Threads that read pictures ahead. Default: by the number of processors.",
+        show_default=False,
+        rich_help_panel=COMPUTE,
+    ),
+]
+
+# --- what comes out -------------------------------------------------------------------------------
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FOLDER",
+        help="Folder for the results; made if it does not exist.",
+        show_default=False,
+        rich_help_panel=RESULTS,
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Redo results that exist already.", rich_help_panel=RESULTS),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the summary as JSON on standard output.",
+        rich_help_panel=RESULTS,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress bar and no notes.", rich_help_panel=RESULTS),
+]

@@ -1,0 +1,118 @@
+"""The progress bar: what the library reports, drawn on standard error."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichBar
+from rich.text import Text
+
+# Everything for people goes through this console; standard output is kept for results.
+console = Console(stderr=True, highlight=False)
+
+
+def note(message: str, *, quiet: bool = False) -> None:
+    """One dim line on standard error about what is being done."""
+    if not quiet:
+        console.print(Text(message, style="dim"), soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """One line ``warning: ...`` on standard error."""
+    console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+
+
+class _RateColumn(ProgressColumn):
+    """Steps per second, e.g. ``3.2 pictures/s``."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        if speed < 0.1:
+            return Text(f"{1 / speed:.0f} s per {self.unit.removesuffix('s')}", style="cyan")
+        return Text(f"{speed:.1f} {self.unit}/s", style="cyan")
+
+
+class RichProgress:
+    """Draws the stages of a run; satisfies :class:`fmupsample.progress.Progress`.
+
+    ``with RichProgress() as progress: ...``. On a terminal a bar with pictures per second and time
+    left; into a file or pipe one plain line every ``interval`` seconds; nothing when ``quiet``
+    (warnings are printed all the same).
+    """
+
+    def __init__(
+        self, *, quiet: bool = False, unit: str = "pictures", interval: float = 15.0
+    ) -> None:
+        self.quiet = quiet
+        self.unit = unit
+        self.interval = interval
+        self._bar: RichBar | None = None
+        self._task = None
+        self._label, self._done, self._total = "", 0, 0
+        self._began = self._spoke = 0.0
+
+    def __enter__(self) -> RichProgress:
+        if not self.quiet and console.is_terminal:
+            self._bar = RichBar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _RateColumn(self.unit),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=console,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif self._total:
+            self._line()
+            self._total = 0
+
+    def start(self, total: int, label: str) -> None:
+        """Begin a stage; the bar of the stage before stays above it."""
+        if self._bar is not None:
+            self._task = self._bar.add_task(label, total=total)
+        elif self._total:
+            self._line()
+        self._label, self._done, self._total = label, 0, total
+        self._began = self._spoke = time.monotonic()
+
+    def advance(self, steps: int = 1) -> None:
+        """``steps`` more are done."""
+        self._done += steps
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, steps)
+        elif time.monotonic() - self._spoke > self.interval:
+            self._line()
+
+    def warn(self, message: str) -> None:
+        """A warning line above the bar."""
+        warn(message)
+
+    def _line(self) -> None:
+        self._spoke = time.monotonic()
+        seconds = self._spoke - self._began
+        rate = self._done / seconds if seconds > 0 else 0.0
+        note(
+            f"{self._label}: {self._done}/{self._total} {self.unit}, {rate:.1f}/s",
+            quiet=self.quiet,
+        )

@@ -1,0 +1,98 @@
+"""What a command prints when it is done: a table for people, JSON for programs, both on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def print_summary(
+    title: str,
+    rows: Mapping[str, str | int | float],
+    *,
+    as_json: bool,
+    payload: dict[str, Any],
+) -> None:
+    """End a command: ``rows`` as a two-column table under ``title``, or ``payload`` as JSON."""
+    if as_json:
+        print_json(payload)
+        return
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, Text(_text(value)))
+    _print(table)
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | int | float]],
+    *,
+    title: str | None = None,
+    right: Sequence[str] = (),
+) -> None:
+    """A table of several columns; those named in ``right`` are right-aligned."""
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE)
+    for place, column in enumerate(columns):
+        table.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=place == 0,  # what a row is about stays in one piece
+        )
+    for row in rows:
+        table.add_row(*(Text(_text(value)) for value in row))
+    _print(table)
+
+
+def print_json(payload: Any) -> None:
+    """``payload`` as indented JSON on standard output; numbers JSON cannot hold become null."""
+    print(json.dumps(_finite(payload), indent=2, ensure_ascii=False, default=str))
+
+
+def human_bytes(count: float) -> str:
+    """A size in bytes for people: ``44.2 MB`` (powers of 1000, as disks and hubs count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def is_narrow(columns: int) -> bool:
+    """Whether standard output is a terminal of fewer than ``columns`` characters."""
+    console = Console()
+    return console.is_terminal and console.width < columns
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # A pipe has no width: never fold what a program or a log will read.
+        console = Console(highlight=False, width=240)
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) >= 10000 else str(value)
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,199 @@
+"""``fmupsample visualize``: pictures of what the features know."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fmupsample_cli import options as o
+
+
+class LayoutName(StrEnum):
+    """What is drawn for each picture."""
+
+    panel = "panel"
+    single = "single"
+    overlay = "overlay"
+
+
+class PictureFormat(StrEnum):
+    """File format of the results."""
+
+    png = "png"
+    jpg = "jpg"
+
+
+def visualize(
+    images: o.Images = None,
+    output: o.Output = ...,
+    list_file: o.ListFile = None,
+    backbone: o.BackboneName = "embedded",
+    layer: o.Layer = None,
+    backbone_weights: o.BackboneWeights = None,
+    upsampler: o.UpsamplerName = None,
+    head: o.Head = None,
+    image_size: o.ImageSizeOption = None,
+    fit: o.Fit = o.FitMode.resize,
+    layout: Annotated[
+        LayoutName,
+        typer.Option(
+            "--layout",
+            help="panel: photograph, features, bilinear and upsampled side by side; single: the "
+            "upsampled colours alone; overlay: them over the photograph.",
+            rich_help_panel=o.RESULTS,
+        ),
+    ] = LayoutName.panel,
+    basis: Annotated[
+        str,
+        typer.Option(
+            "--basis",
+            metavar="shared|image|FILE",
+            help="PCA basis: one for all pictures of the run (saved as basis.safetensors), one for "
+            "each picture, or the file of an earlier run, for the same colours again.",
+            rich_help_panel=o.PICTURES,
+        ),
+    ] = "shared",
+    foreground: Annotated[
+        bool,
+        typer.Option(
+            "--foreground",
+            help="Find each picture's foreground, colour it alone and darken the rest.",
+            rich_help_panel=o.PICTURES,
+        ),
+    ] = False,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--point",
+            metavar="X,Y",
+            help="Also draw how similar every feature is to the one at this pixel of the original "
+            "picture. May be repeated.",
+            show_default=False,
+            rich_help_panel=o.PICTURES,
+        ),
+    ] = None,
+    output_size: Annotated[
+        str,
+        typer.Option(
+            "--output-size",
+            metavar="image|original|HxW|xN",
+            help="Size of single and overlay pictures: what the model saw, the original pixels, "
+            "exactly HxW, or N times the feature grid.",
+            rich_help_panel=o.RESULTS,
+        ),
+    ] = "image",
+    image_format: Annotated[
+        PictureFormat,
+        typer.Option("--format", help="File format of the results.", rich_help_panel=o.RESULTS),
+    ] = PictureFormat.png,
+    contact_sheet: Annotated[
+        bool,
+        typer.Option(
+            "--sheet/--no-sheet",
+            help="Also a contact sheet of all pictures of the run, if there are several.",
+            rich_help_panel=o.RESULTS,
+        ),
+    ] = True,
+    device: o.Device = "auto",
+    precision: o.Precision = o.PrecisionName.fp32,
+    batch_size: o.BatchSize = None,
+    workers: o.Workers = None,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Draw the features of pictures as colours (PCA), before and after upsampling.
+
+    Equal colours mean equal features, in all pictures of a run. Results keep the names and folders
+    of the pictures; what is finished is not done again by the next run. Exit code 3 means that some
+    pictures failed; the others are there.
+
+        fmupsample visualize photos/ -o pictures/
+
+        fmupsample visualize cat.jpg -o pictures/ --point 320,240
+    """
+    import warnings
+
+    from fmupsample.images import ImageSize, find_images
+    from fmupsample_cli.progress import RichProgress, warn
+
+    # What cannot work is said before torch and the models are loaded.
+    sources = find_images(images or [], list_file=list_file, exclude=[output], warn=warn)
+    size = None if image_size is None else ImageSize.parse(image_size)
+
+    from fmupsample.draw import Point
+    from fmupsample.pipeline import Pipeline
+    from fmupsample.visualize import VisualizeOptions
+    from fmupsample.visualize import visualize as draw
+    from fmupsample_cli.loading import load_models
+    from fmupsample_cli.report import print_summary
+
+    options = VisualizeOptions(
+        layout=layout.value,
+        basis=basis,
+        foreground=foreground,
+        points=tuple(dict.fromkeys(Point.parse(text) for text in point or ())),
+        image_format=image_format.value,
+        output_size=output_size,
+        contact_sheet=contact_sheet,
+        overwrite=overwrite,
+    )
+    options.check()
+    # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
+    warnings.filterwarnings("ignore", module="PIL")
+    model, method = load_models(
+        backbone, layer, backbone_weights, upsampler, head, device,
+        image_size=size.exact if size else None, quiet=quiet,
+    )  # fmt: skip
+    pipeline = Pipeline(
+        model,
+        method,
+        image_size=size,
+        fit=fit.value,
+        device=device,
+        precision=precision.value,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    with RichProgress(quiet=quiet) as progress:
+        report = draw(pipeline, sources, output, options, progress=progress)
+
+    payload = {
+        "command": "visualize",
+        "backbone": model.name,
+        "layer": model.layer,
+        "upsampler": method.name,
+        **report.to_json(),
+    }
+    print_summary(_title(report), _rows(report), as_json=as_json, payload=payload)
+    if report.failed:
+        raise typer.Exit(3 if report.drawn or report.skipped else 1)
+
+
+def _title(report) -> str:
+    count = report.pictures - len({failure["source"] for failure in report.failed})
+    return f"{count} of {report.pictures} pictures are in {Path(report.output)}"
+
+
+def _rows(report) -> dict[str, str | int | float]:
+    rows: dict[str, str | int | float] = {"drawn": _files(report.drawn)}
+    if report.skipped:
+        rows["there already"] = f"{report.skipped} (--overwrite draws them again)"
+    if report.failed:
+        rows["failed"] = len(report.failed)
+    if report.sheets:
+        rows["contact sheet"] = _files(report.sheets)
+    if report.basis:
+        share = f" ({report.explained:.0%} of the variance)" if report.explained else ""
+        rows["PCA basis"] = f"{report.basis}{share}"
+    rows["seconds"] = round(report.seconds, 1)
+    return rows
+
+
+def _files(paths: list[Path]) -> str:
+    if len(paths) <= 3:
+        return ", ".join(str(path) for path in paths) or "nothing new"
+    return f"{len(paths)} files, the first {paths[0]}"

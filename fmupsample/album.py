@@ -1,0 +1,269 @@
+"""The folder of pictures that a run of ``visualize`` leaves: names, saving, what is done already.
+
+A log in the hidden subfolder ``.fmupsample`` says of each photograph what was drawn, with which
+options and from which file, so that the next run redoes only what has changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fmupsample.draw import Drawing, Point
+from fmupsample.errors import FmupsampleError, OutputError, UsageError
+from fmupsample.images.find import Source, printable
+from fmupsample.images.read import read_picture
+from fmupsample.progress import Progress
+from fmupsample.render.contact import PER_PAGE, Entry, draw_sheet
+from fmupsample.writers.atomic import remove_leftovers, replacing
+from fmupsample.writers.manifest import Manifest
+from fmupsample.writers.names import output_names
+
+FORMATS = ("png", "jpg")
+BASIS_NAME = "basis.safetensors"
+SHEET_STEM = "contact_sheet"
+MAX_PAGES = 20
+
+_LOG_FOLDER = ".fmupsample"
+_DISK_ENDS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+
+
+class Album:
+    """The output folder of one run; one thread saves, the log may be read from any.
+
+    Args:
+        folder: exists and is locked by the caller.
+        sources: all pictures of the run.
+        image_format: ``"png"`` or ``"jpg"``.
+        points: of the similarity pictures.
+        overwrite: redo what is finished, and replace files that are not in the log.
+
+    Raises:
+        UsageError: a result would take the place of one of the photographs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sequence[Source],
+        *,
+        image_format: str = "png",
+        points: Sequence[Point] = (),
+        overwrite: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.sources = list(sources)
+        self.overwrite = overwrite
+        self.suffix = f".{image_format}"
+        pages = min(-(-len(self.sources) // PER_PAGE), MAX_PAGES)
+        sheets = [self._sheet_name(n) for n in range(pages)]
+        self.names: dict[Source, PurePosixPath] = self._named(self.suffix, sheets)
+        self.point_names = {
+            point: self._named(f".point-{point.x:g}-{point.y:g}{self.suffix}", [])
+            for point in points
+        }
+        self._refuse_to_replace_photographs()
+        self._log = Manifest(folder / _LOG_FOLDER)
+        self._ours = _outputs_in(self._log.records.values())
+        remove_leftovers({folder, *(self.path(name).parent for name in self.names.values())})
+
+    def _named(self, suffix: str, reserved: Sequence[str]) -> dict[Source, PurePosixPath]:
+        names = output_names(self.sources, suffix, reserved=reserved)
+        return dict(zip(self.sources, names, strict=True))
+
+    def _refuse_to_replace_photographs(self) -> None:
+        photographs = {os.path.realpath(source.path) for source in self.sources}
+        for named in (self.names, *self.point_names.values()):
+            for name in named.values():
+                if os.path.realpath(self.path(name)) in photographs:
+                    raise UsageError(
+                        f"the result {printable(self.path(name))} would replace a photograph of "
+                        "this run; choose another folder with --output"
+                    )
+
+    def path(self, name: PurePosixPath | str) -> Path:
+        """Where the result of this name lies."""
+        return self.folder / name
+
+    # -- what is done -------------------------------------------------------------------------
+
+    def record(self, source: Source) -> dict[str, Any]:
+        """What the log says of a picture, if its file has not changed since; else ``{}``."""
+        record = self._log.records.get(_key(source), {})
+        return record if record.get("input") == _stamp(source) else {}
+
+    def is_drawn(self, source: Source, recipe: str, point: Point | None = None) -> bool:
+        """Whether the result is there, made by the same recipe from the same file."""
+        if self.overwrite:
+            return False
+        record = self.record(source)
+        name = (self.names if point is None else self.point_names[point])[source]
+        made = record.get("pictures", {}).get("pca" if point is None else str(point), {})
+        if made.get("recipe") != recipe or made.get("output") != str(name):
+            return False
+        try:
+            return self.path(name).stat().st_size == made["bytes"]
+        except OSError:
+            return False
+
+    def save(
+        self, source: Source, drawing: Drawing, recipe: str, point: Point | None = None
+    ) -> Path:
+        """Write one picture and note it in the log.
+
+        Raises:
+            FmupsampleError: this one cannot be written.
+            OutputError: nothing more can be written (a full disk).
+        """
+        name = (self.names if point is None else self.point_names[point])[source]
+        path = self.path(name)
+        data = encode(drawing.pixels, self.suffix)
+        made = {
+            "output": str(name),
+            "recipe": recipe,
+            "bytes": len(data),
+            "photo": drawing.photo,
+            "colours": drawing.colours,
+        }
+        before = self.record(source)
+        pictures = {**before.get("pictures", {}), "pca" if point is None else str(point): made}
+        record = {
+            "source": _key(source),
+            "status": "ok",
+            "output": str(self.names[source]),
+            "input": _stamp(source),
+            "pictures": pictures,
+        }
+        self._write(path, data, record)
+        return path
+
+    def save_sheets(self, progress: Progress) -> list[Path]:
+        """Contact sheets of every picture of this run that is there; cut from the results.
+
+        Pages that show what they should already are left, pages of an earlier, larger run removed.
+        """
+        shown: list[tuple[Source, dict[str, Any]]] = []
+        for source in self.sources:
+            made = self.record(source).get("pictures", {}).get("pca", {})
+            if made.get("colours") and made.get("output") == str(self.names[source]):
+                shown.append((source, made))
+        if len(shown) < 2:
+            return []
+        most = MAX_PAGES * PER_PAGE
+        if len(shown) > most:
+            progress.warn(f"the contact sheets show the first {most} of {len(shown)} pictures")
+        pages = [shown[n : n + PER_PAGE] for n in range(0, min(len(shown), most), PER_PAGE)]
+        paths = [self.path(self._sheet_name(n)) for n in range(len(pages))]
+        for n, (page, path) in enumerate(zip(pages, paths, strict=True)):
+            known = self._log.records.get(f"sheet {n + 1}", {})
+            content = [[made["output"], made["recipe"], _stamp(source)] for source, made in page]
+            of = [n + 1, len(pages)]
+            if known.get("shows") == content and known.get("of") == of and path.is_file():
+                continue
+            entries = [
+                Entry(
+                    str(self.names[source].with_suffix("")),
+                    made["colours"][:1:-1],
+                    self._loader(made, source),
+                )
+                for source, made in page
+            ]
+            sheet = draw_sheet(entries, note=f"{of[0]} of {of[1]}" if len(pages) > 1 else "")
+            record = {"source": f"sheet {n + 1}", "status": "ok", "output": path.name}
+            self._write(path, encode(sheet, self.suffix), {**record, "shows": content, "of": of})
+        for n in range(len(pages), MAX_PAGES):
+            if self._sheet_name(n) in self._ours:
+                self.path(self._sheet_name(n)).unlink(missing_ok=True)
+        return paths
+
+    def close(self) -> None:
+        """Tidy the log."""
+        self._log.close()
+
+    # -- within -------------------------------------------------------------------------------
+
+    def _sheet_name(self, page: int) -> str:
+        return f"{SHEET_STEM}{f'_{page + 1}' if page else ''}{self.suffix}"
+
+    def _loader(self, made: dict[str, Any], source: Source):
+        def load() -> tuple[np.ndarray, np.ndarray]:
+            with Image.open(self.path(made["output"])) as image:
+                result = np.asarray(image.convert("RGB"))
+            x, y, width, height = made["colours"]
+            colours = result[y : y + height, x : x + width]
+            if made["photo"]:
+                x, y, width, height = made["photo"]
+                return result[y : y + height, x : x + width], colours
+            try:
+                return read_picture(source.path, lambda _: (400, 400))[0], colours
+            except FmupsampleError:  # gone since
+                return colours, colours
+
+        return load
+
+    def _write(self, path: Path, data: bytes, record: dict[str, Any]) -> None:
+        shown = printable(path)
+        relative = path.relative_to(self.folder).as_posix()
+        try:
+            if path.exists() and relative not in self._ours and not self.overwrite:
+                raise FmupsampleError(
+                    f"{shown} exists and was not made by this command; move it away, or give "
+                    "--overwrite"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / _LOG_FOLDER).mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+                # First the log, then the file: what is ours is known even after a crash.
+                self._log.append({**record, "status": "pending"})
+            self._log.append(record)
+            self._ours.add(relative)
+        except OSError as error:
+            reason = f"{shown} cannot be written: {error.strerror}"
+            if error.errno in _DISK_ENDS:
+                raise OutputError(f"{reason}; the pictures finished so far are kept") from error
+            raise FmupsampleError(reason) from error
+
+
+def encode(pixels: np.ndarray, suffix: str) -> bytes:
+    """uint8 ``[H, W, 3]`` as the bytes of a PNG or JPEG file."""
+    buffer = io.BytesIO()
+    if suffix == ".png":
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=5)
+    else:
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+def _key(source: Source) -> str:
+    # Not resolved: a link with a name of its own is a picture of its own.
+    return printable(os.path.abspath(source.path))  # noqa: PTH100
+
+
+def _stamp(source: Source) -> list[int] | None:
+    """Size and time of the photograph's file: another stamp, another photograph."""
+    try:
+        stat = source.path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def stamp_text(source: Source) -> str:
+    """A picture's name and stamp as text, for a digest over all pictures of a run."""
+    return f"{_key(source)} {_stamp(source)}"
+
+
+def _outputs_in(records) -> set[str]:
+    names = set()
+    for record in records:
+        names.add(record.get("output"))
+        names.update(made.get("output") for made in record.get("pictures", {}).values())
+    return names

@@ -1,0 +1,308 @@
+"""``extract``: the dense features of many pictures, one file each, in a run that can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmupsample._version import __version__
+from fmupsample.device import is_out_of_memory
+from fmupsample.errors import FmupsampleError, OutputError
+from fmupsample.extract_pca import fit_basis, saved_basis
+from fmupsample.extract_plan import (
+    ExtractOptions,
+    Plan,
+    Task,
+    make_plan,
+    source_stat,
+)
+from fmupsample.images import Source, parse_output_size, storable
+from fmupsample.pipeline import Item, Pipeline
+from fmupsample.progress import SILENT, Progress
+from fmupsample.projection import Projection
+from fmupsample.writers import FORMATS, Manifest
+from fmupsample.writers.atomic import FolderLock, remove_leftovers
+from fmupsample.writers.background import BackgroundWriter, Output
+from fmupsample.writers.formats import DTYPES
+from fmupsample.writers.manifest import Record
+
+
+@dataclass
+class ExtractReport:
+    """What a run did.
+
+    Attributes:
+        done: records of the pictures finished by this run (see the manifest).
+        skipped: records of those an earlier run had finished.
+        failed: records of those that could not be done, with ``error``.
+        seconds: wall time of the run, without loading the models.
+        explained: with ``pca``, the share of the variance that is kept, 0..1.
+    """
+
+    manifest: Path
+    options: dict[str, Any]
+    estimate: str = ""
+    done: list[Record] = field(default_factory=list)
+    skipped: list[Record] = field(default_factory=list)
+    failed: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
+    explained: float | None = None
+
+
+def extract(
+    pipeline: Pipeline,
+    sources: Sequence[Source],
+    out: Path,
+    options: ExtractOptions | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+    say: Callable[[str], None] = lambda message: None,
+) -> ExtractReport:
+    """Write the features of each picture into ``out``, with a ``manifest.jsonl``.
+
+    Decoding, the backbone, upsampling and writing overlap. A picture that fails is reported to
+    ``progress.warn`` and in the report, and the run goes on. Finished pictures are skipped when
+    the run is repeated with the same options. A run that is stopped, in whatever way, leaves only
+    whole files.
+
+    Args:
+        overwrite: redo everything, also over results made with other options.
+        say: is told the estimate of the disk space, before anything is computed.
+
+    Raises:
+        UsageError: options that cannot be, or that differ from those of the results in ``out``.
+        OutputError: the results do not fit, or can no longer be written; finished ones stay.
+        KeyboardInterrupt: finished ones stay, ``progress.warn`` says how to go on.
+    """
+    began = time.perf_counter()
+    options = (options or ExtractOptions()).checked(pipeline)
+    with FolderLock(out):
+        manifest = Manifest(out)
+        basis = None if overwrite else saved_basis(pipeline, options, out)
+        plan = make_plan(
+            pipeline,
+            sources,
+            out,
+            options,
+            manifest,
+            overwrite=overwrite,
+            pca_fingerprint=basis and basis.fingerprint,
+        )
+        say(plan.estimate)
+        report = ExtractReport(manifest.path, plan.described, plan.estimate, skipped=plan.skipped)
+        run = _Run(pipeline, out, plan, manifest, report, progress)
+        try:
+            run.tidy()
+            if options.pca is not None:
+                if basis is None and plan.tasks:
+                    basis = fit_basis(pipeline, options, out, sources, progress)
+                report.explained = basis and basis.explained
+            run.all(basis)
+        except KeyboardInterrupt:
+            finished = len(report.done) + len(report.skipped)
+            progress.warn(
+                f"stopped: {finished} of {len(sources)} pictures are finished; "
+                "the same command goes on from there"
+            )
+            raise
+        finally:
+            manifest.close()
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+class _Run:
+    """The state of one run; ``all`` does the work."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        out: Path,
+        plan: Plan,
+        manifest: Manifest,
+        report: ExtractReport,
+        progress: Progress,
+    ) -> None:
+        self.pipeline, self.out, self.plan = pipeline, out, plan
+        self.manifest, self.report, self.progress = manifest, report, progress
+        self.tasks: dict[Source, Task] = {task.source: task for task in plan.tasks}
+        # Results of earlier runs for today's pictures: replaced, or removed as outdated.
+        self.earlier = {
+            key: record["output"]
+            for key, record in manifest.records.items()
+            if record.get("output")
+        }
+        self.kept = {r["output"] for r in plan.skipped} | {r["output"] for _, r in plan.moves}
+        self.kept |= {str(task.output) for task in plan.tasks}
+
+    def tidy(self) -> None:
+        """Remove what killed runs left, and rename results whose name is another one now."""
+        folders = {self.out} | {(self.out / task.output).parent for task in self.plan.tasks}
+        remove_leftovers(folder for folder in folders if folder.is_dir())
+        for old, record in self.plan.moves:
+            new = self.out / record["output"]
+            new.parent.mkdir(parents=True, exist_ok=True)
+            self.manifest.append({**record, "status": "pending"})
+            (self.out / old).replace(new)
+            self.manifest.append(record)
+            self.report.skipped.append(record)
+
+    def all(self, basis: Projection | None) -> None:
+        """Every task of the plan."""
+        self.progress.start(len(self.tasks), "extracting")
+        items = self.pipeline.items([task.source for task in self.plan.tasks], on_error=self.fail)
+        writer = BackgroundWriter(self.manifest)
+        try:
+            last = time.perf_counter()
+            for item in items:
+                self.one(item, basis, writer, last)
+                last = time.perf_counter()
+                self.collect(writer.finished())
+            self.collect(writer.close())
+        except BaseException:
+            items.close()
+            with contextlib.suppress(Exception):
+                self.collect(writer.abort())
+            raise
+
+    def one(
+        self, item: Item, basis: Projection | None, writer: BackgroundWriter, began: float
+    ) -> None:
+        """Upsample one picture and hand it to the writer, slice by slice."""
+        options = self.plan.options
+        dtype = DTYPES[options.dtype]
+        started = False
+        try:
+            if basis is None and options.pca is not None:
+                raise FmupsampleError(f"{item.source}: there is no PCA basis to project it on")
+            record = self.record(item.source, item, basis)
+            value = item.features if basis is None else basis.apply(item.features)
+            _check_range(item.source, value, options.dtype)
+            for rows in self.slices(item, value, basis):
+                rows = rows.to(dtype).cpu()
+                if not started:
+                    record["shape"] = [value.shape[0], *rows.shape[1:]]
+                    path = self.out / self.tasks[item.source].output
+                    kind = FORMATS[options.format]
+                    shape = tuple(record["shape"])
+                    writer.begin(Output(path, kind, shape, dtype, _meta(record), record))
+                    started = True
+                writer.add(rows)
+            writer.end(time.perf_counter() - began)
+        except Exception as error:
+            if not isinstance(error, OutputError) and isinstance(error, FmupsampleError):
+                reason = str(error)
+            elif is_out_of_memory(error):
+                reason = (
+                    f"{item.source}: the result does not fit into memory; use a smaller "
+                    "--output-size or --pca"
+                )
+            elif isinstance(error, OSError):
+                reason = f"{item.source} cannot be read: {error.strerror or error}"
+            else:
+                raise
+            if started:
+                writer.cancel(reason)
+            else:
+                self.fail(item.source, reason)
+
+    def slices(self, item: Item, value: Tensor, basis: Projection | None) -> Iterator[Tensor]:
+        """The map of the file, ``[c, H, W]`` at a time."""
+        pipeline, options = self.pipeline, self.plan.options
+        if options.tokens_only:
+            yield pipeline.tokens(item, value)
+            return
+        size = parse_output_size(options.output_size, item.frame, item.grid)
+        if pipeline.upsampler is not None and pipeline.upsampler.linear_in_value:
+            yield from pipeline.upsample_in_slices(item, size, value)
+            return
+        full = pipeline.upsample(item, size)
+        yield full if basis is None else basis.apply(full)
+
+    def record(self, source: Source, item: Item | None, basis: Projection | None) -> Record:
+        """What the manifest says about one picture, but for how it ended."""
+        plan, backbone = self.plan, self.pipeline.backbone
+        record: Record = {
+            "source": storable(source.absolute),
+            "relative": storable(source.relative),
+            "status": "",
+            "output": str(self.tasks[source].output),
+        }
+        if item is not None:
+            record |= source_stat(source)
+            record |= {
+                "dtype": plan.options.dtype,
+                "frame": item.frame.to_json(),
+                "grid": list(item.grid),
+                "stride": list(backbone.stride),
+            }
+        record |= {"options": plan.described, "options_hash": plan.hash, "version": __version__}
+        if basis is not None:
+            record["pca_fingerprint"] = basis.fingerprint
+        return record
+
+    def fail(self, source: Source, error: FmupsampleError | str) -> None:
+        record = self.record(source, None, None)
+        record |= {"status": "failed", "output": None, "error": str(error)}
+        self.manifest.append(record)
+        self.collect([record])
+
+    def collect(self, records: Sequence[Record]) -> None:
+        """Count and report what has ended; a result it replaces goes."""
+        for record in records:
+            earlier = self.earlier.get(record["source"])
+            stale = earlier is not None and record["output"] != earlier
+            if record["status"] == "ok":
+                self.report.done.append(record)
+                stale = stale and earlier not in self.kept
+            else:
+                self.report.failed.append(record)
+                self.progress.warn(record["error"])
+            if stale:
+                with contextlib.suppress(OSError):
+                    (self.out / earlier).unlink()
+            self.progress.advance()
+
+
+def _check_range(source: Source, value: Tensor, dtype: str) -> None:
+    """Weighted means stay within the range of what they average: looking at the LR map is enough.
+
+    Raises:
+        FmupsampleError: NaN or infinity, or numbers that ``dtype`` cannot hold.
+    """
+    largest = float(value.abs().amax())
+    if not largest < float("inf"):
+        raise FmupsampleError(f"{source}: the backbone gave NaN or infinity; try --precision fp32")
+    if largest > torch.finfo(DTYPES[dtype]).max:
+        raise FmupsampleError(
+            f"{source}: features reach {largest:.3g}, beyond {dtype}; use --dtype bf16 or fp32"
+        )
+
+
+def _meta(record: Record) -> dict[str, str]:
+    """The record as strings, for a file's header."""
+    options = record["options"]
+    meta = {
+        "tool": f"fmupsample {record['version']}",
+        "source": record["source"],
+        "frame": json.dumps(record["frame"]),
+        "grid": json.dumps(record["grid"]),
+        "stride": json.dumps(record["stride"]),
+        "options": json.dumps(options),
+        "options_hash": record["options_hash"],
+    }
+    for key in ("backbone", "backbone_fingerprint", "layer", "upsampler", "upsampler_fingerprint"):
+        if options[key] is not None:
+            meta[key] = str(options[key])
+    if "pca_fingerprint" in record:
+        meta["pca_fingerprint"] = record["pca_fingerprint"]
+    return meta

@@ -1,0 +1,309 @@
+"""What an extraction will do, decided before it starts: which files, how large, what is done."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fmupsample.errors import ImageError, OutputError, UsageError
+from fmupsample.images import (
+    Source,
+    check_output_size,
+    parse_output_size,
+    printable,
+    read_size,
+    storable,
+)
+from fmupsample.pipeline import Pipeline
+from fmupsample.writers import FORMATS, Manifest, check_format, file_bytes, output_names
+from fmupsample.writers.manifest import NAME as MANIFEST_NAME
+from fmupsample.writers.manifest import Record
+
+PCA_NAME = "pca.safetensors"
+# Headers read for the estimate; with more pictures, evenly spaced ones stand for the rest.
+_SAMPLE = 1000
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What is written for each picture.
+
+    Attributes:
+        format: ``"safetensors"``, ``"npy"`` or ``"pt"``.
+        dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``, of the numbers in the file.
+        output_size: ``"image"``, ``"original"``, ``"HxW"`` or ``"x4"``.
+        tokens_only: the low-resolution features, nothing upsampled.
+        pca: keep this many principal components instead of all channels.
+    """
+
+    format: str = "safetensors"
+    dtype: str = "fp16"
+    output_size: str = "image"
+    tokens_only: bool = False
+    pca: int | None = None
+
+    def checked(self, pipeline: Pipeline) -> ExtractOptions:
+        """The same in normal form.
+
+        Raises:
+            UsageError: unknown words, or a combination that cannot be.
+        """
+        check_format(self.format, self.dtype)
+        size = check_output_size(self.output_size)
+        channels = pipeline.backbone.channels
+        if self.pca is not None and not 1 <= self.pca <= channels:
+            raise UsageError(
+                f"--pca {self.pca} is not possible: {pipeline.backbone.name} has {channels} "
+                f"channels, so give 1 to {channels}"
+            )
+        if self.tokens_only and size != "image":
+            raise UsageError("--tokens-only and --output-size exclude each other")
+        if not self.tokens_only and pipeline.upsampler is None:
+            raise UsageError("no upsampler was given: name one, or ask for --tokens-only")
+        return replace(self, output_size=size)
+
+    def shape(self, pipeline: Pipeline, original: tuple[int, int]) -> tuple[int, int, int]:
+        """``(C, H, W)`` of the file of a picture of ``original`` pixels; ImageError as in frame."""
+        frame = pipeline.frame(original)
+        grid = pipeline.backbone.grid(frame.canvas)
+        size = grid if self.tokens_only else parse_output_size(self.output_size, frame, grid)
+        return (self.pca or pipeline.backbone.channels, *size)
+
+
+def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:
+    """Everything that decides the numbers in the results; equal dicts, equal results."""
+    backbone, upsampler = pipeline.backbone, pipeline.upsampler
+    upsampling = None if options.tokens_only else upsampler
+    if backbone.fixed_size is not None:
+        size = f"{backbone.fixed_size[0]}x{backbone.fixed_size[1]}"
+    else:
+        size = str(pipeline.image_size or backbone.default_image_size)
+    return {
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        "layer": str(backbone.layer),
+        "precision": pipeline.precision,
+        "image_size": size,
+        "fit": pipeline.fit,
+        "upsampler": upsampling and upsampling.name,
+        "upsampler_fingerprint": upsampling and upsampling.fingerprint,
+        "output_size": "tokens" if options.tokens_only else options.output_size,
+        "pca": options.pca,
+        "dtype": options.dtype,
+        "format": options.format,
+    }
+
+
+def options_hash(described: dict[str, Any]) -> str:
+    """12 hex digits."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass
+class Task:
+    """One picture to be done, and the file it will be in (relative to the output folder)."""
+
+    source: Source
+    output: PurePosixPath
+
+
+@dataclass
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        tasks: pictures to do.
+        skipped: records of those finished by an earlier run with these options.
+        moves: finished files (old, new) whose name is another one among today's pictures.
+        bytes_needed: about, on top of what is there.
+        estimate: the same as a sentence.
+    """
+
+    options: ExtractOptions
+    described: dict[str, Any]
+    hash: str
+    tasks: list[Task] = field(default_factory=list)
+    skipped: list[Record] = field(default_factory=list)
+    moves: list[tuple[PurePosixPath, Record]] = field(default_factory=list)
+    bytes_needed: int = 0
+    estimate: str = ""
+
+
+def make_plan(
+    pipeline: Pipeline,
+    sources: Sequence[Source],
+    out: Path,
+    options: ExtractOptions,
+    manifest: Manifest,
+    *,
+    overwrite: bool,
+    pca_fingerprint: str | None = None,
+) -> Plan:
+    """Compare what is wanted with what is there.
+
+    Args:
+        pca_fingerprint: of the basis in ``out``; results on another one do not count as finished.
+
+    Raises:
+        UsageError: ``out`` holds results made with other options, or files that are not ours.
+        OutputError: the results will not fit on the disk.
+    """
+    described = describe(pipeline, options)
+    plan = Plan(options, described, options_hash(described))
+    names = output_names(
+        sources, FORMATS[options.format].suffix, reserved=(MANIFEST_NAME, PCA_NAME)
+    )
+    if not overwrite:
+        _check_options(out, manifest, plan)
+    owner = {r["output"]: r["source"] for r in manifest.records.values() if r.get("output")}
+    replaced = 0
+    for source, output in zip(sources, names, strict=True):
+        key, name = storable(source.absolute), str(output)
+        record = manifest.records.get(key)
+        if (
+            not overwrite
+            and record is not None
+            and record.get("pca_fingerprint") == pca_fingerprint
+            and _is_done(out, source, record, plan.hash)
+        ):
+            if record["output"] == name:
+                plan.skipped.append(record)
+                continue
+            if not (out / output).exists():
+                plan.moves.append((PurePosixPath(record["output"]), {**record, "output": name}))
+                continue
+        if not overwrite:
+            _check_free(out, output, key, owner)
+        plan.tasks.append(Task(source, output))
+        with contextlib.suppress(OSError):
+            replaced += (out / output).stat().st_size
+    _estimate(plan, pipeline, out, replaced)
+    return plan
+
+
+def source_stat(source: Source) -> dict[str, int]:
+    """Size and time of the file, by which a later run sees that it is the same."""
+    stat = source.path.stat()
+    return {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns}
+
+
+def _is_done(out: Path, source: Source, record: Record, wanted_hash: str) -> bool:
+    if record["status"] != "ok" or record.get("options_hash") != wanted_hash:
+        return False
+    try:
+        if any(record.get(k) != v for k, v in source_stat(source).items()):
+            return False
+        return (out / record["output"]).stat().st_size == record.get("bytes")
+    except (OSError, KeyError, TypeError):
+        return False
+
+
+def _check_options(out: Path, manifest: Manifest, plan: Plan) -> None:
+    for record in manifest.records.values():
+        if record["status"] != "ok" or record.get("options_hash") == plan.hash:
+            continue
+        before = record.get("options") if isinstance(record.get("options"), dict) else {}
+        changed = {key for key, value in plan.described.items() if before.get(key) != value}
+        for model in ("backbone", "upsampler"):
+            if model in changed:  # another model has other weights: no need to say so
+                changed.discard(f"{model}_fingerprint")
+        shown = [
+            f"{key.replace('_', ' ')} {before.get(key)} (now {value})"
+            for key, value in plan.described.items()
+            if key in changed
+        ]
+        raise UsageError(
+            f"{printable(out)} holds results made with other options: {', '.join(shown[:4])}; "
+            "choose another output folder, or --overwrite"
+        )
+
+
+def _check_free(out: Path, output: PurePosixPath, key: str, owner: dict[str, str]) -> None:
+    """Whether the file at ``output`` may be written: not there, or this picture's own."""
+    mine = owner.get(str(output))
+    if mine == key or not (out / output).exists():
+        return
+    if mine is None:
+        raise UsageError(
+            f"{printable(out / output)} exists and is not a result recorded in {MANIFEST_NAME}: "
+            "choose another output folder, or --overwrite"
+        )
+    raise UsageError(
+        f"{printable(out / output)} is the result of {printable(mine)}, now wanted for "
+        f"{printable(key)}: choose another output folder, name both inputs in one run, or "
+        "--overwrite"
+    )
+
+
+# -- disk space -----------------------------------------------------------------------------------
+
+
+def _estimate(plan: Plan, pipeline: Pipeline, out: Path, replaced: int) -> None:
+    step = max(1, -(-len(plan.tasks) // _SAMPLE))
+    sizes = []
+    for task in plan.tasks[::step]:
+        try:
+            sizes.append(read_size(task.source.path))
+        except ImageError:
+            continue  # it will be reported when its turn comes
+
+    def needed(options: ExtractOptions) -> int:
+        total, count = 0, 0
+        for size in sizes:
+            try:
+                total += file_bytes(options.shape(pipeline, size), options.dtype)
+                count += 1
+            except ImageError:
+                continue
+        return round(total / count * len(plan.tasks)) if count else 0
+
+    plan.bytes_needed = needed(plan.options)
+    if not plan.tasks:
+        plan.estimate = "nothing to do: all results are there"
+        return
+    free = shutil.disk_usage(out).free
+    count = len(plan.tasks)
+    plan.estimate = (
+        f"{count} picture{'s' if count > 1 else ''}, {'about ' if step > 1 else ''}"
+        f"{human_bytes(plan.bytes_needed)} in {plan.options.dtype} "
+        f"({human_bytes(plan.bytes_needed // count)} each); {human_bytes(free)} free"
+    )
+    if plan.bytes_needed > free + replaced:
+        smaller = ", ".join(
+            f"{name}: {human_bytes(needed(options))}"
+            for name, options in _smaller(plan, pipeline).items()
+        )
+        raise OutputError(
+            f"the results need {human_bytes(plan.bytes_needed)}, but {printable(out)} has "
+            f"{human_bytes(free)} free; nothing was started. Smaller: {smaller}"
+        )
+
+
+def _smaller(plan: Plan, pipeline: Pipeline) -> dict[str, ExtractOptions]:
+    """Options that take less space, by what to type for them."""
+    options = plan.options
+    ways = {}
+    if options.dtype == "fp32":
+        ways["--dtype fp16"] = replace(options, dtype="fp16")
+    if (options.pca or pipeline.backbone.channels) > 32:
+        ways["--pca 32"] = replace(options, pca=32)
+    if not options.tokens_only:
+        if not options.output_size.startswith("x"):
+            ways["--output-size x4"] = replace(options, output_size="x4")
+        ways["--tokens-only"] = replace(options, tokens_only=True, output_size="image")
+    return ways
+
+
+def human_bytes(count: float) -> str:
+    """``154 MB``; powers of 1000, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,31 @@
+"""Pictures: finding, decoding, sizing and preparing them for a backbone."""
+
+from fmupsample.images.find import EXTENSIONS, Source, find_images, printable, storable
+from fmupsample.images.read import read_image, read_picture, read_size
+from fmupsample.images.size import (
+    Frame,
+    ImageSize,
+    check_image_size,
+    check_output_size,
+    parse_output_size,
+    plan_frame,
+)
+
+# fmupsample.images.prepare is imported by itself: it needs torch, and finding pictures must not.
+
+__all__ = [
+    "EXTENSIONS",
+    "Frame",
+    "ImageSize",
+    "Source",
+    "check_image_size",
+    "check_output_size",
+    "find_images",
+    "parse_output_size",
+    "plan_frame",
+    "printable",
+    "read_image",
+    "read_picture",
+    "read_size",
+    "storable",
+]

@@ -1,0 +1,233 @@
+"""From what the user named (files, folders, globs, a list file) to the pictures of a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fmupsample.errors import UsageError
+
+# What a folder is searched for: formats that Pillow decodes by itself. Left out are those for which
+# it starts another program (EPS), or only recognises the file (HDF5, GRIB, MPEG).
+EXTENSIONS = frozenset(
+    {".apng", ".avif", ".bmp", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2k", ".jfif", ".jp2"}
+    | {".jpe", ".jpeg", ".jpg", ".jpx", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd"}
+    | {".qoi", ".sgi", ".tga", ".tif", ".tiff", ".webp"}
+)
+_MAGIC = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture of a run.
+
+    Attributes:
+        path: what to open, as the user named it (absolute or relative to the working folder).
+        relative: its name below the input it came from, with extension; never absolute, never
+            with ``..``. Results keep this structure.
+    """
+
+    path: Path
+    relative: PurePosixPath
+
+    def __str__(self) -> str:
+        return printable(self.path)
+
+    @property
+    def absolute(self) -> str:
+        """Its absolute path, links not followed: what it is known by in a manifest."""
+        return os.path.abspath(self.path)  # noqa: PTH100 - resolve() would follow links
+
+
+def storable(path: str | os.PathLike[str]) -> str:
+    """``path`` as text that any JSON reader takes: undecodable bytes become ``\\udcXX``."""
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """``path`` for a message of one line: control characters become ``\\n``, ``\\x1b``, ..."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in storable(path))
+
+
+def find_images(
+    inputs: Sequence[str | Path],
+    *,
+    list_file: str | Path | None = None,
+    exclude: Iterable[Path] = (),
+    warn: Callable[[str], None] | None = None,
+) -> list[Source]:
+    """The pictures named by ``inputs`` and ``list_file``, sorted by name, each once.
+
+    Folders are searched recursively for :data:`EXTENSIONS`; hidden files and folders are left out,
+    links are followed, each folder once. Named files are taken whatever their extension. A pattern
+    (``*``, ``?``, ``[]``, ``**``) that names no existing file is expanded here; its results keep
+    their names below the folder part of the pattern. Paths in the list file, one a line, are
+    relative to it (``-`` reads standard input); empty lines and lines that start with ``#`` are
+    comments.
+
+    Args:
+        exclude: folders that are not searched (the output folder, when it lies inside an input).
+        warn: told about subfolders that cannot be read; without it they are an error.
+
+    Raises:
+        UsageError: nothing named, a path that does not exist, a pattern or folder without pictures.
+    """
+    search = _Search(exclude, warn)
+    found: dict[tuple[str, str], Source] = {}
+    searched: list[str] = []
+    for named, relative, where in _named(inputs, list_file):
+        searched.append(str(named))
+        for source in search.expand(named, relative, where):
+            # The same file named twice has the same folder and name; a link with a name of its own
+            # is a picture of its own.
+            folder = os.path.realpath(source.path.parent)
+            found.setdefault((folder, source.path.name), source)
+    if not searched:
+        raise UsageError(
+            "no pictures named: give files, folders or patterns, or a list with --list"
+        )
+    if not found:
+        shown = ", ".join(printable(s) for s in searched[:5])
+        more = f" and {len(searched) - 5} more" if len(searched) > 5 else ""
+        raise UsageError(
+            f"no pictures found in {shown}{more}: looked for "
+            f"{' '.join(e[1:] for e in sorted(EXTENSIONS))}, hidden files and folders left out"
+        )
+    return sorted(found.values(), key=lambda s: (s.relative.parts, os.fspath(s.path)))
+
+
+def _named(
+    inputs: Sequence[str | Path], list_file: str | Path | None
+) -> Iterator[tuple[Path, PurePosixPath | None, str]]:
+    """Each named path, the name it should keep (``None``: by its kind), and where it was named."""
+    for item in inputs:
+        if not str(item):
+            raise UsageError("an empty name is not a picture (an unset variable in the command?)")
+        yield Path(item), None, ""
+    if list_file is None:
+        return
+    base, text = _read_list(list_file)
+    for number, raw in enumerate(text.splitlines(), start=1):
+        line = raw.strip()
+        if not line or line.startswith("#"):
+            continue
+        listed = PurePosixPath(os.path.normpath(line))
+        # A relative path is the name that its author chose: keep it, unless it leaves the folder.
+        keep = None if listed.is_absolute() or ".." in listed.parts else listed
+        yield base / line, keep, f"{printable(list_file)} line {number}: "
+
+
+def _read_list(list_file: str | Path) -> tuple[Path, str]:
+    if str(list_file) == "-":
+        return Path(), sys.stdin.read()
+    path = Path(list_file)
+    try:
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise UsageError(
+            f"the list {printable(path)} cannot be read: {error.strerror or error}"
+        ) from error
+    if "\0" in text:
+        raise UsageError(f"the list {printable(path)} is not text: it must hold one path a line")
+    return path.parent, text
+
+
+class _Search:
+    def __init__(self, exclude: Iterable[Path], warn: Callable[[str], None] | None) -> None:
+        self.exclude = {os.path.realpath(folder) for folder in exclude}
+        self.warn = warn
+
+    def expand(self, named: Path, keep: PurePosixPath | None, where: str) -> Iterator[Source]:
+        """The pictures behind one named path; ``where`` opens the message of an error."""
+        shown = printable(named)
+        try:
+            exists = named.exists()
+        except OSError as error:  # a name too long, a folder on the way that may not be entered
+            raise UsageError(f"{where}{shown} cannot be used: {error.strerror or error}") from error
+        if exists and named.is_dir():
+            yield from self.folder(named, keep or PurePosixPath())
+        elif exists and named.is_file():
+            yield Source(named, keep or PurePosixPath(named.name))
+        elif exists:
+            raise UsageError(f"{where}{shown} is neither a file nor a folder")
+        elif named.is_symlink():
+            raise UsageError(f"{where}{shown} is a link to something that does not exist")
+        elif _MAGIC.intersection(str(named)):
+            yield from self.glob(named, where)
+        else:
+            raise UsageError(f"{where}{shown} does not exist")
+
+    def folder(self, root: Path, prefix: PurePosixPath) -> Iterator[Source]:
+        """All pictures below ``root``, named below ``prefix``; ends on any tangle of links."""
+        seen: set[str] = set()
+        todo = deque([(root, prefix)])
+        while todo:
+            folder, name = todo.pop()
+            real = os.path.realpath(folder)
+            if real in seen or (real in self.exclude and folder != root):
+                continue
+            seen.add(real)
+            try:
+                with os.scandir(folder) as entries:
+                    children = sorted(entries, key=lambda e: e.name)
+            except OSError as error:
+                message = f"folder {printable(folder)} cannot be read: {error.strerror or error}"
+                if folder == root or self.warn is None:
+                    raise UsageError(message) from error
+                self.warn(f"{message}; left out")
+                continue
+            links, folders = [], []
+            for entry in children:
+                if entry.name.startswith("."):
+                    continue
+                path, below = folder / entry.name, name / entry.name
+                if _is(entry.is_dir):
+                    (links if entry.is_symlink() else folders).append((path, below))
+                elif path.suffix.lower() in EXTENSIONS and (
+                    # A link to nowhere is kept: reading it reports which picture is missing.
+                    _is(entry.is_file) or (entry.is_symlink() and not path.exists())
+                ):
+                    yield Source(path, below)
+            # Links come last, so that a folder is named by its own place if it has one.
+            todo.extendleft(links)
+            todo.extend(reversed(folders))
+
+    def glob(self, pattern: Path, where: str) -> Iterator[Source]:
+        """Expand a pattern the shell left alone (quoted, or too long for a command line)."""
+        parts = pattern.parts
+        first = next(i for i, part in enumerate(parts) if _MAGIC.intersection(part))
+        base, rest = Path(*parts[:first]), PurePosixPath(*parts[first:])
+        # "*.dat" asks for these files by name; "*" means the pictures among them.
+        by_name = bool(rest.suffix) and not _MAGIC.intersection(rest.suffix)
+        hidden_wanted = any(part.startswith(".") for part in rest.parts)
+        matched = False
+        try:
+            matches = sorted(base.glob(str(rest)))
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise UsageError(f"{where}bad pattern {printable(pattern)}: {error}") from error
+        for path in matches:
+            below = PurePosixPath(*path.relative_to(base).parts)
+            if ".." in below.parts:
+                below = PurePosixPath(path.name)
+            if not hidden_wanted and any(part.startswith(".") for part in below.parts):
+                continue
+            if path.is_dir():
+                if "**" not in rest.parts:  # "**" lists the files below by itself
+                    matched = True
+                    yield from self.folder(path, below)
+            elif by_name or path.suffix.lower() in EXTENSIONS:
+                matched = True
+                yield Source(path, below)
+        if not matched:
+            raise UsageError(f"{where}no picture matches {printable(pattern)}")
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except OSError:  # a link into a folder that may not be read
+        return False

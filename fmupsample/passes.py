@@ -1,0 +1,93 @@
+"""Between the two passes over many pictures, and between drawing and the disk."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fmupsample.draw import Drawing, Point
+from fmupsample.errors import FmupsampleError
+from fmupsample.images.find import Source
+from fmupsample.images.prepare import normalise
+from fmupsample.pipeline import Item, Pipeline
+
+
+class FeatureCache:
+    """Features of the first pass for the second, as far as they fit."""
+
+    def __init__(self, pipeline: Pipeline, limit: int) -> None:
+        self.pipeline, self.left = pipeline, limit
+        self._kept: dict[Source, Item] = {}
+
+    def add(self, item: Item) -> None:
+        """Keep this item if there is room."""
+        features = item.features.half()
+        if not torch.isfinite(features).all():
+            return  # beyond the range of half precision: better computed again than clipped
+        size = features.numel() * 2 + item.canvas.nbytes
+        if size > self.left:
+            self.left = 0  # the first pictures are kept: drawing goes in the same order
+            return
+        self.left -= size
+        self._kept[item.source] = Item(
+            item.source, item.frame, item.canvas, features.cpu(), torch.empty(0)
+        )
+
+    def items(
+        self, sources: Sequence[Source], *, on_error: Callable[[Source, FmupsampleError], None]
+    ) -> Iterator[Item]:
+        """The items of these sources: kept ones first, then those computed again."""
+        backbone, device = self.pipeline.backbone, self.pipeline.device
+        others = [source for source in sources if source not in self._kept]
+        for source in sources:
+            if (kept := self._kept.pop(source, None)) is not None:
+                image = normalise(kept.canvas, backbone.mean, backbone.std).to(device)
+                features = kept.features.to(device).float()
+                yield Item(source, kept.frame, kept.canvas, features, image)
+        yield from self.pipeline.items(others, on_error=on_error)
+
+
+class Saver:
+    """Encodes and writes in one thread while the next picture is computed; a few wait at most.
+
+    Args:
+        save: called in that thread.
+        saved: called in the thread of the user of this class, with the path or the error.
+    """
+
+    def __init__(
+        self,
+        save: Callable[[Source, Drawing, Point | None], Path],
+        saved: Callable[[Source, Path | FmupsampleError], None],
+    ) -> None:
+        self._save, self._saved = save, saved
+        self._waiting: deque[tuple[Source, Future[Path]]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def put(self, source: Source, drawing: Drawing, point: Point | None) -> None:
+        """Save soon, and hear about earlier ones."""
+        while len(self._waiting) >= 3:
+            self._hear()
+        self._waiting.append((source, self._pool.submit(self._save, source, drawing, point)))
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while kind is None and self._waiting:
+                self._hear()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _hear(self) -> None:
+        source, future = self._waiting.popleft()
+        try:
+            result: Path | FmupsampleError = future.result()
+        except FmupsampleError as error:
+            result = error
+        self._saved(source, result)

@@ -1,0 +1,347 @@
+"""From picture files to features and upsampled maps, with the slow parts overlapping.
+
+pipeline = Pipeline(backbone, upsampler, image_size=ImageSize.parse("448"), device=device)
+for item in pipeline.items(find_images(["photos"]), on_error=report):
+    hr = pipeline.upsample(item)                    # [C, H, W]
+    few = pipeline.upsample(item, value=scores)     # [V, H, W] of any map [V, h, w]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmupsample.backbones import Backbone
+from fmupsample.device import autocast, check_precision, is_out_of_memory, resolve_device
+from fmupsample.errors import FmupsampleError, ImageError, UsageError
+from fmupsample.images.find import Source
+from fmupsample.images.prepare import fit_to_frame, normalise
+from fmupsample.images.read import read_picture
+from fmupsample.images.size import Frame, ImageSize, check_image_size, parse_output_size, plan_frame
+from fmupsample.prefetch import prefetch
+from fmupsample.upsamplers.base import Upsampler
+
+__all__ = ["Item", "Kernels", "Pipeline", "parse_output_size", "resolve_device"]
+
+# A float32 map larger than this is reassembled in slices of channels.
+_CHUNK_BYTES = 384 * 2**20
+# Kernels take about 2 kB a pixel on the way. The guidance shows no more detail than the canvas has,
+# so maps of more pixels than that, and than these, are made at this size and enlarged bilinearly.
+_DIRECT_PIXELS = 2**21
+
+OnError = Callable[[Source, FmupsampleError], None]
+
+
+@dataclass
+class Item:
+    """One picture with its features.
+
+    Attributes:
+        canvas: what the backbone saw, uint8 ``[H, W, 3]``.
+        features: float32 ``[C, h, w]`` of the whole canvas, on the pipeline's device.
+        image: the canvas normalised for the backbone, float32 ``[3, H, W]``, on the device.
+    """
+
+    source: Source
+    frame: Frame
+    canvas: np.ndarray
+    features: Tensor
+    image: Tensor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(h, w)`` of the features."""
+        return self.features.shape[-2], self.features.shape[-1]
+
+
+@dataclass
+class Kernels:
+    """How each pixel of one picture's map mixes the low-resolution cells; see Pipeline.kernels."""
+
+    weights: Tensor
+    crop: tuple[int, int]  # of the reassembled map: the picture without its padding
+    size: tuple[int, int]  # of the result: the crop, averaged or enlarged where they differ
+    _pipeline: Pipeline = field(repr=False)
+
+    def apply(self, value: Tensor) -> Tensor:
+        """``value`` ``[V, h, w]`` -> ``[V, H, W]``."""
+        upsampler = self._pipeline.upsampler
+        assert upsampler is not None
+        with torch.no_grad():
+            return _finish(upsampler.reassemble(self.weights, value[None])[0], self.crop, self.size)
+
+
+class Pipeline:
+    """Runs pictures through a frozen backbone and an upsampler.
+
+    Args:
+        backbone: moved to ``device``.
+        upsampler: moved to ``device``; ``None`` when only low-resolution features are wanted.
+        image_size: ``None``: the backbone's own size, as the short side.
+        fit: ``"resize"`` or ``"pad"``, see :func:`fmupsample.images.plan_frame`.
+        precision: of the backbone's arithmetic. Features are float32 in any case, and upsampling
+            is done in float32: it is the smaller part, and its sums profit.
+        batch_size: pictures of equal canvas size computed together; ``None``: 1 on the CPU (where
+            more costs memory and gains nothing), 8 elsewhere. Halved when memory runs out.
+        workers: threads that decode ahead; ``None``: up to 4 (half the cores
+            when these also compute); 0: decode in the caller's thread.
+
+    Raises:
+        UsageError: an option this backbone, device or machine cannot honour.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        upsampler: Upsampler | None = None,
+        *,
+        image_size: ImageSize | None = None,
+        fit: str = "resize",
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        self.device = resolve_device(device)
+        self.dtype = check_precision(precision, self.device)
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch size {batch_size} is not possible: it must be at least 1")
+        if workers is not None and workers < 0:
+            raise UsageError(f"{workers} workers are not possible: give 0 or more")
+        if fit not in ("resize", "pad"):
+            raise UsageError(f"--fit {fit} is unknown: use resize or pad")
+        check_image_size(image_size, backbone)
+        self.backbone = backbone.to(self.device).eval()
+        self.upsampler = None if upsampler is None else upsampler.to(self.device).eval()
+        self.image_size = image_size
+        self.fit = fit
+        self.precision = precision
+        self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
+        self.workers = _default_workers(self.device) if workers is None else workers
+
+    # -- pictures -> features -----------------------------------------------------------------
+
+    def frame(self, original: tuple[int, int]) -> Frame:
+        """How a picture of ``original`` pixels is shown to the backbone."""
+        return plan_frame(original, self.image_size, self.backbone, self.fit)
+
+    def load(self, source: Source) -> tuple[Frame, np.ndarray]:
+        """Decode one picture -> its frame and its canvas, uint8 ``[H, W, 3]``."""
+        pixels, original = read_picture(source.path, lambda size: self._frame(source, size).placed)
+        frame = self._frame(source, original)
+        return frame, fit_to_frame(pixels, frame)
+
+    def _frame(self, source: Source, original: tuple[int, int]) -> Frame:
+        try:
+            return self.frame(original)
+        except ImageError as error:
+            raise ImageError(f"{source}: {error}") from None
+
+    def items(self, sources: Iterable[Source], *, on_error: OnError) -> Iterator[Item]:
+        """Each picture with its features, in the order of ``sources``.
+
+        Pictures are decoded in threads ahead, and those of equal canvas size share a batch.
+        ``on_error`` is told, in the caller's thread, about each picture that could not be used;
+        every other error ends the loop.
+        """
+        # Enough pictures in hand to fill batches from neighbours of differing sizes.
+        window = 1 if self.batch_size == 1 else 3 * self.batch_size
+        buckets: dict[tuple[int, int], list[_Loaded]] = {}
+        order: list[int] = []  # numbers of the pictures in hand, oldest first
+        done: dict[int, Item | None] = {}  # None: failed
+
+        def run(canvas: tuple[int, int]) -> None:
+            batch = buckets.pop(canvas)
+            done.update(zip((p.number for p in batch), self._batch(batch, on_error), strict=True))
+
+        def ready() -> Iterator[Item]:
+            while order and order[0] in done:
+                item = done.pop(order.pop(0))
+                if item is not None:
+                    yield item
+
+        loaded = prefetch(
+            self.load, sources, workers=self.workers, ahead=self.workers + self.batch_size
+        )
+        try:
+            for number, (source, result, error) in enumerate(loaded):
+                if error is not None:
+                    if not isinstance(error, FmupsampleError):
+                        raise error
+                    on_error(source, error)
+                    continue
+                picture = _Loaded(number, source, *result)
+                order.append(number)
+                size = picture.frame.canvas
+                buckets.setdefault(size, []).append(picture)
+                if len(buckets[size]) >= self.batch_size:
+                    run(size)
+                yield from ready()
+                if len(order) >= window:
+                    run(next(s for s, b in buckets.items() if b[0].number == order[0]))
+                    yield from ready()
+            for size in list(buckets):
+                run(size)
+            yield from ready()
+        finally:
+            loaded.close()
+
+    def _batch(self, batch: list[_Loaded], on_error: OnError) -> list[Item | None]:
+        """Features of pictures of equal canvas size; a batch too large for memory is halved."""
+        try:
+            return self._features(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            height, width = batch[0].frame.canvas
+            source = batch[0].source
+            message = (
+                f"{source}: at {height}x{width} the backbone needs more memory than "
+                f"{self.device} has; use a smaller --image-size"
+            )
+            on_error(source, ImageError(message))
+            return [None]
+        half = len(batch) // 2
+        return self._batch(batch[:half], on_error) + self._batch(batch[half:], on_error)
+
+    @torch.no_grad()
+    def _features(self, batch: list[_Loaded]) -> list[Item | None]:
+        backbone = self.backbone
+        images = torch.stack([normalise(p.canvas, backbone.mean, backbone.std) for p in batch])
+        images = images.to(self.device)  # [B, 3, H, W]
+        with autocast(self.device, self.dtype):
+            features = backbone(images)  # [B, C, h, w]
+        features = features.float()
+        return [
+            Item(p.source, p.frame, p.canvas, features[i], images[i]) for i, p in enumerate(batch)
+        ]
+
+    # -- features -> maps ---------------------------------------------------------------------
+
+    def upsample(
+        self, item: Item, size: tuple[int, int] | None = None, value: Tensor | None = None
+    ) -> Tensor:
+        """Upsampled map of the picture without its padding, float32 ``[V, H, W]``, on the device.
+
+        Args:
+            size: ``(H, W)`` of the result; default: the picture's size on the canvas.
+            value: any map ``[V, h, w]`` on the grid of the features (PCA scores, class logits,
+                similarities); default: the features. The kernels come from the features always.
+
+        Raises:
+            UsageError: without an upsampler, or ``value`` with one that is not linear.
+        """
+        if self._upsampler.linear_in_value:
+            return self.kernels(item, size).apply(item.features if value is None else value)
+        if value is not None:
+            raise UsageError(
+                f"upsampler {self._upsampler.name} is not linear in its values: "
+                "it upsamples features only"
+            )
+        full, crop, size = self._sizes(item, size)
+        with torch.no_grad():
+            out = self._upsampler(item.features[None], item.image[None], size=full)[0]
+            return _finish(out, crop, size)
+
+    def kernels(self, item: Item, size: tuple[int, int] | None = None) -> Kernels:
+        """The first half of :meth:`upsample`, for several values of one picture."""
+        full, crop, size = self._sizes(item, size)
+        with torch.no_grad():
+            weights = self._upsampler.kernels(item.features[None], item.image[None], full)
+        return Kernels(weights, crop, size, self)
+
+    def upsample_in_slices(
+        self, item: Item, size: tuple[int, int] | None = None, value: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """:meth:`upsample` in slices of channels ``[v, H, W]``, so that memory stays bounded."""
+        values = item.features if value is None else value
+        full, _, final = self._sizes(item, size)
+        step = max(1, _CHUNK_BYTES // (4 * max(full[0] * full[1], final[0] * final[1])))
+        if not self._upsampler.linear_in_value or step >= values.shape[0]:
+            yield self.upsample(item, size, value)
+            return
+        kernels = self.kernels(item, size)
+        for start in range(0, values.shape[0], step):
+            yield kernels.apply(values[start : start + step])
+
+    def tokens(self, item: Item, value: Tensor | None = None) -> Tensor:
+        """The low-resolution map ``[V, h, w]`` without the cells that lie in the padding only."""
+        values = item.features if value is None else value
+        height, width = (
+            -(-placed * n // canvas)
+            for placed, canvas, n in zip(
+                item.frame.placed, item.frame.canvas, item.grid, strict=True
+            )
+        )
+        return values[:, :height, :width]
+
+    @property
+    def _upsampler(self) -> Upsampler:
+        if self.upsampler is None:
+            raise UsageError("this pipeline was made without an upsampler: it gives features only")
+        return self.upsampler
+
+    def _sizes(
+        self, item: Item, size: tuple[int, int] | None
+    ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """For a map of the picture: the size to upsample the whole canvas to, its crop, the result.
+
+        With padding, the canvas's size is the one that gives the picture its size, to the nearest
+        pixel. A map smaller than the grid (the original pixels of a thumbnail) is upsampled to the
+        canvas and averaged down; a huge one is made smaller and enlarged.
+        """
+        frame, grid = item.frame, item.grid
+        crop = wanted = frame.placed if size is None else size
+        limit = max(frame.canvas[0] * frame.canvas[1], _DIRECT_PIXELS)
+        if wanted[0] * wanted[1] > limit:
+            scale = (limit / (wanted[0] * wanted[1])) ** 0.5
+            crop = tuple(max(1, int(n * scale)) for n in wanted)
+        full = tuple(
+            _whole(*axis) for axis in zip(crop, frame.placed, frame.canvas, grid, strict=True)
+        )
+        if full[0] < grid[0] or full[1] < grid[1]:
+            return frame.canvas, frame.placed, wanted
+        return full, crop, wanted
+
+
+def _finish(full: Tensor, crop: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """``[V, H, W]`` of the canvas -> the crop, brought to ``size``."""
+    out = full[:, : crop[0], : crop[1]]
+    if crop == size:
+        return out
+    if size[0] >= crop[0] and size[1] >= crop[1]:
+        return F.interpolate(out[None], size=size, mode="bilinear", align_corners=False)[0]
+    return F.adaptive_avg_pool2d(out, size)
+
+
+def _default_workers(device: torch.device) -> int:
+    cores = os.cpu_count() or 1
+    return max(1, min(4, cores // 2 if device.type == "cpu" else cores))
+
+
+@dataclass
+class _Loaded:
+    number: int
+    source: Source
+    frame: Frame
+    canvas: np.ndarray
+
+
+def _whole(wanted: int, placed: int, canvas: int, cells: int) -> int:
+    """Length of a map of the canvas in which the picture has length ``wanted``."""
+    if placed == canvas:
+        return wanted
+    length = wanted * canvas / placed
+    whole_ratio = max(1, round(length / cells)) * cells
+    if round(whole_ratio * placed / canvas) == wanted:
+        return whole_ratio  # an exact multiple of the grid, where rounding allows it
+    return max(wanted, round(length))

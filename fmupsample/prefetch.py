@@ -1,0 +1,50 @@
+"""Doing slow, independent work in threads ahead of the one who needs the results in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+def prefetch(
+    work: Callable[[A], R], items: Iterable[A], *, workers: int, ahead: int
+) -> Iterator[tuple[A, R | None, Exception | None]]:
+    """``(item, work(item), None)`` or ``(item, None, error)`` for each item, in order.
+
+    At most ``ahead`` results are made before they are asked for, so memory stays bounded however
+    slow the consumer is. With ``workers=0`` the work is done on the spot. Leaving the loop early
+    (an error, Ctrl-C) drops what has not begun and does not wait for what has.
+    """
+    if workers < 1:
+        for item in items:
+            yield _outcome(item, lambda item=item: work(item))
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    waiting: deque[tuple[A, Future[R]]] = deque()
+    try:
+        source = iter(items)
+        while True:
+            while len(waiting) < max(1, ahead):
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                waiting.append((item, pool.submit(work, item)))
+            if not waiting:
+                return
+            item, future = waiting.popleft()
+            yield _outcome(item, future.result)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _outcome(item: A, result: Callable[[], R]) -> tuple[A, R | None, Exception | None]:
+    try:
+        return item, result(), None
+    except Exception as error:
+        return item, None, error

@@ -1,0 +1,323 @@
+"""Draw the features of many pictures: one PCA basis for all, one drawing each, contact sheets.
+
+With a shared basis there are two passes: the first computes features and keeps a sample of tokens
+for the basis, the second draws. Features of the first pass are kept in memory (half precision) up
+to a bound; beyond it they are computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmupsample.album import BASIS_NAME, FORMATS, Album, stamp_text
+from fmupsample.draw import LAYOUTS, Artist, Drawing, Layout, Point
+from fmupsample.errors import FmupsampleError, OutputError, UsageError
+from fmupsample.images.find import Source, printable
+from fmupsample.images.size import check_output_size
+from fmupsample.passes import FeatureCache, Saver
+from fmupsample.pca import PCABasis, sample_tokens
+from fmupsample.pipeline import Item, Pipeline
+from fmupsample.progress import SILENT, Progress
+from fmupsample.writers.atomic import FolderLock
+
+# A drawing made by another revision of this code is drawn again.
+_REVISION = 1
+_MAX_TOKENS = 50_000
+_MAX_TOKEN_NUMBERS = 12_000_000  # tokens x channels that a basis is fitted on: 96 MB in float64
+
+
+@dataclass(frozen=True)
+class VisualizeOptions:
+    """What to draw.
+
+    Attributes:
+        layout: ``"panel"``, ``"single"`` or ``"overlay"``, see :class:`fmupsample.draw.Artist`.
+        basis: ``"shared"`` (one PCA basis for all pictures of the run), ``"image"`` (each its
+            own), or the path of a basis saved by an earlier run.
+        foreground: fit and draw the PCA on each picture's foreground only.
+        points: pixels of the original pictures for similarity maps.
+        image_format: ``"png"`` or ``"jpg"``.
+        output_size: of single and overlay pictures (image, original, HxW, xN).
+        contact_sheet: make one, of two pictures or more.
+        overwrite: draw again what is finished.
+        cache_bytes: memory for the features between the two passes.
+    """
+
+    layout: Layout = "panel"
+    basis: str | Path = "shared"
+    foreground: bool = False
+    points: tuple[Point, ...] = ()
+    image_format: str = "png"
+    output_size: str = "image"
+    contact_sheet: bool = True
+    overwrite: bool = False
+    cache_bytes: int = 2**30
+
+    def check(self) -> None:
+        """Raise a UsageError for what cannot be honoured."""
+        if self.layout not in LAYOUTS:
+            raise UsageError(f"layout {self.layout!r} is unknown: use {', '.join(LAYOUTS)}")
+        if self.image_format not in FORMATS:
+            raise UsageError(f"format {self.image_format!r} is unknown: use png or jpg")
+        if check_output_size(self.output_size) != "image" and self.layout == "panel":
+            raise UsageError(
+                "--output-size is for --layout single and overlay; the tiles of a panel follow "
+                "--image-size"
+            )
+
+
+@dataclass
+class Report:
+    """What became of a run.
+
+    Attributes:
+        drawn: files written, in the order of the pictures.
+        skipped: pictures all of whose files were there already.
+        failed: ``{"source": ..., "error": ...}`` for each picture with a fault.
+        sheets: the contact sheets.
+        basis: the shared basis that was used, if it is a file.
+        explained: share of the features' variance that the three colours show (shared basis).
+    """
+
+    output: Path
+    pictures: int
+    drawn: list[Path] = field(default_factory=list)
+    skipped: int = 0
+    failed: list[dict[str, str]] = field(default_factory=list)
+    sheets: list[Path] = field(default_factory=list)
+    basis: Path | None = None
+    explained: float | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON summary."""
+        return {
+            "output": str(self.output),
+            "pictures": self.pictures,
+            "drawn": [str(path) for path in self.drawn],
+            "skipped": self.skipped,
+            "failed": self.failed,
+            "contact_sheets": [str(path) for path in self.sheets],
+            "basis": str(self.basis) if self.basis else None,
+            "explained_variance": self.explained,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def visualize(
+    pipeline: Pipeline,
+    sources: Sequence[Source],
+    output: str | Path,
+    options: VisualizeOptions | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> Report:
+    """Draw ``sources`` into the folder ``output``.
+
+    Pictures that cannot be read or drawn are reported and left out; what an earlier run with the
+    same options finished is not done again.
+
+    Raises:
+        UsageError: options that cannot be honoured, a basis of another backbone.
+        OutputError: the folder cannot be written, the disk is full.
+    """
+    options = options or VisualizeOptions()
+    options.check()
+    with FolderLock(Path(output)):
+        run = _Run(pipeline, list(sources), Path(output), options, progress)
+        try:
+            return run.run()
+        finally:
+            run.album.close()
+
+
+class _Run:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        sources: list[Source],
+        output: Path,
+        options: VisualizeOptions,
+        progress: Progress,
+    ) -> None:
+        self.pipeline, self.sources, self.output = pipeline, sources, output
+        self.options, self.progress = options, progress
+        shared = options.basis != "image"
+        self.artist = Artist(
+            pipeline,
+            layout=options.layout,
+            output_size=options.output_size,
+            foreground=options.foreground,
+            note=f"{pipeline.backbone.name}, PCA of {'the run' if shared else 'this picture'}",
+        )
+        self.report = Report(output, len(sources))
+        self.basis: PCABasis | None = None
+        self.cache = FeatureCache(pipeline, options.cache_bytes)
+        self.album = Album(
+            output,
+            sources,
+            image_format=options.image_format,
+            points=options.points,
+            overwrite=options.overwrite,
+        )
+
+    def run(self) -> Report:
+        began = time.monotonic()
+        if self.options.basis != "image":
+            self.basis = self._basis()
+        todo = [source for source in self.sources if self._wanted(source)]
+        bad = {failure["source"] for failure in self.report.failed}
+        self.report.skipped = len(self.sources) - len(todo)
+        self._draw([source for source in todo if str(source) not in bad])
+        if self.options.contact_sheet:
+            self.report.sheets = self.album.save_sheets(self.progress)
+        self.report.seconds = time.monotonic() - began
+        return self.report
+
+    # -- the basis ----------------------------------------------------------------------------
+
+    def _model(self) -> dict[str, str]:
+        """What the features, and so a basis, depend on."""
+        backbone, pipeline = self.pipeline.backbone, self.pipeline
+        return {
+            "backbone": backbone.name,
+            "layer": str(backbone.layer),
+            "backbone_fingerprint": backbone.fingerprint,
+            "image_size": str(pipeline.image_size or backbone.default_image_size),
+            "fit": pipeline.fit,
+            "precision": pipeline.precision,
+            "foreground": str(self.options.foreground),
+        }
+
+    def _basis(self) -> PCABasis | None:
+        backbone = self.pipeline.backbone
+        if self.options.basis != "shared":
+            path = Path(self.options.basis)
+            basis = PCABasis.load(path)
+            basis.check(
+                backbone=backbone.name, layer=backbone.layer, channels=backbone.channels,
+                where=printable(path),
+            )  # fmt: skip
+            self.report.basis = path
+            return basis
+        path = self.output / BASIS_NAME
+        pictures = hashlib.sha256("\n".join(map(stamp_text, self.sources)).encode()).hexdigest()
+        metadata = {**self._model(), "pictures": pictures[:16], "revision": str(_REVISION)}
+        basis = self._saved_basis(path, metadata)
+        if basis is None:
+            tokens = self._sample()
+            if tokens is None:
+                return None  # not one picture could be read
+            metadata["tokens"] = str(len(tokens))
+            basis = PCABasis.fit(tokens, metadata=metadata)
+            basis.save(path)
+        self.report.basis = path
+        self.report.explained = float(basis.explained.sum())
+        return basis
+
+    def _saved_basis(self, path: Path, metadata: dict[str, str]) -> PCABasis | None:
+        """The basis of an earlier run on the same pictures with the same model."""
+        if not path.exists():
+            return None
+        try:
+            basis = PCABasis.load(path)
+        except UsageError as error:
+            if self.options.overwrite:
+                return None
+            raise OutputError(
+                f"{printable(path)} is in the way: it is not a PCA basis of this version; move it "
+                "away, or give --overwrite"
+            ) from error
+        same = all(basis.metadata.get(key) == value for key, value in metadata.items())
+        return basis if same and not self.options.overwrite else None
+
+    def _sample(self) -> Tensor | None:
+        """Tokens ``[N, C]`` spread evenly over all pictures; fills the cache on the way."""
+        most = min(_MAX_TOKENS, _MAX_TOKEN_NUMBERS // self.pipeline.backbone.channels)
+        each = max(1, most // len(self.sources))
+        every = -(-len(self.sources) // most)  # more pictures than tokens: some give none
+        samples = []
+        self.progress.start(len(self.sources), "features")
+        for n, item in enumerate(self.pipeline.items(self.sources, on_error=self._failed)):
+            if n % every == 0:
+                tokens = self.artist.basis_tokens(item)
+                samples.append(sample_tokens(tokens.T[:, :, None], each).cpu())
+            self.cache.add(item)
+            self.progress.advance()
+        return torch.cat(samples) if samples else None
+
+    # -- the drawings -------------------------------------------------------------------------
+
+    def _recipe(self, point: Point | None) -> str:
+        """Digest of all that decides how a drawing looks, but for the photograph itself."""
+        options, upsampler = self.options, self.pipeline.upsampler
+        what: dict[str, Any] = {
+            **self._model(),
+            "upsampler": [upsampler.name, getattr(upsampler, "fingerprint", "")],
+            "format": options.image_format,
+            "revision": _REVISION,
+        }
+        if point is None:
+            basis = self.basis.fingerprint if self.basis else "image"
+            what |= {"layout": options.layout, "size": options.output_size, "basis": basis}
+        else:
+            del what["foreground"]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _wanted(self, source: Source) -> list[Point | None]:
+        """What is still to be drawn of a picture: ``None`` is the PCA picture."""
+        kinds = (None, *self.options.points)
+        return [p for p in kinds if not self.album.is_drawn(source, self._recipe(p), p)]
+
+    def _draw(self, todo: list[Source]) -> None:
+        if not todo:
+            return
+        self.progress.start(len(todo), "drawing")
+        with Saver(self._save, self._saved) as saver:
+            for item in self.cache.items(todo, on_error=self._failed):
+                for point, drawing in self._drawings(item, self._wanted(item.source)):
+                    saver.put(item.source, drawing, point)
+                self.progress.advance()
+
+    def _drawings(
+        self, item: Item, wanted: list[Point | None]
+    ) -> Iterator[tuple[Point | None, Drawing]]:
+        points = [point for point in wanted if point is not None]
+        if None in wanted:
+            try:
+                basis = self.basis or PCABasis.fit(self.artist.basis_tokens(item))
+                yield None, self.artist.draw_pca(item, basis)
+            except FmupsampleError as error:
+                self._failed(item.source, error, step=0)
+        drawings = self.artist.draw_similarity(item, points)
+        for point, drawing in zip(points, drawings, strict=True):
+            if isinstance(drawing, Drawing):
+                yield point, drawing
+            else:
+                self._failed(item.source, drawing, step=0)
+
+    def _save(self, source: Source, drawing: Drawing, point: Point | None) -> Path:
+        return self.album.save(source, drawing, self._recipe(point), point)
+
+    def _saved(self, source: Source, result: Path | FmupsampleError) -> None:
+        if isinstance(result, Path):
+            self.report.drawn.append(result)
+        elif isinstance(result, OutputError):
+            raise result
+        else:
+            self._failed(source, result, step=0)
+
+    def _failed(self, source: Source, error: FmupsampleError, step: int = 1) -> None:
+        self.report.failed.append({"source": str(source), "error": str(error)})
+        self.progress.warn(str(error))
+        if step:
+            self.progress.advance(step)

@@ -1,0 +1,111 @@
+"""A result is there whole or not at all, whenever the run is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fmupsample.errors import OutputError
+from fmupsample.images.find import printable
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_PREFIX, _SUFFIX = ".fmupsample-", ".part"
+_LOCK = ".fmupsample.lock"
+_numbers = itertools.count()
+
+
+def temporary_for(path: Path) -> Path:
+    """A name in the folder of ``path`` under which to write it first; short, hidden, unique."""
+    return path.with_name(f"{_PREFIX}{os.getpid()}-{next(_numbers)}{_SUFFIX}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """``with replacing(path) as temporary``: what was written there becomes ``path`` at the end.
+
+    After an error, or Ctrl-C, the temporary file is removed and ``path`` is what it was before.
+    """
+    temporary = temporary_for(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folders: Iterable[Path]) -> None:
+    """Delete temporary files of runs that were killed. Call it under the :class:`FolderLock`."""
+    for folder in folders:
+        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
+class FolderLock:
+    """``with FolderLock(folder)``: two runs do not write into the same folder at the same time.
+
+    The lock belongs to the process: it is gone when the process is, however that ends. On systems
+    and network disks without locks, runs are not protected from each other.
+
+    Raises:
+        OutputError: the folder cannot be made or written, or another run holds the lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._created: list[Path] = []
+        self._handle: int | None = None
+
+    def __enter__(self) -> FolderLock:
+        shown = printable(self.folder)
+        missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._created = missing
+            self._lock()
+        except FileExistsError as error:
+            raise OutputError(f"{shown} is a file; the output must be a folder") from error
+        except BlockingIOError as error:
+            raise OutputError(f"another run is writing into {shown}; wait for it") from error
+        except OSError as error:
+            raise OutputError(
+                f"cannot write into the output folder {shown}: {error.strerror}"
+            ) from error
+        return self
+
+    def _lock(self) -> None:
+        path = self.folder / _LOCK
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if fcntl is not None:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Between open and lock, a run that ended may have removed the file.
+                current = path.exists() and os.path.samestat(path.stat(), os.fstat(handle))
+            except BlockingIOError:
+                os.close(handle)
+                raise
+            except OSError:
+                current = True  # a disk without locks
+            if current:
+                self._handle = handle
+                return
+            os.close(handle)
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            (self.folder / _LOCK).unlink()
+        if self._handle is not None:
+            os.close(self._handle)
+        # A run that ended before its first result leaves no empty folder behind.
+        for folder in self._created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()

@@ -1,0 +1,103 @@
+"""``manifest.jsonl``: what became of each picture, one JSON object a line.
+
+While a run lasts, lines are only appended, each in one write: a run that is killed leaves at most
+one torn line at the end, which the next run drops. Before a result takes its final name, a line
+with status ``pending`` says so: a file that no line names is not ours and is never overwritten.
+At the end the file is rewritten, atomically, with one line a picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from fmupsample.errors import OutputError, UsageError
+from fmupsample.images.find import printable
+from fmupsample.writers.atomic import replacing
+
+NAME = "manifest.jsonl"
+Record = dict[str, Any]
+
+
+class Manifest:
+    """The manifest of an output folder. ``append`` may be called from any thread.
+
+    Attributes:
+        records: the latest record of each picture, by its ``source`` (an absolute path).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there.
+
+        Raises:
+            UsageError: a file of that name that is not such a manifest.
+            OutputError: it cannot be read.
+        """
+        self.path = folder / NAME
+        self.records: dict[str, Record] = {}
+        self._lock = threading.Lock()
+        self._handle: int | None = None
+        self._whole = 0  # bytes up to the end of the last whole line
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise OutputError(f"cannot read {printable(self.path)}: {error.strerror}") from error
+        self._whole = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[: self._whole].splitlines(), start=1):
+            if line.strip():
+                record = _parse(line)
+                if record is None:
+                    raise UsageError(
+                        f"{printable(self.path)} is not a manifest of fmupsample (line {number}): "
+                        "choose another output folder, or move that file away"
+                    )
+                self.records[record["source"]] = record
+
+    def append(self, record: Record) -> None:
+        """Add a line, in one write.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            if self._handle is None:
+                self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                os.ftruncate(self._handle, self._whole)
+            view = memoryview(line)
+            while view:
+                view = view[os.write(self._handle, view) :]
+            self.records[record["source"]] = record
+
+    def close(self, *, compact: bool = True) -> None:
+        """Close the file; ``compact``: rewrite it with one line a picture, sorted by output."""
+        with self._lock:
+            if self._handle is None:
+                return
+            os.close(self._handle)
+            self._handle = None
+            if not compact:
+                return
+            ordered = sorted(
+                self.records.values(), key=lambda r: (r.get("output") or "", r["source"])
+            )
+            # On a full disk the longer form stays, which says the same.
+            with contextlib.suppress(OSError), replacing(self.path) as temporary:
+                lines = (json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in ordered)
+                temporary.write_bytes(b"".join(lines))
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("source"), str):
+        return None
+    return record if isinstance(record.get("status"), str) else None

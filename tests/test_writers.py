@@ -1,0 +1,339 @@
+"""Files, names, the manifest, and what a killed run leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from fmupsample.errors import OutputError, UsageError
+from fmupsample.images import Source
+from fmupsample.writers import FORMATS, Manifest, check_format, output_names
+from fmupsample.writers.atomic import FolderLock, remove_leftovers, replacing, temporary_for
+from fmupsample.writers.background import BackgroundWriter, Output
+from fmupsample.writers.formats import DTYPES
+
+
+def map_of(dtype: torch.dtype, channels: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(channels, 3, 7, generator=generator).to(dtype)
+
+
+def read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, allow_pickle=False)), {}
+    if path.suffix == ".pt":
+        loaded = torch.load(path, weights_only=True)
+        return loaded["features"], loaded["meta"]
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("features"), file.metadata()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_formats_round_trip_in_slices(kind: str, dtype: str, tmp_path: Path) -> None:
+    if dtype not in FORMATS[kind].dtypes:
+        with pytest.raises(UsageError, match=r"npy has no bf16: use --dtype fp32 or fp16"):
+            check_format(kind, dtype)
+        return
+    check_format(kind, dtype)
+    value = map_of(DTYPES[dtype])
+    meta = {"source": "ä \\udc80", "frame": '{"a": [1]}'}
+    path = tmp_path / f"a{FORMATS[kind].suffix}"
+    file = FORMATS[kind](path, tuple(value.shape), value.dtype, meta)
+    file.append(value[:2])
+    file.append(value.transpose(1, 2).contiguous().transpose(1, 2)[2:])  # not contiguous
+    file.close()
+    got, got_meta = read(path)
+    assert got.dtype == value.dtype and torch.equal(got, value)
+    assert got_meta in (meta, {})
+
+
+def test_a_pt_file_holds_the_slice_and_not_what_lies_behind_it(tmp_path: Path) -> None:
+    value = map_of(torch.float32, 5000)[:1]
+    file = FORMATS["pt"](tmp_path / "a.pt", tuple(value.shape), value.dtype, {})
+    file.append(value)
+    file.close()
+    assert (tmp_path / "a.pt").stat().st_size < 5000
+
+
+def test_missing_or_wrong_slices_are_an_error(tmp_path: Path) -> None:
+    file = FORMATS["npy"](tmp_path / "a", (5, 3, 7), torch.float32, {})
+    with pytest.raises(ValueError, match="does not continue"):
+        file.append(map_of(torch.float16))
+    file.append(map_of(torch.float32)[:4])
+    with pytest.raises(ValueError, match="4 of 5 channels"):
+        file.close()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_one_pixel_with_odd_strides(kind: str, tmp_path: Path) -> None:
+    value = torch.arange(4.0).as_strided((4, 1, 1), (1, 64, 64))
+    file = FORMATS[kind](tmp_path / f"a{FORMATS[kind].suffix}", (4, 1, 1), torch.float32, {})
+    file.append(value)
+    file.close()
+    assert torch.equal(read(tmp_path / f"a{FORMATS[kind].suffix}")[0], value)
+
+
+def test_safetensors_data_is_aligned(tmp_path: Path) -> None:
+    for length in range(9):
+        path = tmp_path / "a"
+        file = FORMATS["safetensors"](path, (1, 1, 1), torch.float32, {"k": "x" * length})
+        file.append(torch.ones(1, 1, 1))
+        file.close()
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+        assert read(path)[0].item() == 1
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("hdf5", "fp32"), ("npy", "int8")])
+def test_unknown_words(kind: str, dtype: str) -> None:
+    with pytest.raises(UsageError, match="is unknown: use"):
+        check_format(kind, dtype)
+
+
+# -- names --------------------------------------------------------------------------------------
+
+
+def named(*paths: str, reserved: tuple[str, ...] = ()) -> list[str]:
+    """Output names of "root:relative" sources."""
+    sources = []
+    for path in paths:
+        root, _, relative = path.rpartition(":")
+        sources.append(Source(Path("/data") / root / relative, PurePosixPath(relative)))
+    return [str(n) for n in output_names(sources, ".npy", reserved=reserved)]
+
+
+def test_names() -> None:
+    assert named("a.jpg", "sub/a.jpg", "b.tar.png", "noext") == [
+        "a.npy",
+        "sub/a.npy",
+        "b.tar.npy",
+        "noext.npy",
+    ]
+    assert named("a.jpg", "a.png", "b.png") == ["a.jpg.npy", "a.png.npy", "b.npy"]
+    # the same name from two inputs: the folder above tells them apart
+    assert named("x:a.jpg", "y:a.jpg") == ["x/a.npy", "y/a.npy"]
+    assert named("x:a.jpg", "x:a.png", "y:a.jpg") == ["x/a.npy", "a.png.npy", "y/a.npy"]
+    # folders of the same name: a number, in the order of the paths
+    assert named("2/p:a.jpg", "1/p:a.jpg") == ["p/a.jpg~2.npy", "p/a.jpg.npy"]
+    # names that the run needs for itself
+    assert named("pca.jpg", reserved=("pca.npy",)) == ["pca.jpg.npy"]
+    # a file where another result needs a folder
+    assert named("a.jpg", "a.npy/b.jpg") == ["a.jpg.npy", "a.npy/b.npy"]
+
+
+def test_names_that_differ_in_case_or_unicode_form_only() -> None:
+    for pair in (("a.jpg", "A.jpg"), ("S/x.jpg", "s/x.jpg"), ("\u00e9.jpg", "e\u0301.jpg")):
+        assert len({n.casefold() for n in named(*pair)}) == 2
+
+
+def test_very_long_names_fit_a_file_system(tmp_path: Path) -> None:
+    stems = ["x" * 249 + c for c in "ab"] + ["ü" * 120 + "a"]
+    names = named(*(f"{stem}.jpg" for stem in stems))
+    assert len(set(names)) == 3
+    for name in names:
+        assert len(name.encode()) <= 255
+        (tmp_path / name).touch()
+
+
+parts = st.lists(st.sampled_from(["a", "A", "b", "a.npy", "c"]), max_size=2)
+relatives = st.builds(
+    lambda folders, stem, ext: "/".join([*folders, stem + ext]),
+    parts,
+    st.sampled_from(["a", "A", "b", "a.jpg", "a~2"]),
+    st.sampled_from([".jpg", ".JPG", ".png", ""]),
+)
+inputs = st.lists(
+    st.tuples(st.sampled_from(["x", "y", "1/x"]), relatives), unique=True, max_size=12
+)
+
+
+@given(inputs, st.randoms())
+def test_names_are_unique_and_do_not_depend_on_the_order(pairs, random) -> None:
+    paths = [f"{root}:{relative}" for root, relative in pairs]
+    names = dict(zip(paths, named(*paths, reserved=("b.npy",)), strict=True))
+    keys = [n.casefold() for n in names.values()]
+    assert len(set(keys)) == len(keys) and "b.npy" not in keys
+    parents = {str(p).casefold() for n in names.values() for p in PurePosixPath(n).parents}
+    assert not parents.intersection(keys)  # no file where a folder must be
+    random.shuffle(paths)
+    assert dict(zip(paths, named(*paths, reserved=("b.npy",)), strict=True)) == names
+
+
+# -- the manifest ---------------------------------------------------------------------------------
+
+
+def record(source: str, status: str = "ok", **more: object) -> dict:
+    return {"source": source, "status": status, "output": source + ".npy", **more}
+
+
+def test_manifest_is_appended_and_compacted(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    for line in (record("b", "pending"), record("b"), record("a", "failed"), record("a")):
+        manifest.append(line)
+    assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 4
+    manifest.close()
+    lines = [json.loads(x) for x in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert lines == [record("a"), record("b")]
+    assert Manifest(tmp_path).records == {"a": record("a"), "b": record("b")}
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.jsonl"]
+
+
+@pytest.mark.parametrize("torn", [b'{"source": "c", "sta', b"{", b"\xff\xfe", b'{"source":"c"'])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
+    first = Manifest(tmp_path)
+    first.append(record("a"))
+    first.close(compact=False)
+    with (tmp_path / "manifest.jsonl").open("ab") as file:
+        file.write(torn)
+    second = Manifest(tmp_path)
+    assert set(second.records) == {"a"}
+    second.append(record("b"))
+    second.close(compact=False)
+    assert set(Manifest(tmp_path).records) == {"a", "b"}
+
+
+@pytest.mark.parametrize("line", ["not json", '{"image": "a.jpg"}', "[1]", '{"source": 3}'])
+def test_a_manifest_of_someone_else_is_left_alone(tmp_path: Path, line: str) -> None:
+    (tmp_path / "manifest.jsonl").write_text(line + "\n")
+    with pytest.raises(UsageError, match=r"not a manifest of fmupsample \(line 1\)"):
+        Manifest(tmp_path)
+    assert (tmp_path / "manifest.jsonl").read_text() == line + "\n"
+
+
+# -- atomic ---------------------------------------------------------------------------------------
+
+
+def test_replacing_leaves_the_old_file_after_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    temporary_for(tmp_path / "a.npy").write_text("half")
+    (tmp_path / "mine.part").write_text("keep")
+    remove_leftovers([tmp_path])
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.part"]
+
+
+def test_two_runs_exclude_each_other(tmp_path: Path) -> None:
+    out = tmp_path / "x" / "out"
+    with FolderLock(out):
+        code = "import sys; from pathlib import Path; from fmupsample.writers.atomic import *\n"
+        code += "with FolderLock(Path(sys.argv[1])): pass"
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False
+        )
+        assert "another run is writing into" in run.stderr
+    assert not (tmp_path / "x").exists()  # nothing was written: nothing stays
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file; the output must be a folder"):
+        FolderLock(tmp_path / "file").__enter__()
+
+
+# -- the writer thread ----------------------------------------------------------------------------
+
+
+def output(path: Path, channels: int = 2) -> Output:
+    shape = (channels, 2, 3)
+    return Output(path, FORMATS["npy"], shape, torch.float32, {}, record(path.name[:1]))
+
+
+def test_writer_thread(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    writer = BackgroundWriter(manifest)
+    (tmp_path / "blocked").write_text("a file where a folder is needed")
+    for name in ("a.npy", "blocked/b.npy", "new/c.npy"):
+        writer.begin(output(tmp_path / name))
+        writer.add(torch.ones(1, 2, 3))
+        writer.add(torch.zeros(1, 2, 3))
+        writer.end(1.5)
+    writer.begin(output(tmp_path / "d.npy"))
+    writer.add(torch.ones(1, 2, 3))
+    writer.cancel("no memory")
+    records = writer.close()
+    assert [r["status"] for r in records] == ["ok", "failed", "ok", "failed"]
+    assert records[0]["bytes"] == (tmp_path / "a.npy").stat().st_size
+    assert "cannot be written" in records[1]["error"] and records[1]["output"] is None
+    assert records[3]["error"] == "no memory"
+    assert np.load(tmp_path / "new/c.npy").mean() == 0.5
+    assert not (tmp_path / "d.npy").exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path: Path, monkeypatch) -> None:
+    manifest = Manifest(tmp_path)
+    writer = BackgroundWriter(manifest)
+    kind = FORMATS["npy"]
+    add = kind._add
+
+    def full(self, rows) -> None:
+        if float(rows[0, 0, 0]) == 7:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, rows)
+
+    monkeypatch.setattr(kind, "_add", full)
+    for name, value in (("a.npy", 1.0), ("b.npy", 7.0)):
+        writer.begin(output(tmp_path / name, 1))
+        writer.add(torch.full((1, 2, 3), value))
+        writer.end(0.0)
+    with pytest.raises(OutputError, match=r"the disk is full .* what is finished is kept"):
+        while True:
+            writer.begin(output(tmp_path / "c.npy", 1))
+    assert [r["source"] for r in writer.abort()] == ["a"]
+    manifest.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "manifest.jsonl"]
+
+
+def test_abort_leaves_no_half_file(tmp_path: Path) -> None:
+    writer = BackgroundWriter(Manifest(tmp_path))
+    writer.begin(output(tmp_path / "a.npy"))
+    writer.add(torch.ones(1, 2, 3))
+    assert writer.abort() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    """kill -9 in the middle of a file: no file under its name, and the next run tidies up."""
+    code = textwrap.dedent("""
+        import os, signal, sys, time, torch
+        from pathlib import Path
+        from fmupsample.writers import FORMATS, Manifest
+        from fmupsample.writers.background import BackgroundWriter, Output
+        out = Path(sys.argv[1])
+        writer = BackgroundWriter(Manifest(out))
+        for name in "ab":
+            shape, record = (2, 2, 3), {"source": name, "status": "", "output": name}
+            writer.begin(Output(out / name, FORMATS["npy"], shape, torch.float32, {}, record))
+            writer.add(torch.ones(1, 2, 3))
+            if name == "a":
+                writer.add(torch.ones(1, 2, 3))
+                writer.end(0.0)
+        while not (out / "a").exists() or not list(out.glob(".fmupsample-*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
+    assert run.returncode == -9
+    assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    remove_leftovers([tmp_path])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "manifest.jsonl"]
+    assert Manifest(tmp_path).records["a"]["status"] in ("pending", "ok")
