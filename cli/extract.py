@@ -10,7 +10,7 @@ import typer
 from fmupsample_cli import options as o
 
 if TYPE_CHECKING:
-    from fmupsample.extract import ExtractReport
+    from fmupsample.extraction.run import ExtractReport
 
 
 class Format(StrEnum):
@@ -122,8 +122,8 @@ def extract(
     sources = find_images(images or [], list_file=list_file, exclude=[output], warn=warn)
     size = None if image_size is None else ImageSize.parse(image_size)
 
-    from fmupsample.extract import ExtractOptions
-    from fmupsample.extract import extract as run
+    from fmupsample.extraction.run import ExtractOptions
+    from fmupsample.extraction.run import extract as run
     from fmupsample.pipeline import Pipeline
     from fmupsample.writers.formats import check_format
     from fmupsample_cli.loading import load_models

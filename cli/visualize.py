@@ -124,10 +124,10 @@ def visualize(
     sources = find_images(images or [], list_file=list_file, exclude=[output], warn=warn)
     size = None if image_size is None else ImageSize.parse(image_size)
 
-    from fmupsample.draw import Point
     from fmupsample.pipeline import Pipeline
-    from fmupsample.visualize import VisualizeOptions
-    from fmupsample.visualize import visualize as draw
+    from fmupsample.visualization.draw import Point
+    from fmupsample.visualization.run import VisualizeOptions
+    from fmupsample.visualization.run import visualize as draw
     from fmupsample_cli.loading import load_models
     from fmupsample_cli.report import print_summary
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import fmupsample
+from fmupsample.analysis.similarity import similarity_maps
 from fmupsample.images import find_images
-from fmupsample.similarity import similarity_maps
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,8 +16,8 @@ from fmupsample._version import __version__
 from fmupsample.errors import FmupsampleError
 
 if TYPE_CHECKING:
+    from fmupsample.analysis.pca import PCABasis
     from fmupsample.backbones import Backbone, load_backbone
-    from fmupsample.pca import PCABasis
     from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers import (
         ReSFU,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Backbone": "backbones",
-    "PCABasis": "pca",
+    "PCABasis": "analysis",
     "Pipeline": "pipeline",
     "ReSFU": "upsamplers",
     "ReSFUConfig": "upsamplers",

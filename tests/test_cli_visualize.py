@@ -13,13 +13,13 @@ from PIL import Image
 from toy import ToyBackbone, ToyNonlinear, ToyUpsampler
 
 import fmupsample_cli.loading
-from fmupsample.draw import Artist, Point
+from fmupsample.analysis.pca import PCABasis
 from fmupsample.errors import UsageError
 from fmupsample.images.find import find_images
 from fmupsample.images.size import ImageSize
-from fmupsample.pca import PCABasis
 from fmupsample.pipeline import Pipeline
-from fmupsample.visualize import VisualizeOptions, visualize
+from fmupsample.visualization.draw import Artist, Point
+from fmupsample.visualization.run import VisualizeOptions, visualize
 from fmupsample_cli.main import main
 
 
@@ -383,7 +383,7 @@ def test_features_are_never_built_at_full_size(backbone, photos, tmp_path, monke
         return whole(self, weights, value)
 
     monkeypatch.setattr(ToyUpsampler, "reassemble", watched)
-    monkeypatch.setattr("fmupsample.similarity.BLOCK", 8)
+    monkeypatch.setattr("fmupsample.analysis.similarity.BLOCK", 8)
     assert run(photos, "-o", tmp_path / "out", "--foreground", "--point", "5,5") == 0
     assert channels and max(channels) < backbone.channels
 

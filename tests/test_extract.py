@@ -14,12 +14,12 @@ from drawn import Blocks, NotLinear, PatchMeans, draw
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fmupsample import extract as module
 from fmupsample.errors import OutputError, UsageError
-from fmupsample.extract import ExtractOptions, extract
+from fmupsample.extraction import run as module
+from fmupsample.extraction.projection import Projection, ProjectionFit
+from fmupsample.extraction.run import ExtractOptions, extract
 from fmupsample.images import Frame, ImageSize, find_images
 from fmupsample.pipeline import Pipeline
-from fmupsample.projection import Projection, ProjectionFit
 
 
 class Watch:

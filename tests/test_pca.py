@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fmupsample.analysis.foreground import Split, otsu
+from fmupsample.analysis.pca import PCABasis, outlier_weights, sample_tokens
 from fmupsample.errors import OutputError, ShapeError, UsageError
-from fmupsample.foreground import Split, otsu
-from fmupsample.pca import PCABasis, outlier_weights, sample_tokens
 
 META = {"backbone": "toy.v1", "layer": "11"}
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from toy import ToyUpsampler
 
+from fmupsample.analysis.similarity import similarity_maps
 from fmupsample.errors import ShapeError
 from fmupsample.render import (
     Entry,
@@ -30,7 +31,6 @@ from fmupsample.render import (
 from fmupsample.render.contact import justify
 from fmupsample.render.panel import columns_for
 from fmupsample.render.text import fit, plain, text_width
-from fmupsample.similarity import similarity_maps
 
 RED, GREEN, BLUE, GOLD = (200, 30, 40), (20, 160, 60), (30, 60, 200), (220, 180, 20)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from concurrent.futures import ThreadPoolExecutor
-
-import torch
 from torch import Tensor, nn
 
 from fmupsample.backbones.levels import Feature, extract, resolve_layer, survey
 from fmupsample.errors import ShapeError
+from fmupsample.fingerprint import fingerprint
 
 # Published dense evaluations of ViTs pretrained at 224 or 256 pixels run at about this size.
 DENSE_IMAGE_SIZE = 448
@@ -76,7 +73,7 @@ class Backbone(nn.Module):
         self.fixed_size = found.fixed_size
         self.prefix_tokens = int(getattr(model, "num_prefix_tokens", 0) or 0)
         self.default_image_size = default_image_size or self._sensible_size(native_size)
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = fingerprint(model.state_dict())
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """``(h, w)`` of the features of a picture of ``size`` ``(H, W)`` pixels."""
@@ -133,21 +130,3 @@ class Backbone(nn.Module):
             return min(self.fixed_size)
         multiple = self.size_multiple[0]
         return round(max(min(native), DENSE_IMAGE_SIZE) / multiple) * multiple
-
-
-def fingerprint(model: nn.Module) -> str:
-    """12 hex digits of a SHA-256 over names, types, shapes and bytes of the whole state dict."""
-    state = sorted(model.state_dict().items())
-
-    def digest(tensor: Tensor) -> bytes:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return hashlib.sha256(data.numpy()).digest()
-
-    # hashlib lets go of the interpreter lock: a large model is hashed on all cores.
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest, (tensor for _, tensor in state)))
-    whole = hashlib.sha256()
-    for (name, tensor), part in zip(state, digests, strict=True):
-        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        whole.update(part)
-    return whole.hexdigest()[:12]

@@ -8,13 +8,14 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from fmupsample.backbones.backbone import Backbone, fingerprint
+from fmupsample.backbones.backbone import Backbone
 from fmupsample.backbones.building import build_model, native_size
 from fmupsample.backbones.checkpoint import load_checkpoint, read_checkpoint
 from fmupsample.backbones.embedded import embedded_path, is_backbone_file, load_backbone_file
 from fmupsample.backbones.hub import fetch, ways_on
 from fmupsample.backbones.names import EMBEDDED, Resolved, resolve
 from fmupsample.errors import BackboneError
+from fmupsample.fingerprint import fingerprint
 
 
 def load_backbone(
@@ -50,7 +51,7 @@ def load_backbone(
     if weights is not None:
         model = build_model(wanted.full, image_size=image_size)
         load_checkpoint(model, weights, wanted.architecture)
-        full = f"{wanted.architecture}.local-{fingerprint(model)}"
+        full = f"{wanted.architecture}.local-{fingerprint(model.state_dict())}"
     elif not pretrained:
         model = build_model(wanted.full, image_size=image_size, random=True)
         full = f"{wanted.architecture}.random"
@@ -75,7 +76,7 @@ def _from_backbone_file(path: str | Path, layer: int | str | None, *, shipped: b
     height, width = (size, size) if isinstance(size, int) else size
     return Backbone(
         model,
-        name=header.tag if shipped else f"{header.tag}.local-{fingerprint(model)}",
+        name=header.tag if shipped else f"{header.tag}.local-{fingerprint(model.state_dict())}",
         architecture=header.architecture,
         layer=layer,
         mean=header.mean,

@@ -7,7 +7,6 @@ fingerprint), and ``card`` (JSON: data, recipe, seed, hardware, metrics).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fmupsample.errors import HeadError, OutputError, UsageError
+from fmupsample.fingerprint import fingerprint
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
 
@@ -37,16 +37,6 @@ class BackboneLike(Protocol):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """12 hex digits of a SHA-256 over names, shapes, dtypes and bytes of the tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def describe_backbone(backbone: BackboneLike) -> dict[str, Any]:

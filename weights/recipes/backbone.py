@@ -205,6 +205,7 @@ def save_embedded(
     }
     partial = path.with_name(path.name + ".partial")
     save_file(state, str(partial), metadata=metadata)
+    partial.chmod(0o644)  # safetensors writes for the owner only
     partial.replace(path)
 
 

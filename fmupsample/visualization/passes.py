@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from fmupsample.draw import Drawing, Point
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.images.prepare import normalise
 from fmupsample.pipeline import Item, Pipeline
+from fmupsample.visualization.draw import Drawing, Point
 
 
 class FeatureCache:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from fmupsample._version import __version__
 from fmupsample.errors import OutputError
-from fmupsample.extract_plan import PCA_NAME, ExtractOptions, describe, options_hash
+from fmupsample.extraction.plan import PCA_NAME, ExtractOptions, describe, options_hash
+from fmupsample.extraction.projection import Projection, ProjectionFit
 from fmupsample.images import Source
 from fmupsample.pipeline import Pipeline
 from fmupsample.progress import Progress
-from fmupsample.projection import Projection, ProjectionFit
 from fmupsample.writers.atomic import replacing
 
 # The basis is computed from at most so many pictures, evenly spaced over the run.

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmupsample.album import BASIS_NAME, FORMATS, Album, stamp_text
-from fmupsample.draw import LAYOUTS, Artist, Drawing, Layout, Point
+from fmupsample.analysis.pca import PCABasis, sample_tokens
 from fmupsample.errors import FmupsampleError, OutputError, UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.images.size import check_output_size
-from fmupsample.passes import FeatureCache, Saver
-from fmupsample.pca import PCABasis, sample_tokens
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.progress import SILENT, Progress
+from fmupsample.visualization.album import BASIS_NAME, FORMATS, Album, stamp_text
+from fmupsample.visualization.draw import LAYOUTS, Artist, Drawing, Layout, Point
+from fmupsample.visualization.passes import FeatureCache, Saver
 from fmupsample.writers.atomic import FolderLock
 
 # A drawing made by another revision of this code is drawn again.
@@ -40,7 +40,7 @@ class VisualizeOptions:
     """What to draw.
 
     Attributes:
-        layout: ``"panel"``, ``"single"`` or ``"overlay"``, see :class:`fmupsample.draw.Artist`.
+        layout: ``"panel"``, ``"single"`` or ``"overlay"``, see :class:`.draw.Artist`.
         basis: ``"shared"`` (one PCA basis for all pictures of the run), ``"image"`` (each its
             own), or the path of a basis saved by an earlier run.
         foreground: fit and draw the PCA on each picture's foreground only.

@@ -16,18 +16,18 @@ from torch import Tensor
 from fmupsample._version import __version__
 from fmupsample.device import is_out_of_memory
 from fmupsample.errors import FmupsampleError, OutputError
-from fmupsample.extract_pca import fit_basis, saved_basis
-from fmupsample.extract_plan import (
+from fmupsample.extraction.basis import fit_basis, saved_basis
+from fmupsample.extraction.plan import (
     ExtractOptions,
     Plan,
     Task,
     make_plan,
     source_stat,
 )
+from fmupsample.extraction.projection import Projection
 from fmupsample.images import Source, parse_output_size, storable
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.progress import SILENT, Progress
-from fmupsample.projection import Projection
 from fmupsample.writers import FORMATS, Manifest
 from fmupsample.writers.atomic import FolderLock, remove_leftovers
 from fmupsample.writers.background import BackgroundWriter, Output
