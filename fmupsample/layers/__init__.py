@@ -1,0 +1,1 @@
+"""Small layers the upsamplers share: normalisation as numbers, linear filters. torch only."""

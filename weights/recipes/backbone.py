@@ -32,6 +32,8 @@ def make_backbone(architecture: str, model_args: dict | None = None) -> nn.Modul
         raise ValueError(
             f"{architecture} has no {', '.join(missing)}; choose a timm ViT or EVA model"
         )
+    if isinstance(model.norm, nn.Identity):
+        raise ValueError(f"{architecture} has no norm on its patches; add use_fc_norm=false")
     return model
 
 

@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from head_objective import Standardise, head_loss
-from pictures import list_pictures, squares_of
 from torch import Tensor
 
 import fmupsample
+
+from head_objective import Standardise, head_loss
+from pictures import list_pictures, squares_of
 
 
 def regions_of(square: np.ndarray) -> np.ndarray:
