@@ -31,13 +31,15 @@ def upsampled_group_moments(x: Tensor, size: tuple[int, int], groups: int) -> tu
     """:func:`group_moments` of ``x`` ``[B, C, h, w]`` bilinearly upsampled to ``size``, without it.
 
     With interpolation matrices U, the mean of ``Uy x Ux^T`` needs only the column sums of U, and
-    the second moment is ``<x, (Uy^T Uy) x (Ux^T Ux)>``. In float64, centred before squaring.
+    the second moment is ``<x, (Uy^T Uy) x (Ux^T Ux)>``. In float64 (where the device has it),
+    centred before squaring.
     """
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
     b, c, h, w = x.shape
     height, width = size
-    uy = interpolation_matrix(h, height).to(x.device)
-    ux = interpolation_matrix(w, width).to(x.device)
-    grouped = x.double().reshape(b, groups, c // groups, h, w)
+    uy = interpolation_matrix(h, height).to(x.device, wide)
+    ux = interpolation_matrix(w, width).to(x.device, wide)
+    grouped = x.to(wide).reshape(b, groups, c // groups, h, w)
     mean = torch.einsum("bgchw,h,w->bg", grouped, uy.mean(0), ux.mean(0)) / (c // groups)
     centred = grouped - mean[:, :, None, None, None]
     smoothed = (uy.T @ uy / height) @ centred @ (ux.T @ ux / width)
@@ -47,9 +49,8 @@ def upsampled_group_moments(x: Tensor, size: tuple[int, int], groups: int) -> tu
 
 def pooled_moments(parts: list[tuple[Tensor, Tensor]], counts: list[int]) -> tuple[Tensor, Tensor]:
     """Moments of a whole from the moments and element counts of its parts (Chan et al. 1979)."""
-    share = torch.tensor(counts, dtype=torch.float64) / sum(counts)
     means = torch.stack([m for m, _ in parts])
-    share = share.to(means)[:, None, None]
+    share = means.new_tensor([n / sum(counts) for n in counts])[:, None, None]
     mean = (share * means).sum(0)
     variance = (share * (torch.stack([v for _, v in parts]) + (means - mean) ** 2)).sum(0)
     return mean, variance
