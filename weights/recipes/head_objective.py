@@ -5,9 +5,12 @@ Two terms, both on standardised features (each channel with mean 0 and variance 
 * *consistency*: the features of a crop, upsampled under the guidance of the crop and averaged over
   the cells of a finer grid, should be what the backbone says about the same crop enlarged twice
   (the idea of FeatUp, Fu et al. 2024, in the single-view form of JAFAR, Couairon et al. 2025);
-* *regions*: every pixel should carry the mean feature of the picture's own region it lies in
-  (Felzenszwalb & Huttenlocher 2004). The targets of the first term are themselves coarse; this one
-  says where the edges are. LoftUp (Huang et al. 2025) does the like with masks of a large model.
+* *regions*: every pixel should carry the mean feature of what is near it in the picture's own
+  region (Felzenszwalb & Huttenlocher 2004): of its region within a block of a few cells, the blocks
+  laid anew at random each time. The targets of the first term are themselves coarse; this one says
+  where the edges are. LoftUp (Huang et al. 2025) does the like with masks of a large model. Without
+  the blocks a pixel's target would lie out of reach of its neighbours, and the nearest thing within
+  reach, the mean of them all, is a blur.
 """
 
 from __future__ import annotations
@@ -34,22 +37,35 @@ def distance(predicted: Tensor, target: Tensor) -> Tensor:
     return cosine + 0.5 * (predicted - target).square().mean(1)
 
 
+def split_into_blocks(regions: Tensor, block: int) -> Tensor:
+    """Cut the regions ``[B, H, W]`` of pictures along a grid of ``block`` pixels, laid at random.
+
+    Returns:
+        int64 ``[B, H, W]``; numbers are unique over the batch and without gaps.
+    """
+    batch, height, width = regions.shape
+    y0, x0 = torch.randint(block, (2,)).tolist()
+    rows = (torch.arange(height, device=regions.device) + y0) // block
+    columns = (torch.arange(width, device=regions.device) + x0) // block
+    blocks = rows[:, None] * (width // block + 2) + columns
+    picture = torch.arange(batch, device=regions.device)[:, None, None]
+    number = (picture * (int(blocks.max()) + 1) + blocks) * (int(regions.max()) + 1) + regions
+    return number.unique(return_inverse=True)[1]
+
+
 def region_means(features: Tensor, regions: Tensor) -> Tensor:
     """Replace every feature by the mean of its region.
 
     Args:
         features: ``[B, C, H, W]``.
-        regions: int64 ``[B, H, W]``, region numbers, counted from 0 within each picture.
+        regions: int64 ``[B, H, W]``, unique over the batch, from 0.
     """
-    batch, channels, height, width = features.shape
-    count = int(regions.max()) + 1
-    index = regions + torch.arange(batch, device=regions.device)[:, None, None] * count
-    index = index.flatten()
-    flat = features.permute(0, 2, 3, 1).reshape(-1, channels)
-    sums = flat.new_zeros(batch * count, channels).index_add_(0, index, flat)
-    sizes = torch.bincount(index, minlength=batch * count).clamp_min(1)
+    index = regions.flatten()
+    flat = features.permute(0, 2, 3, 1).flatten(0, 2)
+    sizes = torch.bincount(index)
+    sums = flat.new_zeros(len(sizes), flat.shape[1]).index_add_(0, index, flat)
     means = (sums / sizes[:, None])[index]
-    return means.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+    return means.reshape(features.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 def head_loss(
@@ -61,7 +77,7 @@ def head_loss(
         upsampled: ``[B, C, H, W]``, standardised, as are all features here.
         low: ``[B, C, h, w]``, what was upsampled.
         fine: ``[B, C, 2h, 2w]``, the backbone's word on the enlarged crop.
-        regions: int64 ``[B, H, W]``.
+        regions: int64 ``[B, H, W]``, unique over the batch.
         region_share: 0..1, how much of the region target is the region's mean; the rest is the
             pixel's own interpolated feature.
 

@@ -66,10 +66,16 @@ class LocalDescriptors(nn.Module):
 
 class ConvGuide(nn.Module):
     """Frozen convolutional network; its stages 2 (stride 8), 3 (16) and 4 (32) resampled to the
-    patch grid."""
+    patch grid.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        largest: views of more pixels a side are shown to it at this size, so that a whole object
+            fits into its receptive field however large the ViT sees it.
+    """
+
+    def __init__(self, path: Path, largest: int) -> None:
         super().__init__()
+        self.largest = largest
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.net = timm.create_model(GUIDE, num_classes=state["fc.weight"].shape[0])
         self.net.load_state_dict(state)
@@ -80,7 +86,10 @@ class ConvGuide(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, h: int, w: int) -> torch.Tensor:  # -> [B, h, w, dim]
-        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = (x - self.mean) / self.std
+        if x.shape[-1] > self.largest:
+            x = F.interpolate(x, size=(self.largest,) * 2, mode="bilinear", antialias=True)
+        x = x.contiguous(memory_format=torch.channels_last)
         maps = self.net.forward_intermediates(x, indices=[2, 3, 4], intermediates_only=True)
         fitted = [
             F.adaptive_avg_pool2d(m.float(), (h, w)) if m.shape[-1] >= w
@@ -91,19 +100,35 @@ class ConvGuide(nn.Module):
 
 
 class DenseTargets(nn.Module):
-    """Both kinds side by side, each as whitened principal components.
+    """Both kinds side by side, each as principal components, whitened or damped.
 
     Regression onto raw descriptors is mostly a regression of brightness and contrast: a handful of
     directions hold nearly all variance. Whitening makes every direction above the noise count the
     same, which is what a linear probe on the result can use (RADIO's PHI-S, Ranzinger et al. 2024,
-    standardises its targets for the same reason).
+    standardises its targets for the same reason). Later in training the other choice is better:
+    with targets in their natural proportions the strongest directions of the features are again
+    what sets objects apart.
+
+    Args:
+        damping: added to each component's variance, as a share of the largest: 0.01 whitens,
+            1 and more keeps natural proportions.
+        local_share: 0..1, weight of the local descriptors in the loss; the guide has the rest.
     """
 
-    def __init__(self, patch: int, guide: Path | None, kept: tuple[int, int] = (40, 96)) -> None:
+    def __init__(
+        self,
+        patch: int,
+        guide: Path | None,
+        kept: tuple[int, int] = (40, 96),
+        damping: float = 0.01,
+        local_share: float = 0.5,
+        guide_size: int = 1000,
+    ) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, self.damping = patch, damping
+        self.shares = [local_share, 1 - local_share] if guide else [1.0]
         self.local = LocalDescriptors(patch)
-        self.guide = ConvGuide(guide) if guide else None
+        self.guide = ConvGuide(guide, guide_size) if guide else None
         self.kept = list(kept) if guide else [kept[0]]
         self.dim = sum(self.kept)
         raw = [self.local.dim] + ([self.guide.dim] if self.guide else [])
@@ -125,7 +150,7 @@ class DenseTargets(nn.Module):
             mean = flat.mean(0)
             values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
             values, vectors = values.flip(0)[:keep], vectors.flip(1)[:, :keep]
-            axes = vectors / (values + 0.01 * values[0]).sqrt()
+            axes = vectors / (values + self.damping * values[0]).sqrt()
             spread = part.reshape(-1, part.shape[-1]).double().std(0) + 1e-6
             getattr(self, f"axes_{i}").copy_(axes / spread[:, None])
             getattr(self, f"mean_{i}").copy_(mean * spread)
@@ -145,8 +170,9 @@ class DenseTargets(nn.Module):
     def loss(
         self, predicted: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """Smooth L1 per patch; both kinds count the same, however many components they have.
+        """Smooth L1 per patch, each kind with its share however many components it has.
         `weight` [B, h, w]."""
         error = F.smooth_l1_loss(predicted.float(), target, reduction="none")
-        per_patch = torch.stack([part.mean(-1) for part in error.split(self.kept, -1)]).mean(0)
+        parts = zip(self.shares, error.split(self.kept, -1), strict=True)
+        per_patch = sum(share * part.mean(-1) for share, part in parts)
         return (per_patch * weight).sum() / weight.sum().clamp_min(1)

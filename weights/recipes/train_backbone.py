@@ -18,6 +18,15 @@ objective.py and targets.py):
 The three that need the teacher enter in the second half: before that its guesses are noise, and
 their cost buys more views. The exported weights are the teacher's. A run continues from its
 checkpoint if started again with the same --output. With --minutes the schedules follow the clock.
+
+A second stage continues from the networks of the first (--init) with targets in their natural
+proportions (--damping 1), seen by the guide at object scale, larger crops, and the teacher trusted
+from the start: the strongest directions of the features become those that set objects apart.
+
+    python weights/recipes/train_backbone.py --images photos/ bsds500/ --labelled imagenette224/ \
+        --guide run/guide.pt --init run/checkpoint.pt --minutes 34 --damping 1 --local-share 0.05 \
+        --guide-size 168 --trust 0 0.1 --phases 0.5:140:20:0.2 0.35:224:8:0.25 0.15:392:3:0.35 \
+        --weights '{"regress": 40}' -o run2/
 """
 
 from __future__ import annotations
@@ -163,6 +172,18 @@ def parse_args() -> argparse.Namespace:
         default=[Phase.parse(p) for p in PHASES],
         help="share:size:batch:smallest crop area",
     )
+    add("--init", type=Path, help="start from the networks of another run's checkpoint.pt")
+    add("--damping", type=float, default=0.01, help="of the targets' whitening, see targets.py")
+    add("--local-share", type=float, default=0.5, help="of local descriptors in the targets")
+    add("--guide-size", type=int, default=1000, help="largest view the guide is shown, in pixels")
+    add(
+        "--trust",
+        type=float,
+        nargs=2,
+        default=(0.5, 0.7),
+        metavar=("START", "STOP"),
+        help="part of the run over which the EMA teacher's targets come in",
+    )
     add("--minutes", type=float, help="length of the run by the clock")
     add("--steps", type=int, help="or by steps")
     add("--lr", type=float, default=5e-4)
@@ -210,7 +231,13 @@ def main() -> None:
     side = args.side // patch * patch
     whiten_patch_embed(vit, ((sample - normalise[0]) / normalise[1])[:, :, :side, :side])
 
-    targets = DenseTargets(patch, args.guide).to(device)
+    targets = DenseTargets(
+        patch,
+        args.guide,
+        damping=args.damping,
+        local_share=args.local_share,
+        guide_size=args.guide_size,
+    ).to(device)
     targets.calibrate(
         make_view(
             squares[torch.randperm(len(squares))[:384].sort()[0].to(device)].float() / 255,
@@ -220,6 +247,11 @@ def main() -> None:
         ).clean
     )
     student = Learner(vit, targets.dim, len(pictures.class_names), args.prototypes).to(device)
+    if args.init:
+        # The regression layer starts anew: its targets are other ones now.
+        saved = torch.load(args.init, map_location=device, weights_only=True)["teacher"]
+        kept = {k: v for k, v in saved.items() if not k.startswith("regress.")}
+        student.load_state_dict(student.state_dict() | kept)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     decayed = [p for p in student.parameters() if p.ndim > 1]
     plain = [p for p in student.parameters() if p.ndim <= 1]
@@ -283,7 +315,7 @@ def main() -> None:
         views = tuple(
             make_view(batch, grid * patch, (phase.area, 1.0), args.strength) for _ in range(2)
         )
-        trust = ramp(progress, 0.5, 0.7)  # in the EMA teacher
+        trust = ramp(progress, *args.trust)  # in the EMA teacher
         with torch.autocast(device.type, torch.bfloat16):
             terms = losses(
                 student,

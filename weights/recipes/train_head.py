@@ -26,7 +26,7 @@ from torch import Tensor
 
 import fmupsample
 
-from head_objective import Standardise, head_loss
+from head_objective import Standardise, head_loss, split_into_blocks
 from pictures import list_pictures, squares_of
 
 
@@ -34,7 +34,7 @@ def regions_of(square: np.ndarray) -> np.ndarray:
     """Graph-based regions of a uint8 picture ``[3, S, S]``, int16 ``[S, S]``."""
     from skimage.segmentation import felzenszwalb
 
-    return felzenszwalb(square.transpose(1, 2, 0), scale=150, sigma=0.8, min_size=60).astype("i2")
+    return felzenszwalb(square.transpose(1, 2, 0), scale=80, sigma=0.6, min_size=30).astype("i2")
 
 
 def load(folders: list[Path], side: int, limit: int, workers: int) -> tuple[Tensor, Tensor]:
@@ -108,6 +108,7 @@ def train(args: argparse.Namespace, backbone, device: torch.device) -> Iterator[
 
     def losses(module, source: Crops, batch: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         image, enlarged, region = source(batch, size)
+        region = split_into_blocks(region, round(args.block * backbone.stride[0]))
         low, fine = standardise(features(image)), standardise(features(enlarged))
         # Standardising commutes with upsampling; the keys see the backbone's own features.
         weights = module.kernels(low / standardise.rstd + standardise.mean, image)
@@ -166,7 +167,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="take so many pictures, evenly spread")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--region-weight", type=float, default=1.0)
-    parser.add_argument("--region-share", type=float, default=0.7)
+    parser.add_argument("--region-share", type=float, default=0.8)
+    parser.add_argument("--block", type=float, default=2.0, help="of a region target, in cells")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--report", type=int, default=50)
