@@ -102,7 +102,10 @@ def train(args: argparse.Namespace, backbone, device: torch.device) -> Iterator[
 
     standardise = Standardise(torch.cat([features(crops(8, sizes[0])[1]) for _ in range(8)]))
     config = fmupsample.ReSFUConfig(channels=backbone.channels, **json.loads(args.config))
-    head = fmupsample.ReSFU(config).to(device)
+    head = fmupsample.ReSFU(config)
+    if args.init:
+        head.load_state_dict(fmupsample.load_upsampler(backbone, args.init).state_dict())
+    head = head.to(device)
     average = deepcopy(head).requires_grad_(False)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=1e-2)
 
@@ -158,6 +161,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backbone", default="embedded")
     parser.add_argument("--backbone-weights", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="go on from this head")
     parser.add_argument("--config", default="{}", help="JSON of ReSFUConfig fields")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=2000)
