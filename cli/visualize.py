@@ -175,7 +175,8 @@ def visualize(
 
 def _title(report) -> str:
     count = report.pictures - len({failure["source"] for failure in report.failed})
-    return f"{count} of {report.pictures} pictures are in {Path(report.output)}"
+    noun = "picture" if report.pictures == 1 else "pictures"
+    return f"{count} of {report.pictures} {noun} complete, in {Path(report.output)}"
 
 
 def _rows(report) -> dict[str, str | int | float]:
