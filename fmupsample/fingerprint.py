@@ -1,4 +1,4 @@
-"""A short name for a set of weights, by their content."""
+"""A short name for a set of tensors (weights, a basis), by their content."""
 
 from __future__ import annotations
 

@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from fmupsample.atomic import remove_leftovers, replacing, temporary_for
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images import Source
 from fmupsample.writers import FORMATS, Manifest, check_format, output_names
-from fmupsample.writers.atomic import FolderLock, remove_leftovers, replacing, temporary_for
 from fmupsample.writers.background import BackgroundWriter, Output
 from fmupsample.writers.formats import DTYPES
+from fmupsample.writers.lock import FolderLock
 
 
 def map_of(dtype: torch.dtype, channels: int = 5) -> torch.Tensor:
@@ -237,7 +238,7 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
 def test_two_runs_exclude_each_other(tmp_path: Path) -> None:
     out = tmp_path / "x" / "out"
     with FolderLock(out):
-        code = "import sys; from pathlib import Path; from fmupsample.writers.atomic import *\n"
+        code = "import sys; from pathlib import Path; from fmupsample.writers.lock import *\n"
         code += "with FolderLock(Path(sys.argv[1])): pass"
         run = subprocess.run(
             [sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False

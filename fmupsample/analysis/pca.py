@@ -12,7 +12,6 @@ the colour range comes from percentiles.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmupsample.atomic import replacing
 from fmupsample.errors import OutputError, ShapeError, UsageError
+from fmupsample.fingerprint import fingerprint
 
 FORMAT = "fmupsample-pca-basis"
 FORMAT_VERSION = "1"
@@ -70,10 +71,8 @@ class PCABasis:
     @property
     def fingerprint(self) -> str:
         """12 hex digits over the numbers (not the metadata): equal colours, equal fingerprint."""
-        digest = hashlib.sha256()
-        for tensor in (self.mean, self.components, self.low, self.middle, self.high):
-            digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        names = ("mean", "components", "low", "middle", "high")
+        return fingerprint({name: getattr(self, name) for name in names})
 
     @classmethod
     def fit(
@@ -199,10 +198,9 @@ class PCABasis:
             **{key: str(value) for key, value in self.metadata.items()},
         }
         path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            partial.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, header))
-            partial.replace(path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, header))
         except OSError as error:
             raise OutputError(f"cannot write the PCA basis {path}: {error.strerror}") from error
 

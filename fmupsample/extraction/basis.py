@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fmupsample._version import __version__
+from fmupsample.atomic import replacing
 from fmupsample.errors import OutputError
 from fmupsample.extraction.plan import PCA_NAME, ExtractOptions, describe, options_hash
 from fmupsample.extraction.projection import Projection, ProjectionFit
 from fmupsample.images import Source
 from fmupsample.pipeline import Pipeline
 from fmupsample.progress import Progress
-from fmupsample.writers.atomic import replacing
 
 # The basis is computed from at most so many pictures, evenly spaced over the run.
 PCA_PICTURES = 256

@@ -7,7 +7,6 @@ features and upsampling the N scores gives exactly the projection of the upsampl
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fmupsample.errors import UsageError
+from fmupsample.fingerprint import fingerprint
 from fmupsample.images.find import printable
 
 
@@ -43,9 +43,7 @@ class Projection:
     @property
     def fingerprint(self) -> str:
         """12 hex digits over the numbers."""
-        digest = hashlib.sha256(self.mean.numpy().tobytes())
-        digest.update(self.components.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return fingerprint({"mean": self.mean, "components": self.components})
 
     def apply(self, features: Tensor) -> Tensor:
         """``[C, h, w]`` (any device) -> scores, float32 ``[N, h, w]``."""

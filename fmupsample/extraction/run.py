@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fmupsample._version import __version__
+from fmupsample.atomic import remove_leftovers
 from fmupsample.device import is_out_of_memory
 from fmupsample.errors import FmupsampleError, OutputError
 from fmupsample.extraction.basis import fit_basis, saved_basis
@@ -29,9 +30,9 @@ from fmupsample.images import Source, parse_output_size, storable
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.progress import SILENT, Progress
 from fmupsample.writers import FORMATS, Manifest
-from fmupsample.writers.atomic import FolderLock, remove_leftovers
 from fmupsample.writers.background import BackgroundWriter, Output
 from fmupsample.writers.formats import DTYPES
+from fmupsample.writers.lock import FolderLock
 from fmupsample.writers.manifest import Record
 
 

@@ -8,17 +8,16 @@ fingerprint), and ``card`` (JSON: data, recipe, seed, hardware, metrics).
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from fmupsample.atomic import replacing
 from fmupsample.errors import HeadError, OutputError, UsageError
 from fmupsample.fingerprint import fingerprint
 from fmupsample.upsamplers.base import Upsampler
@@ -70,16 +69,9 @@ def save_head(
     }
     state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        try:
-            save_file(state, temporary, metadata)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except (OSError, SafetensorError) as error:
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(state, metadata))
+    except OSError as error:
         raise OutputError(f"the head could not be written to {path}: {error}") from error
 
 

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fmupsample.atomic import remove_leftovers, replacing
 from fmupsample.errors import FmupsampleError, OutputError, UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.images.read import read_picture
 from fmupsample.progress import Progress
 from fmupsample.render.contact import PER_PAGE, Entry, draw_sheet
 from fmupsample.visualization.draw import Drawing, Point
-from fmupsample.writers.atomic import remove_leftovers, replacing
 from fmupsample.writers.manifest import Manifest
 from fmupsample.writers.names import output_names
 

@@ -27,7 +27,7 @@ from fmupsample.progress import SILENT, Progress
 from fmupsample.visualization.album import BASIS_NAME, FORMATS, Album, stamp_text
 from fmupsample.visualization.draw import LAYOUTS, Artist, Drawing, Layout, Point
 from fmupsample.visualization.passes import FeatureCache, Saver
-from fmupsample.writers.atomic import FolderLock
+from fmupsample.writers.lock import FolderLock
 
 # A drawing made by another revision of this code is drawn again.
 _REVISION = 1

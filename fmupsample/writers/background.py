@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fmupsample.atomic import temporary_for
 from fmupsample.errors import OutputError
 from fmupsample.images.find import printable
-from fmupsample.writers.atomic import temporary_for
 from fmupsample.writers.formats import TensorFile
 from fmupsample.writers.manifest import Manifest, Record
 

@@ -15,9 +15,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from fmupsample.atomic import replacing
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import printable
-from fmupsample.writers.atomic import replacing
 
 NAME = "manifest.jsonl"
 Record = dict[str, Any]

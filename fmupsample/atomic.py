@@ -1,0 +1,43 @@
+"""A file is there whole or not at all, whenever the run is stopped. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+_PREFIX, _SUFFIX = ".fmupsample-", ".part"
+_numbers = itertools.count()
+
+
+def temporary_for(path: Path) -> Path:
+    """A name in the folder of ``path`` under which to write it first; short, hidden, unique."""
+    return path.with_name(f"{_PREFIX}{os.getpid()}-{next(_numbers)}{_SUFFIX}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """``with replacing(path) as temporary``: what was written there becomes ``path`` at the end.
+
+    After an error, or Ctrl-C, the temporary file is removed and ``path`` is what it was before.
+    """
+    temporary = temporary_for(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folders: Iterable[Path]) -> None:
+    """Delete temporary files of runs that were killed.
+
+    Call it under the :class:`~fmupsample.writers.lock.FolderLock` of the folder.
+    """
+    for folder in folders:
+        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
