@@ -112,8 +112,6 @@ def extract(
     A 448 x 448 map of 384 channels takes 154 MB in fp16; --pca, --output-size and --tokens-only
     make it smaller. Exit code 3 means that some pictures failed; the others are there.
     """
-    import warnings
-
     from fmupsample.images import find_images
     from fmupsample.images.size import ImageSize
     from fmupsample_cli.progress import RichProgress, note, warn
@@ -124,14 +122,11 @@ def extract(
 
     from fmupsample.extraction.run import ExtractOptions
     from fmupsample.extraction.run import extract as run
-    from fmupsample.pipeline import Pipeline
     from fmupsample.writers.formats import check_format
-    from fmupsample_cli.loading import load_models
+    from fmupsample_cli.loading import open_pipeline
 
     check_format(format, dtype)
-    # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
-    warnings.filterwarnings("ignore", module="PIL")
-    model, method = load_models(
+    pipeline = open_pipeline(
         backbone,
         layer,
         backbone_weights,
@@ -139,18 +134,12 @@ def extract(
         "nearest" if tokens_only and upsampler is None and head is None else upsampler,
         head,
         device,
-        image_size=size.exact if size else None,
-        quiet=quiet,
-    )
-    pipeline = Pipeline(
-        model,
-        method,
         image_size=size,
-        fit=fit,
-        device=device,
-        precision=precision,
+        fit=fit.value,
+        precision=precision.value,
         batch_size=batch_size,
         workers=workers,
+        quiet=quiet,
     )
     wanted = ExtractOptions(format.value, dtype.value, output_size, tokens_only, pca)
     with RichProgress(quiet=quiet) as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from fmupsample.backbones import Backbone
+    from fmupsample.images import ImageSize
+    from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers.base import Upsampler
 
 
@@ -55,3 +58,39 @@ def load_models(
         quiet=quiet,
     )
     return model.to(place), method.to(place).eval()
+
+
+def open_pipeline(
+    backbone: str,
+    layer: str | int | None,
+    weights: Path | None,
+    upsampler: str | None,
+    head: Path | None,
+    device: str,
+    *,
+    image_size: ImageSize | None,
+    fit: str,
+    precision: str,
+    batch_size: int | None,
+    workers: int | None,
+    quiet: bool,
+) -> Pipeline:
+    """:func:`load_models`, in a pipeline with the options that commands on pictures share."""
+    from fmupsample.pipeline import Pipeline
+
+    # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
+    warnings.filterwarnings("ignore", module="PIL")
+    exact = image_size.exact if image_size else None
+    model, method = load_models(
+        backbone, layer, weights, upsampler, head, device, image_size=exact, quiet=quiet
+    )
+    return Pipeline(
+        model,
+        method,
+        image_size=image_size,
+        fit=fit,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+    )

@@ -115,8 +115,6 @@ def visualize(
 
         fmupsample visualize cat.jpg -o pictures/ --point 320,240
     """
-    import warnings
-
     from fmupsample.images import ImageSize, find_images
     from fmupsample_cli.progress import RichProgress, warn
 
@@ -124,11 +122,10 @@ def visualize(
     sources = find_images(images or [], list_file=list_file, exclude=[output], warn=warn)
     size = None if image_size is None else ImageSize.parse(image_size)
 
-    from fmupsample.pipeline import Pipeline
     from fmupsample.visualization.draw import Point
     from fmupsample.visualization.run import VisualizeOptions
     from fmupsample.visualization.run import visualize as draw
-    from fmupsample_cli.loading import load_models
+    from fmupsample_cli.loading import open_pipeline
     from fmupsample_cli.report import print_summary
 
     options = VisualizeOptions(
@@ -142,30 +139,28 @@ def visualize(
         overwrite=overwrite,
     )
     options.check()
-    # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
-    warnings.filterwarnings("ignore", module="PIL")
-    model, method = load_models(
-        backbone, layer, backbone_weights, upsampler, head, device,
-        image_size=size.exact if size else None, quiet=quiet,
-    )  # fmt: skip
-    pipeline = Pipeline(
-        model,
-        method,
+    pipeline = open_pipeline(
+        backbone,
+        layer,
+        backbone_weights,
+        upsampler,
+        head,
+        device,
         image_size=size,
         fit=fit.value,
-        device=device,
         precision=precision.value,
         batch_size=batch_size,
         workers=workers,
+        quiet=quiet,
     )
     with RichProgress(quiet=quiet) as progress:
         report = draw(pipeline, sources, output, options, progress=progress)
 
     payload = {
         "command": "visualize",
-        "backbone": model.name,
-        "layer": model.layer,
-        "upsampler": method.name,
+        "backbone": pipeline.backbone.name,
+        "layer": pipeline.backbone.layer,
+        "upsampler": pipeline.upsampler.name,
         **report.to_json(),
     }
     print_summary(_title(report), _rows(report), as_json=as_json, payload=payload)
