@@ -62,14 +62,22 @@ def test_any_size_and_ratio(cells, ratio, k, fractional):
 @pytest.mark.parametrize("fractional", [True, False])
 def test_gradcheck(fractional):
     value, weights = (t.requires_grad_() for t in draw(2, 3, 5, 6, 3, batch=1, channels=2))
-    assert torch.autograd.gradcheck(lambda v, w: reassemble(v, w, fractional=fractional),
-                                    (value, weights))  # fmt: skip
+
+    def f(v, w):
+        return reassemble(v, w, fractional=fractional)
+
+    assert torch.autograd.gradcheck(f, (value, weights))
+    assert torch.autograd.gradgradcheck(f, (value, weights))
 
 
 @pytest.mark.parametrize("fractional", [True, False])
 def test_opcheck(fractional):
     value, weights = (t.requires_grad_() for t in draw(2, 3, 5, 6, 3, dtype=torch.float32))
-    torch.library.opcheck(torch.ops.fmupsample.reassemble.default, (value, weights, fractional))
+    ops = torch.ops.fmupsample
+    torch.library.opcheck(ops.reassemble.default, (value, weights, fractional))
+    grad = torch.randn(2, 5, 5, 6, requires_grad=True)
+    torch.library.opcheck(ops.reassemble_grad_value.default, (grad, weights, 2, 3, fractional))
+    torch.library.opcheck(ops.reassemble_grad_weights.default, (grad, value, 3, fractional))
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
@@ -83,15 +91,24 @@ def test_half_precision_rounds_only_a_few_times(dtype, unit):
 
 
 def test_tiles_do_not_show(monkeypatch):
-    from fmupsample.ops import reassembly
+    from fmupsample.ops import tiled
 
     value, weights = draw(6, 7, 60, 63, 3)
     whole = reassemble(value, weights)
-    monkeypatch.setitem(reassembly._TILE_BYTES, "cpu", 1)  # one row of groups at a time
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 1)  # one row of groups at a time
     rows = reassemble(value, weights)
-    monkeypatch.setitem(reassembly._TILE_BYTES, "cpu", 1 << 40)
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 1 << 40)
     torch.testing.assert_close(rows, whole, atol=1e-13, rtol=0)
     torch.testing.assert_close(reassemble(value, weights), whole, atol=1e-13, rtol=0)
+
+
+def test_only_the_wanted_gradients_are_computed():
+    value, weights = draw(3, 4, 12, 16, 3)
+    out = reassemble(value, weights.requires_grad_())
+    assert all(t is None or t.shape != weights.shape for t in out.grad_fn.saved_tensors)
+    out.sum().backward()
+    assert weights.grad is not None
+    assert value.grad is None
 
 
 def test_strides_do_not_matter():
