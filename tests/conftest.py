@@ -25,6 +25,15 @@ for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "FMUPSAMPLE_DEBUG", "FORCE
     os.environ.pop(name, None)
 
 
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session")
 def tiny_backbone():
     """timm's 0.4M-parameter test ViT with fixed random weights: 64 channels, stride 16."""

@@ -40,7 +40,6 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 
-struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 
@@ -180,18 +179,6 @@ class Guarded {
 
 inline void __syncthreads() { ::emulation::wait(::emulation::State::at_block_barrier); }
 inline void __syncwarp(unsigned = 0xffffffffu) { ::emulation::warp_barrier(); }
-
-template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  auto& warp = ::emulation::warp();
-  const int lane = ::emulation::lane();
-  std::memcpy(warp.word[lane], &value, sizeof(T));
-  ::emulation::warp_barrier();
-  T other;
-  std::memcpy(&other, warp.word[lane ^ mask], sizeof(T));
-  ::emulation::warp_barrier();
-  return other;
-}
 
 namespace fmupsample {
 

@@ -7,3 +7,6 @@
 #include "bindings.cpp"
 
 extern "C" void fmupsample_emulation_order(int order) { emulation::order = order; }
+extern "C" void fmupsample_emulation_capability(int capability) {
+  fmupsample::emulated_capability = capability;
+}

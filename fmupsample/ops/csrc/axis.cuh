@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "portable.cuh"
 #include "problem.h"
@@ -112,7 +113,27 @@ __device__ __forceinline__ void merged_weights(const Map& weights, int64_t batch
   }
 }
 
-// Calls f.template operator()<T>() for the number of cells a pixel reads along an axis.
+// The adjoint of merged_weights(): from gradients of the T x T merged weights of a pixel to those of
+// its K x K weights, written `step` apart.
+template <typename A, int T>
+__device__ __forceinline__ void unmerge(const A (&merged)[T * T], bool fractional, A fy, A fx,
+                                        A* to, int64_t step) {
+  const int k = fractional ? T - 1 : T;
+#pragma unroll
+  for (int i = 0; i < T; ++i) {
+#pragma unroll
+    for (int j = 0; j < T; ++j) {
+      if (i >= k || j >= k) continue;
+      A g = (A(1) - fy) * (A(1) - fx) * merged[i * T + j];
+      if (j + 1 < T) g += (A(1) - fy) * fx * merged[i * T + j + 1];
+      if (i + 1 < T) g += fy * (A(1) - fx) * merged[(i + 1) * T + j];
+      if (i + 1 < T && j + 1 < T) g += fy * fx * merged[(i + 1) * T + j + 1];
+      to[(i * k + j) * step] = g;
+    }
+  }
+}
+
+// Runs the arguments with TAPS, the number of cells that a pixel reads along an axis.
 #define FMUPSAMPLE_DISPATCH_TAPS(kernel_size, fractional, ...)                       \
   switch ((kernel_size) + ((fractional) ? 1 : 0)) {                                  \
     case 1: { constexpr int TAPS = 1; __VA_ARGS__; break; }                          \
@@ -126,6 +147,7 @@ __device__ __forceinline__ void merged_weights(const Map& weights, int64_t batch
     default: throw std::runtime_error("fmupsample: kernel sizes above 7 have no CUDA kernel"); \
   }
 
+// Runs the arguments with scalar_t, the type that `type` names.
 #define FMUPSAMPLE_DISPATCH_SCALAR(type, ...)                                        \
   switch (type) {                                                                    \
     case Scalar::f64: { using scalar_t = double; __VA_ARGS__; break; }               \

@@ -70,9 +70,11 @@ int kernel_size_of(const at::Tensor& weights) {
 }
 
 #ifdef FMUPSAMPLE_EMULATED
+int32_t emulated_capability = 90;
+
 struct Guard {
   explicit Guard(const at::Tensor&) {}
-  Device device() const { return {nullptr, 90}; }
+  Device device() const { return {nullptr, emulated_capability}; }
 };
 #else
 // Makes the tensor's device current, and finds its stream.

@@ -1,6 +1,6 @@
 // Gradients of reassembly, for the weights and for the values. No atomics: every number has one
 // thread (or one fixed tree of threads) that sums it up, so results repeat bit for bit.
-#include "tiles.cuh"
+#include "grad_tensor_core.cuh"
 
 namespace fmupsample {
 namespace {
@@ -31,18 +31,24 @@ __global__ void __launch_bounds__(256) grad_weights_kernel(WeightsTask task, Pla
   A* cells = dynamic_shared<A>();  // [channels_at_once][T][span]
   const scalar_t* grad = static_cast<const scalar_t*>(task.grad.data) +
                          b * task.grad.stride[0] + own.y * task.grad.stride[2] + own.x;
+  A next[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+    next[r] = own.has(r) ? static_cast<A>(grad[r * task.grad.stride[2]]) : A(0);
   for (int32_t c0 = 0; c0 < channels; c0 += tiles.channels_at_once) {
     const int32_t count = min(tiles.channels_at_once, channels - c0);
     __syncthreads();
     own.stage(task.value, tiles, rows, columns, b, c0, count, cells);
     __syncthreads();
     for (int32_t c = 0; c < count; ++c) {
-      A g[R];
+      A g[R];  // those of the next channel are under way while these are worked on
 #pragma unroll
-      for (int r = 0; r < R; ++r)
-        g[r] = own.has(r) ? static_cast<A>(grad[(c0 + c) * task.grad.stride[1] +
-                                                r * task.grad.stride[2]])
-                          : A(0);
+      for (int r = 0; r < R; ++r) {
+        g[r] = next[r];
+        if (own.has(r) && c0 + c + 1 < channels)
+          next[r] = static_cast<A>(
+              grad[(c0 + c + 1) * task.grad.stride[1] + r * task.grad.stride[2]]);
+      }
 #pragma unroll
       for (int i = 0; i < T; ++i) {
 #pragma unroll
@@ -55,28 +61,14 @@ __global__ void __launch_bounds__(256) grad_weights_kernel(WeightsTask task, Pla
     }
   }
 
-  // Unmerging is the adjoint of merged_weights().
-  const int k = rows.fractional ? T - 1 : T;
   const A fx = own.in_row ? columns.fraction<A>(own.x) : A(0);
   A* out = static_cast<A*>(task.out.data) + b * task.out.stride[0] +
            own.y * task.out.stride[2] + own.x;
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    if (!own.has(r)) continue;
-    const A fy = rows.fraction<A>(own.y + r);
-#pragma unroll
-    for (int i = 0; i < T; ++i) {
-#pragma unroll
-      for (int j = 0; j < T; ++j) {
-        if (i >= k || j >= k) continue;
-        A g = (A(1) - fy) * (A(1) - fx) * sum[r][i * T + j];
-        if (j + 1 < T) g += (A(1) - fy) * fx * sum[r][i * T + j + 1];
-        if (i + 1 < T) g += fy * (A(1) - fx) * sum[r][(i + 1) * T + j];
-        if (i + 1 < T && j + 1 < T) g += fy * fx * sum[r][(i + 1) * T + j + 1];
-        out[(i * k + j) * task.out.stride[1] + r * task.out.stride[2]] = g;
-      }
-    }
-  }
+  for (int r = 0; r < R; ++r)
+    if (own.has(r))
+      unmerge<A, T>(sum[r], rows.fractional, rows.fraction<A>(own.y + r), fx,
+                    out + r * task.out.stride[2], task.out.stride[1]);
 }
 
 template <typename scalar_t, int T>
@@ -97,6 +89,7 @@ struct ValueTask {
   Map grad, weights, out;
   void* partial;
   Axis rows, columns;
+  bool summed;  // the first step is done already
 };
 
 template <typename scalar_t, int T>
@@ -239,7 +232,8 @@ void launch_grad_value(const ValueTask& task, void* stream) {
   const int32_t across = task.columns.groups(), down = task.rows.groups();
   const size_t sums = sizeof(A) * (32 * C * (kSumPixels + 1) + kSumPixels * T * T);
   const size_t shares = sizeof(A) * kSumWarps * T * 32;
-  launch(group_sums_kernel<scalar_t, T>, int64_t(tiles) * across * down * task.grad.size[0],
+  if (!task.summed)
+    launch(group_sums_kernel<scalar_t, T>, int64_t(tiles) * across * down * task.grad.size[0],
          dim3(32, kSumWarps), sums > shares ? sums : shares, stream, task, tiles, across, down);
   const int64_t total = task.out.size[0] * task.out.size[1] * task.out.size[2] * task.out.size[3];
   launch(cell_sums_kernel<scalar_t, T>, (total + 255) / 256, dim3(256), 0, stream, task, total,
@@ -254,8 +248,16 @@ Axis axis_of(const Map& low, const Map& high, int d, bool fractional) {
 
 void grad_weights(const Map& grad, const Map& value, const Map& out, int kernel_size,
                   bool fractional, const Device& device) {
-  const WeightsTask task{grad, value, out, axis_of(value, grad, 2, fractional),
-                         axis_of(value, grad, 3, fractional)};
+  const Axis rows = axis_of(value, grad, 2, fractional);
+  const Axis columns = axis_of(value, grad, 3, fractional);
+  if (tensor_core::serves_gradients(grad, rows, columns, kernel_size, device)) {
+    tensor_core::dispatch_gradients(grad, fractional, [&](auto zero, auto taps) {
+      tensor_core::launch_grad_weights<decltype(zero), decltype(taps)::value>(
+          grad, value, out, rows, columns, device.stream);
+    });
+    return;
+  }
+  const WeightsTask task{grad, value, out, rows, columns};
   FMUPSAMPLE_DISPATCH_SCALAR(
       grad.type, FMUPSAMPLE_DISPATCH_TAPS(
                      kernel_size, fractional,
@@ -264,8 +266,14 @@ void grad_weights(const Map& grad, const Map& value, const Map& out, int kernel_
 
 void grad_value(const Map& grad, const Map& weights, void* partial, const Map& out,
                 int kernel_size, bool fractional, const Device& device) {
-  const ValueTask task{grad, weights, out, partial, axis_of(out, grad, 2, fractional),
-                       axis_of(out, grad, 3, fractional)};
+  const Axis rows = axis_of(out, grad, 2, fractional), columns = axis_of(out, grad, 3, fractional);
+  const bool served = tensor_core::serves_gradients(grad, rows, columns, kernel_size, device);
+  if (served)
+    tensor_core::dispatch_gradients(grad, fractional, [&](auto zero, auto taps) {
+      tensor_core::launch_group_sums<decltype(zero), decltype(taps)::value>(
+          grad, weights, partial, rows, columns, device.stream);
+    });
+  const ValueTask task{grad, weights, out, partial, rows, columns, served};
   FMUPSAMPLE_DISPATCH_SCALAR(
       grad.type, FMUPSAMPLE_DISPATCH_TAPS(kernel_size, fractional,
                                           launch_grad_value<scalar_t, TAPS>(task, device.stream)))

@@ -10,44 +10,14 @@
 // the four products a lane holds the 8 neighbours 8 (l % 4) .. 8 (l % 4) + 7.
 #pragma once
 
-#include "tiles.cuh"
+#include "fragments.cuh"
 
 namespace fmupsample {
 namespace tensor_core {
 
-constexpr int kWarps = 8;
-constexpr int kStrip = 32;  // pixels of a row (NCHW) or channels (NHWC) that a warp holds
-
 template <int T>
 constexpr int k_steps() {
   return (T * T + 15) / 16;
-}
-
-// Numbers between rows of shared memory that ldmatrix reads: an odd multiple of 16 bytes, so that
-// the eight rows of a matrix lie in different banks.
-constexpr int padded(int count) { return (count + 7) / 8 % 2 ? (count + 7) / 8 * 8 : count + 8; }
-
-template <typename scalar_t>
-__device__ __forceinline__ uint32_t pair(scalar_t low, scalar_t high) {
-  return uint32_t(low.x) | uint32_t(high.x) << 16;
-}
-
-// Stores 8 neighbours, or as many as there are; `aligned`: every full run is 16-byte aligned.
-template <typename scalar_t>
-__device__ __forceinline__ void store8(scalar_t* to, const float (&value)[8], int32_t count,
-                                       bool aligned) {
-  if (count >= 8 && aligned) {
-    uint4 word;
-    word.x = pair(narrow<scalar_t>(value[0]), narrow<scalar_t>(value[1]));
-    word.y = pair(narrow<scalar_t>(value[2]), narrow<scalar_t>(value[3]));
-    word.z = pair(narrow<scalar_t>(value[4]), narrow<scalar_t>(value[5]));
-    word.w = pair(narrow<scalar_t>(value[6]), narrow<scalar_t>(value[7]));
-    *reinterpret_cast<uint4*>(to) = word;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < count) to[i] = narrow<scalar_t>(value[i]);
-  }
 }
 
 // Merged weights of one pixel, rounded to the type of the product, padded with zeros to whole
