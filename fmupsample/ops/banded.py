@@ -5,8 +5,9 @@ are laid out as a matrix ``[cells, pixels]`` that is zero where a pixel does not
 ``[V, cells] x [cells, pixels]`` is a piece of the result, in place, with runs long enough for
 memory to like. The zeros cost arithmetic, of which a CPU has plenty; what it lacks is bandwidth.
 
-How the pixels of one axis share the cells is a small constant array (:mod:`fmupsample.ops.windows`), borders
-included, so that laying out the weights is a few multiplications and its adjoint the same ones.
+How the pixels of one axis share the cells is a small constant array, borders included (see
+:mod:`fmupsample.ops.windows`), so that laying out the weights is a few multiplications and its
+adjoint the same ones.
 
 For finite values in float32 or float64.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def column_windows(
 
 
 def _windows(axis: AxisPlan, k: int, fractional: bool, bounds: tuple[int, ...]) -> Windows:
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(bounds)]
     block = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     place = torch.arange(axis.pixels) - torch.tensor(bounds)[block]
     last_cell = axis.cells - 1
