@@ -14,8 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmupsample.layers.moments import group_moments
+from fmupsample.layers.moments import group_moments, upsampled_group_moments
 from fmupsample.ops import backend, cuda, reassemble, tiled
+from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig, fused
+from fmupsample.upsamplers.resfu.scores import PairedCDC, Workspace
 
 # (B, V, h, w, H, W, K, fractional): whole ratios, odd, unequal, broken and 1:1 ones, single cells,
 # every kernel size, channels that do not fill a warp or a tile.
@@ -267,31 +269,41 @@ def test_more_elements_than_32_bits_count(last):
     assert_near(out[:, -8:], tail, torch.bfloat16)
 
 
-# Strides of the neighbours, size, grid.
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("size", [(21, 37), (14, 14), (5, 130)])
-def test_partial_scores_match_the_strips(size, order, device, emulated):
-    from fmupsample.upsamplers.resfu.scores import PairedCDC
-
+def test_fused_scores_match_the_strips(size, order, device, emulated, monkeypatch):
     emulated.set_order(order)
     torch.manual_seed(0)
     pair = PairedCDC(32, 128, 4, 8, 3).requires_grad_(False)
     for parameter in pair.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
     pair = pair.to(device)
-    cells = tuple(max(1, n // 7) for n in size)
     query, key = torch.randn(2, 2, 32, *size, device=device)
-    low = torch.randn(2, 32, *cells, device=device)
-    from fmupsample.layers.moments import upsampled_group_moments
+    low = torch.randn(2, 32, *(max(1, n // 7) for n in size), device=device)
+    for keys in (
+        pair.full_keys(key, group_moments(key, 8), (7, 5)),
+        pair.upsampled_keys(low, upsampled_group_moments(low, size, 8), size),
+    ):
+        answers = []
+        for answer in (False, True):
+            monkeypatch.setattr(fused, "serves", lambda *_, answer=answer: answer)
+            answers.append(pair(keys, query, Workspace()))
+        torch.testing.assert_close(*answers, atol=2e-5, rtol=1e-5)
 
-    terms = (
-        pair.key_term(key, group_moments(key, 8), (7, 5)),
-        pair.upsampled_key_term(low, upsampled_group_moments(low, size, 8), size),
-    )
-    for term in terms:
-        want = pair(term, query)
-        got = pair(term, query, fused=True)
-        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+def test_whole_head_through_the_kernels(device, monkeypatch):
+    """A ReSFU with the kernels wherever they serve, against float64 without them."""
+    torch.manual_seed(0)
+    head = ReSFU(ReSFUConfig(channels=24)).to(device).requires_grad_(False)
+    x = torch.randn(1, 24, 3, 4, device=device)
+    image = torch.randn(1, 3, 42, 56, device=device)
+    monkeypatch.setattr(fused, "serves", lambda *_: False)
+    exact = head.double()(x.double(), image.double())
+    calls = []
+    monkeypatch.setattr(fused, "serves", lambda *a: calls.append(a) or fused.fits(a[0], a[2]))
+    got = head.float()(x, image)
+    assert len(calls) == 2
+    assert (got.double() - exact).abs().max() < 2e-5
 
 
 def test_shapes_without_a_fused_kernel_are_refused(device):

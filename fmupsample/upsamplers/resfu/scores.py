@@ -8,13 +8,12 @@ left is an ordinary convolution of the keys.
 A ``KeyTerm`` gives that convolution for some rows of the output, plus a constant. Everything after
 it is local to a pixel but for one GroupNorm, whose statistics span the picture: so the rows are
 worked on in strips, each leaving its moments and, per norm group, its unnormalised share of the
-scores; the normalisation is a weighted sum of those shares afterwards.
+scores; the normalisation is a weighted sum of those shares afterwards. On a GPU one kernel does all
+of it up to there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -23,11 +22,9 @@ from torch import Tensor, nn
 
 from fmupsample.layers.chunks import recorded
 from fmupsample.layers.moments import affine, apply_affine, group_moments, pooled_moments
-from fmupsample.ops.grid import interpolation_matrix, plan_axis
 from fmupsample.ops.memory import on_huge_pages
-
-# (first row, last row + 1, where to put it if anywhere) -> [B M, rows, W].
-KeyTerm = Callable[[int, int, Tensor | None], Tensor]
+from fmupsample.upsamplers.resfu import fused
+from fmupsample.upsamplers.resfu.keys import FullKeys, Keys, UpsampledKeys
 
 # Bytes of one middle-channel strip: on a CPU about the shared cache, on an accelerator plenty.
 _STRIP_BYTES = {"cpu": 4 << 20}
@@ -54,17 +51,6 @@ class Workspace:
 def _view(buffer: Tensor | None, shape: tuple[int, ...], start: int = 0) -> Tensor | None:
     """A piece of the buffer, or ``None`` (make your own) where there is none."""
     return None if buffer is None else buffer[start : start + prod(shape)].view(shape)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The keys of one pair: ``term`` makes their key term, given ``[B, M]`` to add everywhere.
-
-    ``source`` is the tensor that the terms are made from.
-    """
-
-    source: Tensor
-    term: Callable[[Tensor], KeyTerm]
 
 
 class PairedCDC(nn.Module):
@@ -98,10 +84,6 @@ class PairedCDC(nn.Module):
     ) -> Keys:
         """The keys given as a map at low resolution, to be upsampled bilinearly.
 
-        Neighbours s output pixels apart are neighbouring cells at low resolution, so convolving
-        there (dilation 1) and upsampling afterwards is the same: with the map replicate-padded
-        enough, also at the borders, and at every ratio.
-
         Args:
             key: ``[B, E, h, w]``; moments: ``[B, norm_groups]`` each, of the *upsampled* key.
         """
@@ -109,22 +91,7 @@ class PairedCDC(nn.Module):
         normal = apply_affine(key, *self.key_affine(*moments))
         padded = F.pad(normal, (pad, pad, pad, pad), mode="replicate")
         low = F.conv2d(padded, self.difference.weight.to(key), groups=self.groups)  # h+2, w+2
-        across_matrix = interpolation_matrix(key.shape[3], size[1], padding=1).to(key).T
-        down = interpolation_matrix(key.shape[2], size[0], padding=1).to(key)
-        base = plan_axis(key.shape[2], size[0], True).base + 1
-
-        def terms(constant: Tensor) -> KeyTerm:
-            # Rows of interpolation matrices sum to 1: what is added here is added to every pixel.
-            across = ((low + constant[:, :, None, None]) @ across_matrix).flatten(0, 1)
-
-            def term(y0: int, y1: int, out: Tensor | None) -> Tensor:
-                first, last = int(base[y0]), int(base[y1 - 1]) + 2
-                some = down[y0:y1, first:last].expand(len(across), -1, -1)
-                return torch.bmm(some, across[:, first:last], out=out)
-
-            return term
-
-        return Keys(low, terms)
+        return UpsampledKeys(low, size)
 
     def full_keys(
         self, key: Tensor, moments: tuple[Tensor, Tensor], stride: tuple[int, int]
@@ -133,28 +100,10 @@ class PairedCDC(nn.Module):
 
         The key's normalisation is folded into the weights.
         """
-        scale, shift = self.key_affine(*moments)
-        batch = key.shape[0]
-        pad_y, pad_x = (s * (self.kernel_size // 2) for s in stride)
-        padded = F.pad(key, (pad_x, pad_x, pad_y, pad_y), mode="replicate")
         weight = self.difference.weight.to(key)  # [M, E/groups, K, K]
-        per_sample, offset = self._fold(weight.flatten(2), scale, shift)  # [B, M, E/g, KK], [B, M]
-        kernel = per_sample.unflatten(3, weight.shape[2:]).flatten(0, 1)
-
-        def terms(constant: Tensor) -> KeyTerm:
-            bias = (offset + constant).flatten()
-
-            def term(y0: int, y1: int, out: Tensor | None) -> Tensor:
-                rows = padded[:, :, y0 : y1 + 2 * pad_y]
-                # One convolution for the whole batch: samples become groups.
-                rows = rows.reshape(1, -1, *rows.shape[2:])
-                return F.conv2d(
-                    rows, kernel, bias, dilation=stride, groups=batch * self.groups
-                ).squeeze(0)
-
-            return term
-
-        return Keys(padded, terms)
+        per_sample, offset = self._fold(weight.flatten(2), *self.key_affine(*moments))
+        per_sample = per_sample.unflatten(3, weight.shape[2:])
+        return FullKeys(key, per_sample, offset, self.groups, stride)
 
     def _fold(self, weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Fold an input affine ``[B, E]`` into grouped weights ``[M, E/groups, ...]``."""
@@ -170,8 +119,12 @@ class PairedCDC(nn.Module):
         total = self.difference.weight.to(query).flatten(2).sum(2, keepdim=True)  # [M, E/g, 1]
         query_moments = group_moments(query, self.norm.num_groups)
         weight, offset = self._fold(total, *affine(self.norm, *query_moments))
-        weight = -weight.squeeze(3).unflatten(1, (self.groups, -1)).flatten(0, 1)
-        key_term = keys.term(self.difference.bias.to(query) - offset)
+        weight, constant = -weight.squeeze(3), self.difference.bias.to(query) - offset
+        if fused.serves(self, keys, query):
+            part, moments = fused.partial_scores(self, keys, query, weight, constant)
+            return self._normalise([part], moments)
+        weight = weight.unflatten(1, (self.groups, -1)).flatten(0, 1)
+        key_term = keys.term(constant)
         mix_weight, mix_bias, score_weight = self._weights_after(query)
 
         middles, step = batch * self.mix.in_channels, min(self._strip_rows(query), height)
