@@ -375,7 +375,8 @@ class Extension:
         try:
             torch.ops.load_library(str(library.path))
         except (OSError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or ["no reason given"])[0]
+            said = str(error.__cause__ or error).strip() or type(error).__name__
+            first = said.splitlines()[0].removeprefix(f"{library.path}: ")
             failure = ExtensionError(f"{library.path} does not load: {first}", "load")
             if library.path.is_relative_to(self.cache):
                 # The next process says so as well, and `fmupsample build` compiles it anew.
