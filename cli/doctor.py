@@ -130,12 +130,14 @@ def _extension_state(extension: Extension) -> dict[str, Any]:
                 return _check(_EXTENSION, f"compiled, not used: no CUDA device; {where}", NOTE)
             extension.load()
             return _check(_EXTENSION, f"loaded: {where}")
-        failures = extension.failures()
-        if failures:
-            return _check(_EXTENSION, f"failed, plain PyTorch is used: {failures[0]}", NOTE)
+        if gpus:
+            failure = extension.remembered(extension.needed(gpus))
+        else:
+            failure = next(iter(extension.failures()), None)
+        if failure is not None:
+            return _check(_EXTENSION, f"failed, plain PyTorch is used: {failure}", NOTE)
         if not gpus:
             return _check(_EXTENSION, f"not usable: no CUDA device{aside}", NOTE)
-        extension.needed(gpus)
         extension.toolchain()
     except FmupsampleError as error:
         return _check(_EXTENSION, f"not usable, plain PyTorch is used: {error}", NOTE)

@@ -139,6 +139,7 @@ def test_doctor_on_a_machine_with_a_gpu(compiler, examine, monkeypatch) -> None:
     assert "failed, plain PyTorch is used: k.cu(1): error: no" in examine()["CUDA extension"]
     compiler.error = None
     assert main(["build"]) == 0
+    assert main(["build", "--arch", "8.0"]) == 0
     # The library is pretended: that it is loaded is told, and that its results are not there.
     assert examine()["CUDA extension"].startswith("loaded: ")
     assert "does not run" in examine()["extension's results"]

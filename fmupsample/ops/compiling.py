@@ -49,7 +49,8 @@ def common_flags() -> tuple[str, ...]:
 
 
 def nvcc_flags() -> tuple[str, ...]:
-    return ("--expt-relaxed-constexpr",)
+    # Compressed, machine code takes an eighth of the space, and no longer to make.
+    return ("--expt-relaxed-constexpr", "-Xfatbin=-compress-all")
 
 
 def _standard() -> int:
