@@ -24,7 +24,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from fmupsample.folders import cache_folder
 from fmupsample.ops import compiling
 from fmupsample.ops.architectures import OLDEST, Capability, covers, show, targets_for
 from fmupsample.ops.compiling import HEADERS, Progress, compile_library, has_cuda, source_files
+from fmupsample.ops.library import Library, read_json, read_library
 from fmupsample.ops.toolchain import Toolchain, find_toolchain
 
 try:
@@ -51,51 +51,6 @@ TIMEOUT = 30 * 60.0
 WAITING = "waiting for another process that compiles the CUDA extension"
 _LIBRARY = "fmupsample_cuda.so"
 _FACTS = "build.json"
-
-
-@dataclass(frozen=True)
-class Library:
-    """A compiled library and what is known of it.
-
-    Attributes:
-        targets: architectures it holds, as nvcc names them.
-        key: of the sources, flags and PyTorch it was made from.
-        torch: the version of that PyTorch.
-        seconds: how long it took to compile.
-        fresh: whether it was compiled by this call.
-    """
-
-    path: Path
-    targets: tuple[str, ...]
-    key: str
-    torch: str
-    seconds: float
-    fresh: bool = False
-
-    def save_facts(self, path: Path) -> None:
-        facts = {
-            "key": self.key,
-            "targets": list(self.targets),
-            "torch": self.torch,
-            "cuda": torch.version.cuda,
-            "bytes": self.path.stat().st_size,
-            "seconds": round(self.seconds, 1),
-        }
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def read_library(path: Path, facts: Path) -> Library | None:
-    """The library at ``path``, or ``None`` if it is not whole."""
-    known = _read_json(facts)
-    try:
-        if path.stat().st_size != known["bytes"]:
-            return None
-        return Library(
-            path, tuple(known["targets"]), known["key"], known["torch"], float(known["seconds"])
-        )
-    except (OSError, KeyError, TypeError, ValueError):
-        return None
 
 
 class Extension:
@@ -152,8 +107,9 @@ class Extension:
             if self._loaded is None:
                 try:
                     gpus = capabilities()
-                    library = self.find(gpus) or self.build(self.needed(gpus), retry=False,
-                                                            progress=progress)  # fmt: skip
+                    library = self.find(gpus)
+                    if library is None:
+                        library = self.build(self.needed(gpus), retry=False, progress=progress)
                     self.open(library)
                 except ExtensionError as error:
                     self._failure = error
@@ -253,7 +209,7 @@ class Extension:
         return [failure for record in records if (failure := self._failure_in(record))]
 
     def _failure_in(self, record: Path) -> ExtensionError | None:
-        known = _read_json(record)
+        known = read_json(record)
         if not known or known.get("tools") != self.toolchain().identity:
             return None
         reason = f"{known.get('reason')} (an earlier build; `fmupsample build` tries again)"
@@ -441,14 +397,6 @@ def _locked(path: Path, progress: Progress | None) -> Iterator[bool]:
             except OSError:
                 break
         yield held
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 EXTENSION = Extension()
