@@ -23,6 +23,7 @@ COMMANDS = (
     ("visualize", "visualize", FEATURES),
     ("extract", "extract", FEATURES),
     ("models", "models", TOOLS),
+    ("build", "build", TOOLS),
     ("doctor", "doctor", TOOLS),
 )
 
