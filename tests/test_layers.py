@@ -10,6 +10,7 @@ from fmupsample.layers.filters import (
     box_mean,
     fast_guided_filter,
     gaussian3,
+    pooled_box_mean,
     upsampled_on_half_grid,
 )
 from fmupsample.layers.moments import (
@@ -78,6 +79,7 @@ def test_box_mean_divides_by_the_pixels_inside(radius, size):
             columns = slice(max(0, j - radius), j + radius + 1)
             expected[:, :, i, j] = x[:, :, rows, columns].mean((2, 3))
     torch.testing.assert_close(box_mean(x, radius), expected)
+    torch.testing.assert_close(pooled_box_mean(x, radius), expected)
 
 
 def test_gaussian_keeps_constants_and_is_the_discrete_one():
