@@ -138,7 +138,7 @@ class _Job:
         self.dtype = value.dtype
         self.channels_last = map_format(value) == torch.channels_last
         self.k = isqrt(weights.shape[1])
-        self.samples, self.width = weights.shape[0], weights.shape[3]
+        self.samples = weights.shape[0]
         grid, size = tuple(value.shape[2:]), tuple(weights.shape[2:])
         self.rows = row_windows(grid[0], size[0], self.k, fractional)
         self.columns = column_windows(grid[1], size[1], self.k, fractional, self.channels_last)
