@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,6 +99,8 @@ class Workload:
 
     @cached_property
     def backbone(self) -> nn.Module:
+        import timm  # here, so that the processes that measure memory start faster
+
         s = self.setting
         model = timm.create_model(
             BACKBONES[s.channels],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
-import timm
 import torch
 
 from fmupsample._version import __version__
@@ -25,7 +25,7 @@ def describe(device: torch.device) -> dict:
         "memory_bytes": _meminfo("MemTotal"),
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
-        "timm": timm.__version__,
+        "timm": version("timm"),
         "python": platform.python_version(),
         "fmupsample": __version__,
         "float32_matmul": torch.get_float32_matmul_precision(),

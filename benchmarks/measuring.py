@@ -27,15 +27,23 @@ from machine import cache_bytes
 
 Case = Callable[[], object]
 LEAST_ROUNDS = 3
+# On a CPU a call that takes longer than this is not preceded by an untimed one.
+SETTLED_SECONDS = 1.0
 
 
 def time_cases(
-    cases: dict[str, Case], rounds: int, device: torch.device, *, seconds: float | None = None
+    cases: dict[str, Case],
+    rounds: int,
+    device: torch.device,
+    *,
+    seconds: float | None = None,
+    warm_up: bool = True,
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """Run every case ``rounds`` times after a warm-up, interleaved.
 
     Args:
         seconds: where given, fewer rounds are run (three at least) if they would take longer.
+        warm_up: ``False`` for calls of minutes, which would take twice as long.
 
     Returns:
         ``{name: {"median_s", "quartiles_s", "rounds"}}``, on a GPU with ``"peak_bytes"``, and
@@ -43,29 +51,32 @@ def time_cases(
     """
     clock = _Clock(device)
     skipped: dict[str, str] = {}
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, int] = {}
-    start = time.perf_counter()
-    for name, case in cases.items():  # warm-up
+    settle: dict[str, bool] = dict.fromkeys(cases, False)
+    round_seconds = 0.0
+    for name, case in cases.items() if warm_up else ():
+        start = time.perf_counter()
         try:
-            clock.once(case)
+            first = clock.once(case)
             if device.type == "cuda":  # the second call: libraries have their workspaces by now
                 peaks[name] = cuda_peak(case, device)
-            times[name] = []
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             skipped[name] = "out of memory"
-            torch.cuda.empty_cache()
-    if seconds is not None:
-        one = max(1e-9, time.perf_counter() - start)
-        rounds = max(min(rounds, LEAST_ROUNDS), min(rounds, int(seconds / one)))
+            del times[name]
+            continue
+        settle[name] = device.type == "cpu" and first <= SETTLED_SECONDS
+        round_seconds += (time.perf_counter() - start) * (2 if settle[name] else 1)
+    if seconds is not None and round_seconds:
+        rounds = max(min(rounds, LEAST_ROUNDS), min(rounds, int(seconds / round_seconds)))
     order = list(times)
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            times[name].append(clock.once(cases[name]))
+            times[name].append(clock.once(cases[name], settle[name]))
     result = {}
     for name, values in times.items():
         result[name] = summary(values)
@@ -83,12 +94,16 @@ def summary(values: list[float]) -> dict:
 
 
 class _Clock:
-    """Seconds of one call. On a GPU between two events, after the last-level cache was emptied.
+    """Seconds of one call, in a state that other cases have no part in.
 
-    Emptying takes the GPU long enough that the host can queue most of a call's kernels behind it;
+    On a CPU freed memory goes back to the system first: a result that happens to find the pages of
+    another case is up to five times faster. An untimed call may follow, so that the workspaces
+    that a loop over pictures would find again are found again. A large result is new memory in
+    every call, as it is in such a loop, and taking it is part of the time; freeing it is not.
+
+    On a GPU the last-level cache is emptied first, and the time is that between two events. The
+    emptying takes the GPU long enough that the host can queue most of a call's kernels behind it;
     where the host is slower than that, the GPU's waiting is part of the time, as it is for a user.
-    The result of the call is dropped after the clock has stopped: allocating it is part of the
-    time, freeing it is not.
     """
 
     def __init__(self, device: torch.device):
@@ -97,7 +112,7 @@ class _Clock:
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.flush = torch.empty(4 * cache_bytes(device), dtype=torch.uint8, device=device)
 
-    def once(self, case: Case) -> float:
+    def once(self, case: Case, settle: bool = False) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.flush.zero_()
@@ -107,6 +122,9 @@ class _Clock:
             torch.cuda.synchronize(self.device)
             del kept
             return self.start.elapsed_time(self.end) / 1e3
+        _trim()
+        if settle:
+            case()
         self._synchronize()
         start = time.perf_counter()
         kept = case()

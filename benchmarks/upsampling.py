@@ -10,7 +10,6 @@ the machine is not steady. benchmarks/README.md says what each number is.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from fmupsample.device import is_out_of_memory, resolve_device
 
 import backends
 import bars
+import reports
 from cases import (
     BACKBONES,
     BACKWARD,
@@ -34,7 +34,7 @@ from cases import (
     prepare_peak,
 )
 from errors import measure_errors, worst_ratio
-from machine import describe, free_bytes, same_machine
+from machine import describe, free_bytes
 from measuring import process_peak, summary, time_cases
 from plots import growth
 
@@ -232,17 +232,6 @@ def show(result: dict) -> None:
         print(f"{name}: not measured, {reason}")
 
 
-def kept(path: Path | None, machine: dict) -> list[dict]:
-    """The results in the file, if they are of this machine and these versions."""
-    if path is None or not path.exists():
-        return []
-    report = json.loads(path.read_text())
-    if not same_machine(report.get("machine", {}), machine):
-        print(f"{path} is of another machine or other versions: it will be replaced")
-        return []
-    return report["results"]
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     begun = time.perf_counter()
@@ -251,8 +240,13 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     backends.choose(args.backend)
     machine = describe(device)
-    results = kept(args.output, machine)
-    skipped = {}
+    results = reports.read(args.output, machine)
+    skipped: dict[str, str] = {}
+
+    def save() -> None:
+        rows = bars.evaluate(results)
+        reports.write(args.output, machine, results, skipped=skipped, bars=rows)
+
     for setting, thorough in settings(args, device):
         if not thorough and _has_thorough(results, setting, device):
             print(f"\n{setting}: kept as a --quick run measured it, with errors and peaks")
@@ -266,12 +260,12 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         result = measure(setting, args, device, thorough)
         show(result)
-        results = [r for r in results if _key(r) != _key(result)] + [result]
-        _write(args.output, machine, results, skipped)  # after each: a broken run leaves the rest
+        results = reports.add(results, result)
+        save()  # after each: a run that is cut short leaves the rest
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print("\n" + bars.table(bars.evaluate(results)))
-    _write(args.output, machine, results, skipped)
+    save()
     if args.plot:
         dtype = "fp32" if args.dtype == "both" else args.dtype
         picture = growth(results, dtype, machine)
@@ -284,23 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _has_thorough(results: list[dict], setting: Setting, device: torch.device) -> bool:
     wanted = (*asdict(setting).values(), device.type, backends.in_use(device))
-    return any(_key(result) == wanted and "errors" in result for result in results)
-
-
-def _key(result: dict) -> tuple:
-    return (*result["setting"].values(), result["device"], result["backend"])
-
-
-def _write(path: Path | None, machine: dict, results: list[dict], skipped: dict[str, str]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "machine": machine,
-            "results": sorted(results, key=_key),
-            "skipped": skipped,
-            "bars": bars.evaluate(results),
-        }
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    return any(reports.key(result) == wanted and "errors" in result for result in results)
 
 
 if __name__ == "__main__":
