@@ -34,8 +34,16 @@ class Panel:
         xs = [math.log10(x) for x, _ in points] + [math.log10(x) for x in self.x_ticks]
         ys = [math.log10(y) for _, y in points]
         margin = max(0.06 * (max(xs) - min(xs)), 0.02)
-        y0, y1 = math.floor(min(ys) - 0.05), math.ceil(max(ys) + 0.05)
+        marks = [mark for mark, _ in _marks(math.floor(min(ys)) - 1, math.ceil(max(ys)) + 1)]
+        y0 = max(mark for mark in marks if mark <= min(ys) - 0.05)
+        y1 = min(mark for mark in marks if mark >= max(ys) + 0.05)
         self.bounds = (min(xs) - margin, max(xs) + margin, y0, y1)
+
+
+def _marks(low: int, high: int) -> list[tuple[float, float]]:
+    """``(logarithm, seconds)`` of 1, 2 and 5 in the decades from ``low`` to ``high``."""
+    values = [part * 10.0**decade for decade in range(low, high + 1) for part in (1, 2, 5)]
+    return [(math.log10(value), value) for value in values]
 
 
 def chart(title: str, note: str, panels: list[Panel], colours: dict[str, tuple]) -> Image.Image:
@@ -67,13 +75,13 @@ def _panel(draw: _Draw, panel: Panel, left: int, colours: dict[str, tuple]) -> N
         return left + across * WIDTH, TOP + (1 - up) * HEIGHT
 
     bottom, right = TOP + HEIGHT, left + WIDTH
-    for decade in range(int(y0), int(y1) + 1):
-        y = place(10**x0, 10.0**decade)[1]
-        draw.line([(left, y), (right, y)], GRID, 1.2)
-        draw.text((left - 8, y - 8), seconds(10.0**decade), 12, FAINT, anchor="right")
-        for part in (2, 5) if decade < y1 else ():
-            y = place(10**x0, part * 10.0**decade)[1]
-            draw.line([(left, y), (right, y)], GRID, 0.5)
+    marks = [m for m in _marks(math.floor(y0), math.ceil(y1)) if y0 - 1e-9 <= m[0] <= y1 + 1e-9]
+    for log, value in marks:
+        whole = abs(log - round(log)) < 1e-9
+        y = place(10**x0, value)[1]
+        draw.line([(left, y), (right, y)], GRID, 1.2 if whole else 0.5)
+        if whole or len(marks) < 10:
+            draw.text((left - 8, y - 8), seconds(value), 12, FAINT, anchor="right")
     for x, label in panel.x_ticks.items():
         at = place(x, 10.0**y0)[0]
         draw.line([(at, TOP), (at, bottom)], GRID, 0.7)

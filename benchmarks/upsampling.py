@@ -51,6 +51,14 @@ PEAKS = ("reassembly", "whole head", "masks")
 SWEEP_PEAKS = ("reassembly", "whole head")
 
 
+def sweep_part(text: str) -> tuple[str, list[int]]:
+    """``"size"`` with its usual values, or ``"size=448,896"``."""
+    name, _, values = text.partition("=")
+    if name not in SWEEPS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SWEEPS)}")
+    return name, [int(value) for value in values.split(",")] if values else SWEEPS[name]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,8 +68,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--sweep",
         nargs="*",
-        choices=list(SWEEPS),
-        metavar="PART",
+        type=sweep_part,
+        metavar="PART[=N,N]",
         help=f"one thing varied at a time; all of {', '.join(SWEEPS)} where none is named",
     )
     add("--size", type=int, default=448, help="pixels of the square picture (448)")
@@ -83,6 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.quick and args.sweep is None:
         args.quick = True
+    args.dtypes = list(DTYPES) if args.dtype == "both" else [args.dtype]
     return args
 
 
@@ -93,10 +102,10 @@ def settings(args: argparse.Namespace, device: torch.device) -> list[tuple[Setti
     if args.quick:
         on_gpu = device.type == "cuda" and args.batch is None
         chosen[replace(base, batch=8) if on_gpu else base] = True
-    for part in SWEEPS if args.sweep == [] else args.sweep or []:
+    for part, values in list(SWEEPS.items()) if args.sweep == [] else args.sweep or []:
         if part == "batch" and device.type != "cuda":
             continue
-        for value in SWEEPS[part]:
+        for value in values:
             chosen.setdefault(replace(base, **{part: value}), False)
     # The large ones last: where time runs out, the rest is there.
     return sorted(chosen.items(), key=lambda item: item[0].output_bytes("fp32"))
@@ -106,7 +115,7 @@ def names(
     setting: Setting, args: argparse.Namespace, device: torch.device, thorough: bool
 ) -> tuple[list[str], dict[str, str]]:
     """The cases of a setting, and those left out with the reason."""
-    dtypes = list(DTYPES) if args.dtype == "both" else [args.dtype]
+    dtypes = args.dtypes
     wanted, skipped = [], {}
     tokens = setting.batch * setting.cells**2
     for dtype in DTYPES:
@@ -132,9 +141,8 @@ def room(setting: Setting, args: argparse.Namespace, device: torch.device) -> st
 
     The copies' sources stay while an output and about as much again are made.
     """
-    dtypes = list(DTYPES) if args.dtype == "both" else [args.dtype]
-    sources = sum(setting.output_bytes(dtype) for dtype in dtypes)
-    need = sources + 1.3 * max(setting.output_bytes(dtype) for dtype in dtypes) + 1e9
+    outputs = [setting.output_bytes(dtype) for dtype in args.dtypes]
+    need = sum(outputs) + 1.3 * max(outputs) + 1e9
     free = free_bytes(device)
     if free is not None and need > free:
         return f"needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -152,7 +160,7 @@ def measure(
         "device": device.type,
         "backend": backends.in_use(device),
     }
-    dtypes = list(DTYPES) if args.dtype == "both" else [args.dtype]
+    dtypes = args.dtypes
     result["output_bytes"] = {dtype: setting.output_bytes(dtype) for dtype in dtypes}
     result["moved_bytes"] = {dtype: work.moved_bytes(dtype) for dtype in dtypes}
     prepared = {}
@@ -267,8 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n" + bars.table(bars.evaluate(results)))
     save()
     if args.plot:
-        dtype = "fp32" if args.dtype == "both" else args.dtype
-        picture = growth(results, dtype, machine)
+        picture = growth(results, args.dtypes[0], machine)
         if picture is None:
             print("no plot: it takes a sweep of sizes or channels")
         else:

@@ -15,6 +15,7 @@ import upsampling
 from allocating import allocation
 
 import bars
+import errors
 import plots
 import reports
 from cases import Setting
@@ -24,7 +25,8 @@ from peers import neighbourhood_attention
 CPU = torch.device("cpu")
 
 
-def test_a_small_run_writes_everything(tmp_path, capsys):
+def test_a_small_run_writes_everything(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(errors, "SETTING", Setting(size=28, channels=32))
     out = tmp_path / "numbers.json"
     options = ["--quick", "--device", "cpu", "--size", "28", "--rounds", "2", "--no-memory"]
     upsampling.main([*options, "--channels", "192", "-o", str(out)])
@@ -45,7 +47,7 @@ def test_a_small_run_writes_everything(tmp_path, capsys):
     assert "whole head fp32" in capsys.readouterr().out
 
     # A sweep leaves what a thorough run has measured alone.
-    upsampling.main([*options[1:], "--channels", "192", "-o", str(out), "--sweep", "batch"])
+    upsampling.main([*options[1:], "--channels", "192", "-o", str(out), "--sweep", "size=28"])
     assert json.loads(out.read_text())["results"] == [result]
 
 
