@@ -35,7 +35,7 @@ from cases import (
 )
 from errors import measure_errors, worst_ratio
 from machine import describe, free_bytes
-from measuring import process_peak, summary, time_cases
+from measuring import process_peak, time_cases
 from plots import growth
 
 SWEEPS = {
@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help="pictures at once (--quick on a GPU: 8, else 1)")
     add("--dtype", choices=[*DTYPES, "both"], default="both", help="of the features")
     add("--rounds", type=int, default=7)
-    add("--seconds", type=float, default=60, help="a setting gets fewer rounds (>= 3) beyond this")
+    add("--seconds", type=float, default=50, help="a setting gets fewer rounds (>= 3) beyond this")
     add("--budget", type=float, help="seconds after which no further setting is begun")
     add("--device", default="auto")
     add("--threads", type=int, default=0)
@@ -195,18 +195,12 @@ def measure(
 
 
 def _time_literal(work: Workload, cases: dict[str, dict], skipped: dict[str, str]) -> None:
-    """Twice, without a warm-up: it takes long enough not to need one."""
+    """Once, without a warm-up: it takes long enough not to need one."""
     if work.setting.batch * work.setting.size**2 > MOST_LITERAL_PIXELS:
         skipped["literal fp32"] = "the definition is measured on one picture of 448 px at most"
         return
-    literal, times = work.case("literal fp32"), []
-    for _ in range(2):
-        start = time.perf_counter()
-        literal()
-        if work.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    cases["literal fp32"] = summary(times)
+    literal = {"literal fp32": work.case("literal fp32")}
+    cases |= time_cases(literal, 1, work.device, warm_up=False)[0]
 
 
 def show(result: dict) -> None:
