@@ -33,5 +33,6 @@ def chosen(name: str, then: str = "auto") -> Iterator[None]:
 
 
 def in_use(device: torch.device) -> str:
-    """The module that computes on ``device``: ``"tiled"`` is plain PyTorch."""
-    return backend.implementation(device).__name__.rpartition(".")[2]
+    """What computes on ``device``: ``"torch"`` is plain PyTorch."""
+    name = backend.implementation(device).__name__.rpartition(".")[2]
+    return "torch" if name == "tiled" else name

@@ -60,7 +60,7 @@ def measure_errors(dtype: str, device: torch.device) -> dict[str, dict[str, floa
             lambda v, w: literal(v, w, True), lambda t: t.to(kind, copy=True), weights
         ),
     }
-    if in_use(device) != "tiled":
+    if in_use(device) != "torch":
         found["tiles"] = tiles()
 
     heads = _heads(kind, device)
@@ -90,7 +90,7 @@ def _heads(kind: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     made = {"exact": exact, "definition": literal_head(head, cpu)(x, image.to(kind))}
     head = head.to(device)
     made["ours"] = head(x.to(device), image.to(device))
-    if in_use(device) != "tiled":
+    if in_use(device) != "torch":
         with chosen("torch"):
             made["tiles"] = head(x.to(device), image.to(device))
     return {who: result.cpu().double() for who, result in made.items()}

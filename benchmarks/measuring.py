@@ -28,7 +28,7 @@ from machine import cache_bytes
 Case = Callable[[], object]
 LEAST_ROUNDS = 3
 # On a CPU a call that takes longer than this is not preceded by an untimed one.
-SETTLED_SECONDS = 1.0
+SETTLED_SECONDS = 5.0
 # Calls of which the largest peak counts, and the seconds after which there is no further one.
 PEAK_CALLS, PEAK_SECONDS = 5, 5.0
 

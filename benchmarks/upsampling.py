@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fmupsample.device import is_out_of_memory, resolve_device
+from fmupsample.errors import FmupsampleError
 
 import backends
 import bars
@@ -283,4 +284,7 @@ def _has_thorough(results: list[dict], setting: Setting, device: torch.device) -
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FmupsampleError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -85,7 +85,7 @@ def result_of(device: str, batch: int, **cases: float) -> dict:
     return {
         "setting": {"size": 448, "channels": 384, "ratio": 14, "batch": batch},
         "device": device,
-        "backend": "tiled",
+        "backend": "torch",
         "output_bytes": {"fp32": 300e6, "bf16": 150e6},
         "moved_bytes": {"fp32": 320e6, "bf16": 160e6},
         "cases": {name.replace("_", " "): {"median_s": value} for name, value in cases.items()},
@@ -153,7 +153,7 @@ def test_growth_is_drawn(tmp_path):
 
 def test_results_of_another_machine_are_replaced(tmp_path):
     path, one = tmp_path / "numbers.json", {"cpu": "one", "commit": "a", "load": 0.1}
-    results = [{"setting": {"size": 1}, "device": "cpu", "backend": "tiled", "cases": {}}]
+    results = [{"setting": {"size": 1}, "device": "cpu", "backend": "torch", "cases": {}}]
     reports.write(path, one, results)
     assert reports.read(path, one | {"commit": "b", "load": 3.0}) == results
     assert reports.read(path, one | {"cpu": "another"}) == []
