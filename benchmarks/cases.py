@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmupsample.device import is_out_of_memory
 from fmupsample.ops import reassemble
 from fmupsample.upsamplers import JointBilateral, ReSFU, ReSFUConfig
 
-from measuring import Case
+from measuring import Apart, Case, Here, OutOfMemory, Runner
 
 TESTS = Path(__file__).parents[1] / "tests"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -99,7 +101,7 @@ class Workload:
 
     @cached_property
     def backbone(self) -> nn.Module:
-        import timm  # here, so that the processes that measure memory start faster
+        import timm  # here: most cases do not need it, and each has a process of its own
 
         s = self.setting
         model = timm.create_model(
@@ -111,11 +113,17 @@ class Workload:
         )
         return model.eval().to(self.device)
 
-    def moved_bytes(self, dtype: str) -> int:
-        """What reassembly must move: features and weights read once, the output written once."""
-        tensors = self.features(dtype), self.weights(dtype)
-        read = sum(t.numel() * t.element_size() for t in tensors)
-        return read + self.setting.output_bytes(dtype)
+
+def moved_bytes(setting: Setting, dtypes: Iterable[str], device: torch.device) -> dict[str, int]:
+    """What reassembly must move: features and weights read once, the output written once."""
+    small = Workload(Setting(2 * setting.ratio, setting.channels, setting.ratio), device)
+    s = setting
+    return {
+        dtype: s.batch * s.channels * s.cells**2 * DTYPES[dtype].itemsize
+        + s.batch * 9 * s.size**2 * small.weights(dtype).element_size()
+        + s.output_bytes(dtype)
+        for dtype in dtypes
+    }
 
 
 def _backbone(work: Workload, dtype: str) -> Case:
@@ -260,9 +268,30 @@ def literal_head(head: ReSFU, device: torch.device) -> Callable[[Tensor, Tensor]
     return evaluate
 
 
-def prepare_peak(setting: Setting, name: str, threads: int) -> tuple[Case, Case]:
-    """For :func:`measuring.process_peak`: the case at a tiny size, and the case itself."""
-    torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    small = Workload(replace(setting, size=4 * setting.ratio, batch=1), device).case(name)
-    return small, Workload(setting, device).case(name)
+def prepare(setting: Setting, name: str) -> Case:
+    """For :class:`measuring.Apart`: the case on the CPU."""
+    return Workload(setting, torch.device("cpu")).case(name)
+
+
+@contextmanager
+def runners(
+    setting: Setting, names: Iterable[str], device: torch.device
+) -> Iterator[tuple[dict[str, Runner], dict[str, str]]]:
+    """What runs each case, in a process of its own on the CPU; and the cases that do not fit."""
+    found: dict[str, Runner] = {}
+    skipped: dict[str, str] = {}
+    work = None if device.type == "cpu" else Workload(setting, device)
+    with ExitStack() as stack:
+        for name in names:
+            try:
+                if work is None:
+                    found[name] = stack.enter_context(Apart(prepare, setting, name))
+                else:
+                    found[name] = Here(work.case(name), device)
+            except OutOfMemory as error:
+                skipped[name] = str(error)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                skipped[name] = "out of memory"
+        yield found, skipped

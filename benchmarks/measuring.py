@@ -1,4 +1,4 @@
-"""Time and peak memory of functions: interleaved rounds, quartiles, fresh processes.
+"""Time and peak memory of calls: interleaved rounds, quartiles, a process a case on the CPU.
 
 Two numbers are comparable when they were taken in one call of :func:`time_cases`: every round runs
 every case once, in a new random order, so that a slow minute of the machine hits all of them.
@@ -15,9 +15,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -27,64 +27,68 @@ from machine import cache_bytes
 
 Case = Callable[[], object]
 LEAST_ROUNDS = 3
-# On a CPU a call that takes longer than this is not preceded by an untimed one.
-SETTLED_SECONDS = 5.0
 # Calls of which the largest peak counts, and the seconds after which there is no further one.
 PEAK_CALLS, PEAK_SECONDS = 5, 5.0
 
 
+class OutOfMemory(Exception):
+    """A case does not fit: the allocator said so, or the system ended its process."""
+
+
+class Runner(Protocol):
+    """Something that runs one case. Both methods raise :class:`OutOfMemory`."""
+
+    def seconds(self) -> float:
+        """Run it once, the time of it."""
+
+    def peak(self) -> int:
+        """Run it, by how many bytes it raises the memory in use, its result included."""
+
+
 def time_cases(
-    cases: dict[str, Case],
+    runners: Mapping[str, Runner],
     rounds: int,
-    device: torch.device,
     *,
     seconds: float | None = None,
     warm_up: bool = True,
+    peaks: Callable[[str], bool] = lambda name: False,
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """Run every case ``rounds`` times after a warm-up, interleaved.
 
     Args:
         seconds: where given, fewer rounds are run (three at least) if they would take longer.
         warm_up: ``False`` for calls of minutes, which would take twice as long.
+        peaks: of which cases to measure the memory, after the rounds.
 
     Returns:
-        ``{name: {"median_s", "quartiles_s", "rounds"}}``, on a GPU with ``"peak_bytes"``, and
-        ``{name: reason}`` for the cases that ran out of memory.
+        ``{name: {"median_s", "quartiles_s", "rounds", "peak_bytes"}}``, and ``{name: reason}`` for
+        the cases that ran out of memory.
     """
-    clock = _Clock(device)
+    times: dict[str, list[float]] = {name: [] for name in runners}
     skipped: dict[str, str] = {}
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    peaks: dict[str, int] = {}
-    settle: dict[str, bool] = dict.fromkeys(cases, False)
-    round_seconds = 0.0
-    for name, case in cases.items() if warm_up else ():
-        start = time.perf_counter()
+    begun = time.perf_counter()
+    for name in runners if warm_up else ():
         try:
-            first = clock.once(case)
-            if device.type == "cuda":  # the second call: libraries have their workspaces by now
-                peaks[name] = cuda_peak(case, device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            skipped[name] = "out of memory"
+            runners[name].seconds()
+        except OutOfMemory as error:
+            skipped[name] = str(error)
             del times[name]
-            continue
-        settle[name] = device.type == "cpu" and first <= SETTLED_SECONDS
-        round_seconds += (time.perf_counter() - start) * (2 if settle[name] else 1)
-    if seconds is not None and round_seconds:
-        rounds = max(min(rounds, LEAST_ROUNDS), min(rounds, int(seconds / round_seconds)))
+    if seconds is not None and warm_up:
+        one = max(1e-6, time.perf_counter() - begun)
+        rounds = max(min(rounds, LEAST_ROUNDS), min(rounds, int(seconds / one)))
     order = list(times)
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            times[name].append(clock.once(cases[name], settle[name]))
-    result = {}
-    for name, values in times.items():
-        result[name] = summary(values)
-        if name in peaks:
-            result[name]["peak_bytes"] = peaks[name]
-    return result, skipped
+            times[name].append(runners[name].seconds())
+    rows = {name: summary(values) for name, values in times.items()}
+    for name in filter(peaks, rows):
+        try:
+            rows[name]["peak_bytes"] = runners[name].peak()
+        except OutOfMemory as error:
+            skipped[f"peak of {name}"] = str(error)
+    return rows, skipped
 
 
 def summary(values: list[float]) -> dict:
@@ -95,82 +99,163 @@ def summary(values: list[float]) -> dict:
     return {"median_s": median, "quartiles_s": [low, high], "rounds": len(values)}
 
 
-class _Clock:
-    """Seconds of one call, in a state that other cases have no part in.
+class Here:
+    """Runs a case in this process: for GPUs.
 
-    On a CPU freed memory goes back to the system first: a call that happens to find the pages of
-    another case is up to five times faster. An untimed call may follow, so that what a loop over
-    pictures would find again is found again. A large result is new memory in every call, as it is
-    in such a loop, and taking it is part of the time; freeing it is not.
-
-    On a GPU the last-level cache is emptied first, and the time is that between two events. The
-    emptying takes the GPU long enough that the host can queue most of a call's kernels behind it;
-    where the host is slower than that, the GPU's waiting is part of the time, as it is for a user.
+    The last-level cache is emptied first, and the time is that between two events. The emptying
+    takes the GPU long enough that the host can queue most of a call's kernels behind it; where the
+    host is slower than that, the GPU's waiting is part of the time, as it is for a user.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flush = torch.empty(4 * cache_bytes(device), dtype=torch.uint8, device=device)
+    def __init__(self, case: Case, device: torch.device):
+        self.case, self.device = case, device
 
-    def once(self, case: Case, settle: bool = False) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.flush.zero_()
-            self.start.record()
-            kept = case()
-            self.end.record()
-            torch.cuda.synchronize(self.device)
+    def seconds(self) -> float:
+        with _memory_errors():
+            if self.device.type == "cuda":
+                return self._between_events()
+            self._synchronize()
+            start = time.perf_counter()
+            kept = self.case()
+            self._synchronize()
+            elapsed = time.perf_counter() - start
             del kept
-            return self.start.elapsed_time(self.end) / 1e3
-        _trim()
-        if settle:
-            case()
-        self._synchronize()
-        start = time.perf_counter()
-        kept = case()
-        self._synchronize()
-        elapsed = time.perf_counter() - start
+            return elapsed
+
+    def _between_events(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush = torch.empty(4 * cache_bytes(self.device), dtype=torch.uint8, device=self.device)
+        torch.cuda.synchronize(self.device)
+        flush.zero_()
+        start.record()
+        kept = self.case()
+        end.record()
+        torch.cuda.synchronize(self.device)
         del kept
-        return elapsed
+        return start.elapsed_time(end) / 1e3
 
     def _synchronize(self) -> None:
         if self.device.type == "mps":
             torch.mps.synchronize()
 
+    def peak(self) -> int:
+        if self.device.type != "cuda":
+            return peak_of(self.case)
+        with _memory_errors():
+            torch.cuda.synchronize(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            kept = self.case()
+            torch.cuda.synchronize(self.device)
+            del kept
+            return torch.cuda.max_memory_allocated(self.device) - before
 
-def cuda_peak(case: Case, device: torch.device) -> int:
-    """By how many bytes a call raises the memory in use, its result included."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    kept = case()
-    torch.cuda.synchronize(device)
-    del kept
-    return torch.cuda.max_memory_allocated(device) - before
 
+class Apart:
+    """Runs a case on the CPU in a process of its own, which lives as long as this object.
 
-def process_peak(prepare: Callable[..., tuple[Case, Case]], *arguments: object) -> int:
-    """By how many bytes a call raises the resident memory of a fresh process, result included.
+    So what a call finds in the heap is what earlier calls of the same case left there, as in a loop
+    over pictures. In a shared process a call that finds the pages of another case can be five times
+    as fast. A large result is new memory in every call, and taking it is part of the time; freeing
+    it is not.
 
-    The largest of some calls: where the C library finds room for what it is asked for differs from
-    call to call.
-
-    ``prepare(*arguments)`` runs in the new process, must be importable there, and returns two
-    functions: a small one that makes every library load what it needs, and the one to measure.
+    ``prepare(*arguments)`` runs in the new process, must be importable there, and returns the case.
+    Use it as a context manager.
 
     Raises:
-        RuntimeError: the process failed or was killed.
+        OutOfMemory: the case cannot be prepared.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_peak_here, prepare, arguments).result()
+
+    def __init__(self, prepare: Callable[..., Case], *arguments: object):
+        # A server that has imported torch, and nothing else, forks quickly and has no threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "timm", "fmupsample.upsamplers"])
+        self._pipe, theirs = context.Pipe()
+        threads = torch.get_num_threads()
+        self._process = context.Process(
+            target=_serve, args=(theirs, threads, prepare, arguments), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def seconds(self) -> float:
+        return self._ask("seconds")
+
+    def peak(self) -> int:
+        return int(self._ask("peak"))
+
+    def _ask(self, what: str) -> float:
+        try:
+            self._pipe.send(what)
+        except BrokenPipeError:
+            raise OutOfMemory("its process was ended") from None
+        return self._answer()
+
+    def _answer(self) -> float:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise OutOfMemory("its process was ended") from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self._pipe.close()  # the process ends when it finds nobody there
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _peak_here(prepare: Callable[..., tuple[Case, Case]], arguments: tuple) -> int:
-    small, call = prepare(*arguments)
-    small()
+def _serve(pipe, threads: int, prepare: Callable[..., Case], arguments: tuple) -> None:
+    """The process of :class:`Apart`: answer until nobody asks."""
+    torch.set_num_threads(threads)
+    runner, answer = None, None
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            try:
+                if runner is None:
+                    with _memory_errors():
+                        runner = Here(prepare(*arguments), torch.device("cpu"))
+                    answer = 0
+                else:
+                    answer = getattr(runner, pipe.recv())()
+            except (EOFError, BrokenPipeError):
+                return
+            except Exception as error:
+                answer = error
+            pipe.send(answer)
+            if runner is None:
+                return
+
+
+@contextlib.contextmanager
+def _memory_errors():
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory("out of memory") from None
+
+
+def peak_of(case: Case) -> int:
+    """By how many bytes a call raises the resident memory of this process, result included.
+
+    The largest of some calls: where the C library finds room for what it is asked for differs from
+    call to call. Libraries should have been loaded by a call before.
+    """
     gc.collect()
     largest = 0
     start = time.perf_counter()
@@ -178,7 +263,8 @@ def _peak_here(prepare: Callable[..., tuple[Case, Case]], arguments: tuple) -> i
         _trim()
         _reset_peak()
         before = _status("VmRSS")
-        kept = call()
+        with _memory_errors():
+            kept = case()
         largest = max(largest, _status("VmHWM") - before)
         del kept
         if time.perf_counter() - start > PEAK_SECONDS:

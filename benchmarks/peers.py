@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import sys
 import types
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,35 +29,39 @@ import backends
 import reports
 from cases import Setting, Workload
 from machine import describe
-from measuring import Case, time_cases
+from measuring import Apart, Case, Here, Runner, time_cases
 
 
-def anyup(checkout: Path, work: Workload, chunk: int | None) -> Case:
+def own(setting: Setting, device: torch.device, name: str) -> Case:
+    return Workload(setting, device).case(name)
+
+
+def anyup(setting: Setting, device: torch.device, checkout: Path, chunk: int | None) -> Case:
     """AnyUp's default model; ``chunk`` queries at once, its own option for saving memory."""
     sys.path.insert(0, str(checkout))
     from anyup.model import AnyUp
 
-    model, x, image = AnyUp().eval().to(work.device), work.x, work.image
+    work = Workload(setting, device)
+    model, x, image = AnyUp().eval().to(device), work.x, work.image
     return torch.no_grad()(lambda: model(image, x, q_chunk_size=chunk))
 
 
-def naf(checkout: Path, work: Workload) -> tuple[str, Case]:
-    """NAF's default model, and the name its row should have."""
+def naf(setting: Setting, device: torch.device, checkout: Path) -> Case:
+    """NAF's default model; on a CPU with :func:`neighbourhood_attention`."""
     sys.path.insert(0, str(checkout))
-    name = "NAF"
-    if work.device.type != "cuda":
+    if device.type != "cuda":
         # On a GPU a missing NATTEN is an error that says so: there a stand-in would be unfair.
         stand_in = types.ModuleType("natten")
         stand_in.na2d = neighbourhood_attention
         sys.modules["natten"] = stand_in
-        name = "NAF, plain PyTorch for NATTEN"
     # By its path: the package around it imports every model it was compared with.
     spec = importlib.util.spec_from_file_location("naf", checkout / "src/model/naf.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    model, x, image = module.NAF().eval().to(work.device), work.x, work.image
-    size = (work.setting.size,) * 2
-    return name, torch.no_grad()(lambda: model(image, x, size))
+    work = Workload(setting, device)
+    model, x, image = module.NAF().eval().to(device), work.x, work.image
+    size = (setting.size,) * 2
+    return torch.no_grad()(lambda: model(image, x, size))
 
 
 def neighbourhood_attention(
@@ -121,26 +126,33 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device = resolve_device(args.device)
     setting = Setting(args.size, args.channels, args.ratio)
-    work = Workload(setting, device)
-    cases: dict[str, Case] = {
-        "ReSFU, whole head": work.case("whole head fp32"),
-        "F.interpolate": work.case("bilinear fp32"),
-        "backbone": work.case("backbone fp32"),
+    ours = {
+        "ReSFU, whole head": "whole head fp32",
+        "F.interpolate": "bilinear fp32",
+        "backbone": "backbone fp32",
     }
+    wanted: dict[str, tuple] = {n: (own, setting, device, c) for n, c in ours.items()}
     if args.anyup:
         chunk = f", {args.anyup_chunk} queries at once" if args.anyup_chunk else ""
-        cases[f"AnyUp{chunk}"] = anyup(args.anyup, work, args.anyup_chunk)
+        wanted[f"AnyUp{chunk}"] = (anyup, setting, device, args.anyup, args.anyup_chunk)
     if args.naf:
-        name, case = naf(args.naf, work)
-        cases[name] = case
-    rows, skipped = time_cases(cases, args.rounds, device, warm_up=not args.no_warm_up)
-    ours = rows["ReSFU, whole head"]["median_s"]
+        name = "NAF" if device.type == "cuda" else "NAF, plain PyTorch for NATTEN"
+        wanted[name] = (naf, setting, device, args.naf)
+    with ExitStack() as stack:
+        runners: dict[str, Runner] = {}
+        for name, (prepare, *rest) in wanted.items():
+            if device.type == "cuda":
+                runners[name] = Here(prepare(*rest), device)
+            else:
+                runners[name] = stack.enter_context(Apart(prepare, *rest))
+        rows, skipped = time_cases(runners, args.rounds, warm_up=not args.no_warm_up)
+    base = rows["ReSFU, whole head"]["median_s"]
     print(f"{setting}, {device.type}, {backends.in_use(device)}, fp32")
     for name, row in rows.items():
         low, high = row["quartiles_s"]
         print(
             f"{name:32s} {1e3 * row['median_s']:11.1f} ms  ({1e3 * low:.1f} .. {1e3 * high:.1f}, "
-            f"{row['rounds']} rounds)  {row['median_s'] / ours:8.2f} x ours"
+            f"{row['rounds']} rounds)  {row['median_s'] / base:8.2f} x ours"
         )
     for name, reason in skipped.items():
         print(f"{name}: {reason}")

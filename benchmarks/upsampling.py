@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from fmupsample.device import is_out_of_memory, resolve_device
+from fmupsample.device import resolve_device
 from fmupsample.errors import FmupsampleError
 
 import backends
@@ -31,12 +30,12 @@ from cases import (
     MOST_CPU_TOKENS,
     MOST_LITERAL_PIXELS,
     Setting,
-    Workload,
-    prepare_peak,
+    moved_bytes,
+    runners,
 )
 from errors import measure_errors, worst_ratio
 from machine import describe, free_bytes
-from measuring import process_peak, time_cases
+from measuring import time_cases
 from plots import growth
 
 SWEEPS = {
@@ -47,8 +46,8 @@ SWEEPS = {
 }
 # Backward needs several maps of the output's size; these are the largest pictures for it.
 MOST_BACKWARD_SIZE = {"cpu": 448, "cuda": 896}
-# Cases whose peak is taken in a process of their own, which costs some seconds each.
-PEAKS = ("reassembly", "whole head", "masks")
+# Cases whose memory is measured, which costs some calls each; fewer of them in sweeps on a CPU.
+PEAKS = ("bilinear", "reassembly", "whole head", "masks", "training step")
 SWEEP_PEAKS = ("reassembly", "whole head")
 
 
@@ -85,7 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=0)
     add("--backend", default="auto", help="what computes the operators: auto, torch or cuda")
     add("--no-backward", action="store_true")
-    add("--no-memory", action="store_true", help="no peak memory (a process a case on the CPU)")
+    add("--no-memory", action="store_true", help="without peak memory")
     add("--no-literal", action="store_true", help="without the definition's time, which is long")
     add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
     add("--plot", type=Path, help="PNG of the growth with pixels and channels, after a sweep")
@@ -155,53 +154,37 @@ def measure(
 ) -> dict:
     """Everything about one setting, as it goes into the JSON."""
     wanted, skipped = names(setting, args, device, thorough)
-    work = Workload(setting, device)
     result = {
         "setting": asdict(setting),
         "device": device.type,
         "backend": backends.in_use(device),
+        "output_bytes": {dtype: setting.output_bytes(dtype) for dtype in args.dtypes},
+        "moved_bytes": moved_bytes(setting, args.dtypes, device),
     }
-    dtypes = args.dtypes
-    result["output_bytes"] = {dtype: setting.output_bytes(dtype) for dtype in dtypes}
-    result["moved_bytes"] = {dtype: work.moved_bytes(dtype) for dtype in dtypes}
-    prepared = {}
-    for name in wanted:
-        try:
-            prepared[name] = work.case(name)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            skipped[name] = "out of memory"
-    result["cases"], failed = time_cases(prepared, args.rounds, device, seconds=args.seconds)
-    skipped |= failed
-    del prepared
+    few = device.type == "cpu" and not thorough
+    kinds, dtypes = (SWEEP_PEAKS, args.dtypes[:1]) if few else (PEAKS, args.dtypes)
+
+    def peaks(name: str) -> bool:
+        what, _, dtype = name.rpartition(" ")
+        return not args.no_memory and what in kinds and dtype in dtypes
+
+    with runners(setting, wanted, device) as (found, failed):
+        skipped |= failed
+        result["cases"], failed = time_cases(found, args.rounds, seconds=args.seconds, peaks=peaks)
+        skipped |= failed
     if thorough and not args.no_literal:
-        _time_literal(work, result["cases"], skipped)
-    del work
-    if not args.no_memory and device.type == "cpu":
-        kinds, first = (PEAKS, dtypes) if thorough else (SWEEP_PEAKS, dtypes[:1])
-        for name in [f"{what} {dtype}" for what in kinds for dtype in first]:
-            try:
-                peak = process_peak(prepare_peak, setting, name, torch.get_num_threads())
-                result["cases"][name]["peak_bytes"] = peak
-            except (RuntimeError, BrokenProcessPool) as error:
-                skipped[f"peak of {name}"] = str(error) or "the process was killed"
+        if setting.batch * setting.size**2 > MOST_LITERAL_PIXELS:
+            skipped["literal fp32"] = "the definition is measured on one picture of 448 px at most"
+        else:  # once, without a warm-up: it takes long enough not to need one
+            with runners(setting, ["literal fp32"], device) as (found, _):
+                result["cases"] |= time_cases(found, 1, warm_up=False)[0]
     result["skipped"] = skipped
     if thorough:
-        result["errors"] = {dtype: measure_errors(dtype, device) for dtype in dtypes}
+        result["errors"] = {dtype: measure_errors(dtype, device) for dtype in args.dtypes}
         result["error_ratio"] = {
             dtype: worst_ratio(parts) for dtype, parts in result["errors"].items()
         }
     return result
-
-
-def _time_literal(work: Workload, cases: dict[str, dict], skipped: dict[str, str]) -> None:
-    """Once, without a warm-up: it takes long enough not to need one."""
-    if work.setting.batch * work.setting.size**2 > MOST_LITERAL_PIXELS:
-        skipped["literal fp32"] = "the definition is measured on one picture of 448 px at most"
-        return
-    literal = {"literal fp32": work.case("literal fp32")}
-    cases |= time_cases(literal, 1, work.device, warm_up=False)[0]
 
 
 def show(result: dict) -> None:

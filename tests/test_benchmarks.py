@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import allocating
 import upsampling
-from allocating import allocation
 
 import bars
 import errors
 import plots
 import reports
 from cases import Setting
-from measuring import process_peak, summary, time_cases
+from measuring import Apart, Here, OutOfMemory, summary, time_cases
 from peers import neighbourhood_attention
 
 CPU = torch.device("cpu")
@@ -60,9 +60,9 @@ def test_interleaved_rounds_count_every_case():
 
         return run
 
-    rows, skipped = time_cases({name: case(name) for name in calls}, 4, CPU)
+    rows, skipped = time_cases({name: Here(case(name), CPU) for name in calls}, 4)
     assert [row["rounds"] for row in rows.values()] == [4, 4]
-    assert calls == {"a": 9, "b": 9}  # one to warm up, and one before each of the timed
+    assert calls == {"a": 5, "b": 5}  # one to warm up
     assert not skipped
     assert summary([3.0, 1.0, 2.0])["median_s"] == 2.0
 
@@ -71,14 +71,24 @@ def test_a_case_without_memory_is_left_out():
     def hungry():
         raise torch.OutOfMemoryError("out of memory")
 
-    rows, skipped = time_cases({"hungry": hungry, "fine": lambda: None}, 2, CPU)
+    cases = {"hungry": Here(hungry, CPU), "fine": Here(lambda: None, CPU)}
+    rows, skipped = time_cases(cases, 2)
     assert list(rows) == ["fine"] and skipped == {"hungry": "out of memory"}
 
 
 def test_peak_memory_of_a_larger_call_is_larger():
-    small, large = process_peak(allocation, 40), process_peak(allocation, 120)
-    assert 35 << 20 < small < 60 << 20
-    assert 75 << 20 < large - small < 85 << 20
+    with Apart(allocating.allocation, 40) as small, Apart(allocating.allocation, 120) as large:
+        rows, _ = time_cases({"small": small, "large": large}, 1, peaks=lambda name: True)
+    peak = {name: row["peak_bytes"] for name, row in rows.items()}
+    assert 40 << 20 <= peak["small"] < 50 << 20
+    assert 120 << 20 <= peak["large"] < 130 << 20
+
+
+def test_errors_in_a_process_apart_are_told():
+    with pytest.raises(ZeroDivisionError):
+        Apart(allocating.broken)
+    with Apart(allocating.ending) as ending, pytest.raises(OutOfMemory, match="was ended"):
+        ending.seconds()
 
 
 def result_of(device: str, batch: int, **cases: float) -> dict:
