@@ -9,6 +9,8 @@ import torch
 
 from fmupsample.ops import backend
 
+asked = "auto"  # what was chosen last, for processes that are to do the same
+
 
 def choose(name: str) -> None:
     """``"auto"``, or a name that ``fmupsample.ops.backend.set_backend`` knows.
@@ -16,20 +18,23 @@ def choose(name: str) -> None:
     Raises:
         SystemExit: this version has nothing to choose from.
     """
+    global asked
     setter = getattr(backend, "set_backend", None)
     if setter is not None:
         setter(name)
     elif name not in ("auto", "torch"):
         raise SystemExit(f"error: this version has no backend {name!r}, only plain PyTorch")
+    asked = name
 
 
 @contextmanager
-def chosen(name: str, then: str = "auto") -> Iterator[None]:
+def chosen(name: str) -> Iterator[None]:
+    before = asked
     choose(name)
     try:
         yield
     finally:
-        choose(then)
+        choose(before)
 
 
 def in_use(device: torch.device) -> str:

@@ -17,6 +17,7 @@ from fmupsample.device import is_out_of_memory
 from fmupsample.ops import reassemble
 from fmupsample.upsamplers import JointBilateral, ReSFU, ReSFUConfig
 
+import backends
 from measuring import Apart, Case, Here, OutOfMemory, Runner
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -268,14 +269,15 @@ def literal_head(head: ReSFU, device: torch.device) -> Callable[[Tensor, Tensor]
     return evaluate
 
 
-def prepare(setting: Setting, name: str) -> Case:
+def prepare(setting: Setting, name: str, backend: str) -> Case:
     """For :class:`measuring.Apart`: the case on the CPU."""
+    backends.choose(backend)
     return Workload(setting, torch.device("cpu")).case(name)
 
 
 @contextmanager
 def runners(
-    setting: Setting, names: Iterable[str], device: torch.device
+    setting: Setting, names: Iterable[str], device: torch.device, *, settle: bool = True
 ) -> Iterator[tuple[dict[str, Runner], dict[str, str]]]:
     """What runs each case, in a process of its own on the CPU; and the cases that do not fit."""
     found: dict[str, Runner] = {}
@@ -285,7 +287,9 @@ def runners(
         for name in names:
             try:
                 if work is None:
-                    found[name] = stack.enter_context(Apart(prepare, setting, name))
+                    found[name] = stack.enter_context(
+                        Apart(prepare, setting, name, backends.asked, settle=settle)
+                    )
                 else:
                     found[name] = Here(work.case(name), device)
             except OutOfMemory as error:

@@ -27,6 +27,7 @@ from machine import cache_bytes
 
 Case = Callable[[], object]
 LEAST_ROUNDS = 3
+SETTLED_SECONDS = 1.0
 # Calls of which the largest peak counts, and the seconds after which there is no further one.
 PEAK_CALLS, PEAK_SECONDS = 5, 5.0
 
@@ -100,11 +101,11 @@ def summary(values: list[float]) -> dict:
 
 
 class Here:
-    """Runs a case in this process: for GPUs.
+    """Runs a case in this process.
 
-    The last-level cache is emptied first, and the time is that between two events. The emptying
-    takes the GPU long enough that the host can queue most of a call's kernels behind it; where the
-    host is slower than that, the GPU's waiting is part of the time, as it is for a user.
+    On a GPU the last-level cache is emptied first, and the time is that between two events. The
+    emptying takes the GPU long enough that the host can queue most of a call's kernels behind it;
+    where the host is slower than that, the GPU's waiting is part of the time, as it is for a user.
     """
 
     def __init__(self, case: Case, device: torch.device):
@@ -114,12 +115,15 @@ class Here:
         with _memory_errors():
             if self.device.type == "cuda":
                 return self._between_events()
+            if self.settle:
+                self.case()
             self._synchronize()
             start = time.perf_counter()
             kept = self.case()
             self._synchronize()
             elapsed = time.perf_counter() - start
             del kept
+            self.settle = self.settle and elapsed < SETTLED_SECONDS
             return elapsed
 
     def _between_events(self) -> float:
@@ -166,14 +170,14 @@ class Apart:
         OutOfMemory: the case cannot be prepared.
     """
 
-    def __init__(self, prepare: Callable[..., Case], *arguments: object):
+    def __init__(self, prepare: Callable[..., Case], *arguments: object, settle: bool = True):
         # A server that has imported torch, and nothing else, forks quickly and has no threads.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "timm", "fmupsample.upsamplers"])
         self._pipe, theirs = context.Pipe()
         threads = torch.get_num_threads()
         self._process = context.Process(
-            target=_serve, args=(theirs, threads, prepare, arguments), daemon=True
+            target=_serve, args=(theirs, threads, settle, prepare, arguments), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -218,7 +222,9 @@ class Apart:
         self.close()
 
 
-def _serve(pipe, threads: int, prepare: Callable[..., Case], arguments: tuple) -> None:
+def _serve(
+    pipe, threads: int, settle: bool, prepare: Callable[..., Case], arguments: tuple
+) -> None:
     """The process of :class:`Apart`: answer until nobody asks."""
     torch.set_num_threads(threads)
     runner, answer = None, None
@@ -227,7 +233,7 @@ def _serve(pipe, threads: int, prepare: Callable[..., Case], arguments: tuple) -
             try:
                 if runner is None:
                     with _memory_errors():
-                        runner = Here(prepare(*arguments), torch.device("cpu"))
+                        runner = Here(prepare(*arguments), torch.device("cpu"), settle=settle)
                     answer = 0
                 else:
                     answer = getattr(runner, pipe.recv())()

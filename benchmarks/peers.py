@@ -144,7 +144,9 @@ def main(arguments: list[str] | None = None) -> None:
             if device.type == "cuda":
                 runners[name] = Here(prepare(*rest), device)
             else:
-                runners[name] = stack.enter_context(Apart(prepare, *rest))
+                runners[name] = stack.enter_context(
+                    Apart(prepare, *rest, settle=not args.no_warm_up)
+                )
         rows, skipped = time_cases(runners, args.rounds, warm_up=not args.no_warm_up)
     base = rows["ReSFU, whole head"]["median_s"]
     print(f"{setting}, {device.type}, {backends.in_use(device)}, fp32")

@@ -176,7 +176,7 @@ def measure(
         if setting.batch * setting.size**2 > MOST_LITERAL_PIXELS:
             skipped["literal fp32"] = "the definition is measured on one picture of 448 px at most"
         else:  # once, without a warm-up: it takes long enough not to need one
-            with runners(setting, ["literal fp32"], device) as (found, _):
+            with runners(setting, ["literal fp32"], device, settle=False) as (found, _):
                 result["cases"] |= time_cases(found, 1, warm_up=False)[0]
     result["skipped"] = skipped
     if thorough:
