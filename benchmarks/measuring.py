@@ -106,10 +106,14 @@ class Here:
     On a GPU the last-level cache is emptied first, and the time is that between two events. The
     emptying takes the GPU long enough that the host can queue most of a call's kernels behind it;
     where the host is slower than that, the GPU's waiting is part of the time, as it is for a user.
+
+    Args:
+        settle: on a CPU, run the case untimed just before, where it takes less than a second:
+            threads are awake and caches warm then, as in a loop.
     """
 
-    def __init__(self, case: Case, device: torch.device):
-        self.case, self.device = case, device
+    def __init__(self, case: Case, device: torch.device, *, settle: bool = False):
+        self.case, self.device, self.settle = case, device, settle
 
     def seconds(self) -> float:
         with _memory_errors():
