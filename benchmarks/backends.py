@@ -13,17 +13,9 @@ asked = "auto"  # what was chosen last, for processes that are to do the same
 
 
 def choose(name: str) -> None:
-    """``"auto"``, or a name that ``fmupsample.ops.backend.set_backend`` knows.
-
-    Raises:
-        SystemExit: this version has nothing to choose from.
-    """
+    """One of ``fmupsample.ops.backend.BACKENDS``."""
     global asked
-    setter = getattr(backend, "set_backend", None)
-    if setter is not None:
-        setter(name)
-    elif name not in ("auto", "torch"):
-        raise SystemExit(f"error: this version has no backend {name!r}, only plain PyTorch")
+    backend.set_backend(name)
     asked = name
 
 

@@ -273,3 +273,24 @@ def test_larger_kernels():
     out = up(torch.randn(1, 6, 3, 4).double(), torch.randn(1, 3, 21, 28).double())
     assert out.shape == (1, 6, 21, 28)
     assert torch.isfinite(out).all()
+
+
+def test_bfloat16_features_cost_little_accuracy():
+    """With them the score products are in bfloat16: no more error than rounding the features is."""
+    torch.manual_seed(0)
+    head = ReSFU(ReSFUConfig(channels=48)).requires_grad_(False)
+    x, image = torch.randn(1, 48, 8, 8).bfloat16(), torch.randn(1, 3, 112, 112)
+    exact = head.double().kernels(x.double(), image.double())
+    head.float()
+    single, half = head.kernels(x.float(), image), head.kernels(x, image)
+    assert (single.double() - exact).abs().max() < 2e-5
+    assert not torch.equal(single, half)
+    assert (half.double() - exact).abs().max() < 0.03
+    assert (half.double() - exact).square().mean().sqrt() < 0.004
+    torch.testing.assert_close(half.sum(1), torch.ones(1, 112, 112))
+
+
+def test_gradients_are_never_in_low_precision():
+    head = ReSFU(ReSFUConfig(channels=16))
+    x, image = torch.randn(1, 16, 4, 4).bfloat16(), torch.randn(1, 3, 28, 28)
+    torch.testing.assert_close(head.kernels(x, image), head.kernels(x.float(), image))

@@ -36,14 +36,14 @@ class UpsampledKeys:
         """The tensor that the terms are made from."""
         return self.low
 
-    def term(self, constant: Tensor) -> KeyTerm:
-        """The convolution plus ``constant`` ``[B, M]``."""
+    def term(self, constant: Tensor, dtype: torch.dtype) -> KeyTerm:
+        """The convolution plus ``constant`` ``[B, M]``, in ``dtype``."""
         low, (height, width) = self.low, self.size
         h, w = (n - 2 for n in low.shape[2:])
         # Rows of interpolation matrices sum to 1: what is added here is added to every pixel.
         across = (low + constant[:, :, None, None]) @ interpolation_matrix(w, width, 1).to(low).T
-        across = across.flatten(0, 1)
-        down = interpolation_matrix(h, height, 1).to(low)
+        across = across.flatten(0, 1).to(dtype)
+        down = interpolation_matrix(h, height, 1).to(across)
         base = plan_axis(h, height, True).base + 1
 
         def term(y0: int, y1: int, out: Tensor | None) -> Tensor:
@@ -76,19 +76,20 @@ class FullKeys:
         """The tensor that the terms are made from."""
         return self.key
 
-    def term(self, constant: Tensor) -> KeyTerm:
-        """The convolution plus ``constant`` ``[B, M]``."""
+    def term(self, constant: Tensor, dtype: torch.dtype) -> KeyTerm:
+        """The convolution plus ``constant`` ``[B, M]``, in ``dtype``."""
         batch, reach = self.key.shape[0], self.weight.shape[-1] // 2
         pad_y, pad_x = (s * reach for s in self.stride)
-        padded = F.pad(self.key, (pad_x, pad_x, pad_y, pad_y), mode="replicate")
-        bias = (self.offset + constant).flatten()
+        padded = F.pad(self.key.to(dtype), (pad_x, pad_x, pad_y, pad_y), mode="replicate")
+        weight = self.weight.flatten(0, 1).to(dtype)
+        bias = (self.offset + constant).flatten().to(dtype)
 
         def term(y0: int, y1: int, out: Tensor | None) -> Tensor:
             # One convolution for the whole batch: samples become groups.
             rows = padded[:, :, y0 : y1 + 2 * pad_y]
             return F.conv2d(
                 rows.reshape(1, -1, *rows.shape[2:]),
-                self.weight.flatten(0, 1),
+                weight,
                 bias,
                 dilation=self.stride,
                 groups=batch * self.groups,

@@ -38,7 +38,8 @@ class ReSFU(Upsampler):
     without, any map ``[B, G, H, W]`` (decoder form). Where ``size`` differs from the guidance's
     size, the guidance is resized first.
 
-    Scores are computed in float32 (float64 for float64 features) whatever the features' dtype.
+    Scores are computed in float32 (float64 for float64 features). With bfloat16 features on a CPU
+    the two convolutions before their last norm multiply in bfloat16, unless gradients are wanted.
     """
 
     name: ClassVar[str] = "resfu"
@@ -74,7 +75,8 @@ class ReSFU(Upsampler):
         self._check_channels(x, guidance)
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            return self._kernels(x.to(dtype), self._guidance_map(guidance.to(dtype), size), size)
+            guidance = self._guidance_map(guidance.to(dtype), size)
+            return self._kernels(x.to(dtype), guidance, size, low=x.dtype == torch.bfloat16)
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted fine-grained (or coarse) neighbours of ``value`` ``[B, V, h, w]``."""
@@ -98,20 +100,20 @@ class ReSFU(Upsampler):
             )
         return guidance if self.stem is None else self.stem(guidance)
 
-    def _kernels(self, x: Tensor, guidance: Tensor, size: tuple[int, int]) -> Tensor:
+    def _kernels(self, x: Tensor, guidance: Tensor, size: tuple[int, int], low: bool) -> Tensor:
         c = self.config
         query = pointwise_after_norm(
             guidance, self.guidance_norm, self.query.weight.flatten(1), self.query.bias
         )
         scores, workspace = None, Workspace()
         if c.semantic:
-            scores = self._semantic(x, query, workspace)
+            scores = self._semantic(x, query, workspace, low)
         if c.detail:
-            detail = self._detail(query, x.shape[-2:], workspace)
+            detail = self._detail(query, x.shape[-2:], workspace, low)
             scores = detail if scores is None else scores.add_(detail)
         return self._mask_outside(scores, x.shape[-2:]).softmax(1)
 
-    def _semantic(self, x: Tensor, query: Tensor, workspace: Workspace) -> Tensor:
+    def _semantic(self, x: Tensor, query: Tensor, workspace: Workspace, low: bool) -> Tensor:
         c, size = self.config, query.shape[-2:]
         key = pointwise_after_norm(x, self.feature_norm, self.key.weight.flatten(1), self.key.bias)
         if c.align:
@@ -124,9 +126,11 @@ class ReSFU(Upsampler):
             key = apply_affine(key, *affine(self.semantic_scores, *moments))
             return self._inner(query, self.semantic_scores, self._upsampled_neighbours(key, size))
         keys = self.semantic_scores.upsampled_keys(key, moments, size)
-        return self.semantic_scores(keys, query, workspace)
+        return self.semantic_scores(keys, query, workspace, low_precision=low)
 
-    def _detail(self, query: Tensor, cells: tuple[int, int], workspace: Workspace) -> Tensor:
+    def _detail(
+        self, query: Tensor, cells: tuple[int, int], workspace: Workspace, low: bool
+    ) -> Tensor:
         c = self.config
         key = gaussian3(query) if c.align else query
         moments = group_moments(key, c.norm_groups)
@@ -137,7 +141,7 @@ class ReSFU(Upsampler):
             key = apply_affine(key, *affine(self.detail_scores, *moments))
             return self._inner(query, self.detail_scores, self._neighbours(key, stride))
         keys = self.detail_scores.full_keys(key, moments, stride)
-        return self.detail_scores(keys, query, workspace)
+        return self.detail_scores(keys, query, workspace, low_precision=low)
 
     def _inner(self, query: Tensor, norm: nn.GroupNorm, neighbours: list[Tensor]) -> Tensor:
         """Scaled inner products with each neighbour's key: the similarity PCDC replaces."""

@@ -14,6 +14,7 @@ of it up to there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import torch
@@ -113,9 +114,13 @@ class PairedCDC(nn.Module):
         offset = (grouped * shift).sum((3, 4)).flatten(1)
         return (grouped * scale).flatten(1, 2), offset
 
-    def forward(self, keys: Keys, query: Tensor, workspace: Workspace) -> Tensor:
-        """Scores ``[B, K*K, H, W]`` of a query map ``[B, E, H, W]``."""
-        batch, _, height, width = query.shape
+    def forward(
+        self, keys: Keys, query: Tensor, workspace: Workspace, *, low_precision: bool = False
+    ) -> Tensor:
+        """Scores ``[B, K*K, H, W]`` of a query map ``[B, E, H, W]``.
+
+        ``low_precision``: on a CPU, without gradients, multiply in bfloat16 up to the last norm.
+        """
         total = self.difference.weight.to(query).flatten(2).sum(2, keepdim=True)  # [M, E/g, 1]
         query_moments = group_moments(query, self.norm.num_groups)
         weight, offset = self._fold(total, *affine(self.norm, *query_moments))
@@ -123,40 +128,56 @@ class PairedCDC(nn.Module):
         if fused.serves(self, keys, query):
             part, moments = fused.partial_scores(self, keys, query, weight, constant)
             return self._normalise([part], moments)
-        weight = weight.unflatten(1, (self.groups, -1)).flatten(0, 1)
-        key_term = keys.term(constant)
+        # Where nobody looks on, strips reuse their memory.
+        reuse = not recorded(query, keys.source, *self.parameters())
+        low = low_precision and reuse and query.device.type == "cpu"
+        strips = self._strips(keys, query, weight, constant, workspace, reuse, low)
+        parts, moments, counts = zip(*strips, strict=True)
+        return self._normalise(list(parts), pooled_moments(list(moments), list(counts)))
+
+    def _strips(
+        self,
+        keys: Keys,
+        query: Tensor,
+        weight: Tensor,
+        constant: Tensor,
+        workspace: Workspace,
+        reuse: bool,
+        low: bool,
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], int]]:
+        """Per strip of rows: its partial scores, its moments, and its number of pixels."""
+        batch, _, height, width = query.shape
+        dtype = torch.bfloat16 if low else query.dtype
+        weight = weight.unflatten(1, (self.groups, -1)).flatten(0, 1).to(dtype)
+        key_term = keys.term(constant, dtype)
         mix_weight, mix_bias, score_weight = self._weights_after(query)
+        mix_weight, mix_bias = mix_weight.to(dtype), mix_bias.to(dtype)
 
         middles, step = batch * self.mix.in_channels, min(self._strip_rows(query), height)
         partials = len(score_weight) * score_weight.shape[1]
-        # Where nobody looks on, strips reuse their memory.
-        reuse = not recorded(query, keys.source, *self.parameters())
-        space = mixed_space = part_space = None
+        space = mixed_space = full_space = part_space = None
         if reuse:
-            space, mixed_space, part_space = (
-                workspace.reserve(name, size, query)
-                for name, size in (
-                    ("middle", middles * step * width),
-                    ("mixed", middles * step * width),
-                    ("parts", partials * height * width),
-                )
-            )
-        parts, moments, counts = [], [], []
+            strip = middles * step * width
+            space, mixed_space = (workspace.reserve(n, strip, weight) for n in ("middle", "mixed"))
+            full_space = workspace.reserve("full", strip, query) if low else None
+            part_space = workspace.reserve("parts", partials * height * width, query)
         for y0 in range(0, height, step):
             y1 = min(y0 + step, height)
             pixels = (y1 - y0) * width
             shape = (len(mix_weight), -1, pixels)
             middle = key_term(y0, y1, _view(space, (middles, y1 - y0, width))).reshape(shape)
-            middle = middle.baddbmm_(weight, query[:, :, y0:y1].reshape(shape)).relu_()
+            rows = query[:, :, y0:y1].to(dtype).reshape(shape)
+            middle = middle.baddbmm_(weight, rows).relu_()
             mixed = torch.bmm(mix_weight, middle, out=_view(mixed_space, middle.shape))
-            mixed = mixed.add_(mix_bias).relu_().view(len(score_weight), -1, pixels)
+            mixed = mixed.add_(mix_bias).relu_()
+            if low:
+                mixed = _view(full_space, mixed.shape).copy_(mixed)
+            mixed = mixed.view(len(score_weight), -1, pixels)
             place = _view(part_space, (*score_weight.shape[:2], pixels), partials * y0 * width)
             part = torch.bmm(score_weight, mixed, out=place)  # [B G, K*K, P]
-            parts.append(part.unflatten(0, (batch, -1)).unflatten(3, (y1 - y0, width)))
             mixed = mixed.view(batch, -1, pixels)
-            moments.append(group_moments(mixed, self.mix_norm.num_groups, overwrite=reuse))
-            counts.append(pixels)
-        return self._normalise(parts, pooled_moments(moments, counts))
+            moments = group_moments(mixed, self.mix_norm.num_groups, overwrite=reuse)
+            yield part.unflatten(0, (batch, -1)).unflatten(3, (y1 - y0, width)), moments, pixels
 
     def _strip_rows(self, query: Tensor) -> int:
         budget = _STRIP_BYTES.get(query.device.type, _STRIP_BYTES_ACCELERATOR)
