@@ -22,6 +22,7 @@ TOOLS = "Tools"
 COMMANDS = (
     ("visualize", "visualize", FEATURES),
     ("extract", "extract", FEATURES),
+    ("train", "train", FEATURES),
     ("models", "models", TOOLS),
     ("doctor", "doctor", TOOLS),
 )

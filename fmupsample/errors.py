@@ -38,3 +38,7 @@ class HeadError(FmupsampleError):
 
 class OutputError(FmupsampleError):
     """Results that cannot be written: no space, no permission, a folder in the way."""
+
+
+class TrainingError(FmupsampleError):
+    """A training run that cannot go on; its last good state is in its checkpoint."""
