@@ -38,7 +38,9 @@ def find_regions(picture: np.ndarray) -> np.ndarray:
         int32 ``[H, W]``, numbers from 0. The same picture gives the same regions.
     """
     height, width = picture.shape[:2]
-    small = cv2.resize(picture, (-(-width // 2), -(-height // 2)), interpolation=cv2.INTER_AREA)
+    even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    half = (even.shape[1] // 2, even.shape[0] // 2)
+    small = cv2.resize(even, half, interpolation=cv2.INTER_AREA)
     regions = merge_regions(small, scale=_SCALE, sigma=_SIGMA, min_size=_MIN_SIZE)
     regions = regions.repeat(2, 0).repeat(2, 1)[:height, :width]
     return _move_borders(picture, np.ascontiguousarray(regions))

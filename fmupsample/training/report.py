@@ -130,7 +130,7 @@ def _draw_axes(
         draw_text(sheet, (_LEFT - 10, round(y)), f"{value:g}", 14, colour=FAINT, align="right")
     for step in _ticks(0, steps):
         at = (round(place(step, low)[0]), bottom + _BOTTOM // 2)
-        draw_text(sheet, at, f"{step:g}", 14, colour=FAINT, align="right")
+        draw_text(sheet, at, f"{step:g}", 14, colour=FAINT, align="middle")
     if reference is not None:
         y = place(0, reference)[1]
         for x in range(_LEFT, _WIDTH - _RIGHT, 12):
