@@ -316,12 +316,12 @@ def test_a_head_learns_edges(tmp_path, monkeypatch) -> None:
     )  # fmt: skip
     report = run(pictures, tmp_path / "toy.safetensors", config)
     assert report.score.better and report.score.ratio < 0.6
-    resfu = options(steps=60, batch_size=4, lr=0.01, held_out=0.3, validate_every=10)
+    resfu = options(steps=60, batch_size=4, lr=0.01, held_out=0.3)
     report = run(pictures, tmp_path / "resfu.safetensors", resfu)
     log = (tmp_path / "resfu.safetensors.train/log.jsonl").read_text().splitlines()
-    held = [json.loads(r)["held_out"]["vs_bilinear"] for r in log if "held_out" in r]
-    # Random weights blur, far worse than bilinear; this is where they begin to learn.
-    assert held[0] > 1.2 and report.score.ratio == min(held) < 1.1
+    losses = [json.loads(r)["loss"] for r in log if "lr" in r]
+    # Random weights blur, three times worse than bilinear; so few steps undo that.
+    assert np.mean(losses[-10:]) < 0.6 * losses[0] and report.score.ratio < 1.05
 
 
 # --- other upsamplers -----------------------------------------------------------------------------
