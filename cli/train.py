@@ -59,11 +59,12 @@ Validation = Annotated[
     ),
 ]
 Labels = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
         "--labels",
         metavar="FOLDER",
-        help="Indexed PNGs of the pictures' names, for --objective task; 255 is ignored.",
+        help="Indexed PNGs of the pictures' names, for --objective task; 255 is ignored. May be "
+        "repeated.",
         show_default=False,
         rich_help_panel=o.PICTURES,
     ),
@@ -265,7 +266,7 @@ def train(
                 output,
                 wanted,
                 validation=validation,
-                labels=labels,
+                labels=labels or (),
                 start_from=start_from,
                 device=device,
                 workers=workers,

@@ -296,14 +296,14 @@ def test_task(tmp_path) -> None:
     labels = tmp_path / "labels"
     pictures = draw_pictures(tmp_path / "pictures", 12, labels=labels)
     config = options(objective={"task": 1.0}, steps=60, batch_size=4, lr=0.02, validate_every=30)
-    report = run(pictures, tmp_path / "head.safetensors", config, labels=labels)
+    report = run(pictures, tmp_path / "head.safetensors", config, labels=[labels])
     assert set(report.score.terms) == {"task"} and report.score.ratio < 0.97
     state = load_file(tmp_path / "head.safetensors")
     assert not [name for name in state if "probe" in name]
     with pytest.raises(UsageError, match="needs --labels"):
         run(pictures, tmp_path / "x.safetensors", options(objective={"task": 1.0}))
     with pytest.raises(UsageError, match="for --objective task"):
-        run(pictures, tmp_path / "x.safetensors", labels=labels)
+        run(pictures, tmp_path / "x.safetensors", labels=[labels])
 
 
 def test_a_head_learns_edges(tmp_path, monkeypatch) -> None:

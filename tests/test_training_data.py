@@ -222,7 +222,7 @@ def test_features_are_kept_within_a_bound(tmp_path) -> None:
 def test_labels(tmp_path) -> None:
     pictures = draw_pictures(tmp_path / "p", 4, labels=tmp_path / "l")
     sources = find_images([pictures])
-    found = find_labels(tmp_path / "l", sources)
+    found = find_labels([tmp_path / "l"], sources)
     assert [path.name for path in found.values()] == ["00.png", "01.png", "02.png", "03.png"]
     assert count_classes(list(found.values())) == 2
     assert set(np.unique(read_labels(found[sources[0]], (64, 64)))) == {0, 1}
@@ -234,11 +234,13 @@ def test_labels(tmp_path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "l/00.png")
     with pytest.raises(UsageError, match="one byte a pixel; their mode is RGB"):
         count_classes(list(found.values()))
-    (tmp_path / "l/01.png").unlink()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "l/01.png").rename(tmp_path / "m/01.png")
+    assert len(find_labels([tmp_path / "l", tmp_path / "m"], sources)) == 4
     with pytest.raises(UsageError, match=r"1 of 4 pictures have no labels.*01\.png"):
-        find_labels(tmp_path / "l", sources)
+        find_labels([tmp_path / "l"], sources)
     with pytest.raises(UsageError, match="does not exist"):
-        find_labels(tmp_path / "nowhere", sources)
+        find_labels([tmp_path / "nowhere"], sources)
 
 
 # --- options --------------------------------------------------------------------------------------

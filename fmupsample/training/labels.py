@@ -13,20 +13,21 @@ from fmupsample.images.find import Source, printable
 from fmupsample.training.objective import IGNORED
 
 
-def find_labels(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]:
-    """The label file of each picture: the same path below ``folder``, ending in ``.png``.
+def find_labels(folders: Sequence[Path], sources: Sequence[Source]) -> dict[Source, Path]:
+    """The label file of each picture: the same path below one of ``folders``, ending in ``.png``.
 
     A picture in ``sub/a.jpg`` has its labels in ``sub/a.png``, or in ``a.png``.
 
     Raises:
         UsageError: no such folder, or pictures without labels.
     """
-    if not folder.is_dir():
-        raise UsageError(f"the folder of labels {printable(folder)} does not exist")
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"the folder of labels {printable(folder)} does not exist")
     found, missing = {}, []
     for source in sources:
         relative = Path(*source.relative.parts).with_suffix(".png")
-        for path in (folder / relative, folder / relative.name):
+        for path in (f / name for f in folders for name in (relative, relative.name)):
             if path.is_file():
                 found[source] = path
                 break
@@ -34,8 +35,8 @@ def find_labels(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]:
             missing.append(source)
     if missing:
         raise UsageError(
-            f"{len(missing)} of {len(sources)} pictures have no labels in {printable(folder)}: "
-            f"{missing[0]} needs {missing[0].relative.with_suffix('.png')} there"
+            f"{len(missing)} of {len(sources)} pictures have no labels in "
+            f"{', '.join(printable(folder) for folder in folders)}: {missing[0]} needs {missing[0].relative.with_suffix('.png')} there"
         )
     return found
 

@@ -125,7 +125,7 @@ def train(
     config: TrainConfig | None = None,
     *,
     validation: Sequence[Source] = (),
-    labels: Path | None = None,
+    labels: Sequence[Path] = (),
     start_from: Path | None = None,
     device: str | torch.device = "auto",
     workers: int | None = None,
@@ -142,7 +142,7 @@ def train(
 
     Args:
         sources: pictures to train on; some are kept for validation unless ``validation`` is given.
-        labels: folder with an indexed PNG for each picture, for the ``task`` term.
+        labels: folders with an indexed PNG for each picture, for the ``task`` term.
         start_from: a head file to go on from instead of new parameters.
         workers: threads that decode pictures ahead; ``None``: by the number of processors.
         work: folder for checkpoint, log, curve and previews; default: ``OUTPUT.train``.
@@ -240,7 +240,7 @@ class _Run:
         config: TrainConfig,
         sources: Sequence[Source],
         validation: Sequence[Source],
-        labels: Path | None,
+        labels: Sequence[Path],
         start_from: Path | None,
         keep_bytes: int,
         workers: int,
@@ -250,13 +250,13 @@ class _Run:
         self.config = config = config.resolve(backbone, here.device)
         self.labelled = "task" in config.terms
         files: dict[Source, Path] = {}
-        if self.labelled != (labels is not None):
+        if self.labelled != bool(labels):
             raise UsageError(
                 "--objective task needs --labels FOLDER"
                 if self.labelled
                 else "--labels is for --objective task; no other term looks at labels"
             )
-        if labels is not None:
+        if labels:
             files = find_labels(labels, [*sources, *validation])
         squares, held = self._squares(sources, validation, files)
         self.pictures_used = len({square.source for square in squares})
