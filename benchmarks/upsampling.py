@@ -13,6 +13,7 @@ import json
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -80,6 +81,34 @@ def measure(cases: dict[str, Callable[[], object]], rounds: int, device: torch.d
     return result
 
 
+def peak_memory(size: int, channels: int, patch: int) -> dict[str, int]:
+    """Bytes that the whole head adds to a process at its peak, and its output's share of them.
+
+    In a fresh process that has run the head once on a small picture, so that what is loaded, and
+    the pools of the libraries, do not count. Linux only.
+    """
+    job = f"""
+import torch
+from pathlib import Path
+from fmupsample.upsamplers import ReSFU, ReSFUConfig
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(l.split()[1]) * 1024 for l in lines if l.startswith("VmHWM"))
+torch.set_num_threads({torch.get_num_threads()})
+head = ReSFU(ReSFUConfig(channels={channels})).eval().requires_grad_(False)
+make = lambda n: (torch.randn(1, {channels}, n // {patch}, n // {patch}), torch.randn(1, 3, n, n))
+head(*make({4 * patch}))
+inputs = make({size})
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+out = head(*inputs)
+print(peak() - before, out.numel() * out.element_size())
+"""
+    done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=True)
+    peak, output = (int(word) for word in done.stdout.split())
+    return {"peak_bytes": peak, "output_bytes": output}
+
+
 def literal_resfu(head: ReSFU) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The definition, with the parameters of ``head``, in the dtype of its inputs."""
     from reference.resfu import resfu
@@ -132,6 +161,7 @@ def main() -> None:
     head = ReSFU(ReSFUConfig(channels=channels)).eval().to(device)
     image = torch.randn(1, 3, *size, device=device)
     x = torch.randn(1, channels, size[0] // patch, size[1] // patch, device=device)
+    x_last = x.to(memory_format=torch.channels_last)
     with torch.no_grad():
         weights = head.kernels(x, image)
         jbu, bilinear = JointBilateral(), Bilinear()
@@ -151,7 +181,9 @@ def main() -> None:
             "jbu": lambda: jbu(x, image),
             "resfu, kernel weights": lambda: head.kernels(x, image),
             "resfu, reassembly": lambda: reassemble(x, weights),
+            "resfu, reassembly, channels-last": lambda: reassemble(x_last, weights),
             "resfu, whole": lambda: head(x, image),
+            "resfu, whole, bf16 features": lambda: head(x.bfloat16(), image),
             "resfu, 21 masks (value first)": masks,
             "guidance stem": lambda: head.stem(image),
         }
@@ -172,11 +204,20 @@ def main() -> None:
         )
     if error is not None:
         print(f"largest difference from the literal form: {error:.2e}")
+    memory = None
+    if device.type == "cpu" and sys.platform == "linux":
+        memory = peak_memory(args.size, channels, patch)
+        print(
+            "memory of the head: output {output_bytes:,} bytes, peak {peak_bytes:,}".format(
+                **memory
+            )
+        )
     report = {
         "machine": machine(device),
         "setting": {"size": args.size, "channels": channels, "ratio": patch},
         "seconds": result,
         "difference_from_literal": error,
+        "head_memory": memory,
         "peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if args.output:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import time
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,15 +18,19 @@ from fmupsample.errors import FmupsampleError
 from fmupsample_cli.options import Json
 from fmupsample_cli.report import human_bytes, print_json, print_table
 
+if TYPE_CHECKING:
+    from fmupsample.ops.extension import Extension
+
 PACKAGES = ("torch", "timm", "safetensors", "huggingface_hub", "numpy", "pillow", "opencv")
 # The one whose distribution is named otherwise.
 _DISTRIBUTIONS = {"opencv": "opencv-python-headless"}
 
 OK, NOTE, BAD = "ok", "note", "BROKEN"
+_EXTENSION = "CUDA extension"
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check the installation: versions, devices, caches, shipped weights, a tiny run.
+    """Check the installation: versions, devices, the CUDA extension, caches, weights, a tiny run.
 
     Exit code 1 if something that is shipped is broken; everything else is only noted.
     """
@@ -90,11 +94,90 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _extension() -> list[dict[str, Any]]:
-    tools = ", ".join(
-        f"{tool} {'found' if shutil.which(tool) else 'not found'}" for tool in ("nvcc", "ninja")
-    )
-    found = f"not part of this version, plain PyTorch is used ({tools})"
-    return [_check("CUDA extension", found, NOTE)]
+    import torch
+
+    from fmupsample.ops.backend import get_backend
+    from fmupsample.ops.extension import EXTENSION
+    from fmupsample.ops.toolchain import find_cxx, find_ninja, find_nvcc
+
+    rows = [_extension_state(EXTENSION)]
+    try:
+        if get_backend() != "auto":
+            rows.append(_check("backend", f"{get_backend()}, by FMUPSAMPLE_BACKEND"))
+    except FmupsampleError as error:
+        rows.append(_check("backend", str(error), NOTE))
+    if EXTENSION.loaded is not None:
+        rows.append(_comparison())
+    tools = {"nvcc": find_nvcc(torch.version.cuda), "c++": find_cxx(), "ninja": find_ninja()}
+    for name, tool in tools.items():
+        rows.append(_check(name, str(tool)) if tool else _check(name, "not found", NOTE))
+    return rows
+
+
+def _extension_state(extension: Extension) -> dict[str, Any]:
+    """What a GPU's operators would be computed by, and why. Compiles nothing."""
+    from fmupsample.ops.extension import capabilities
+
+    gpus = capabilities()
+    try:
+        extension.check()
+        library, refused = extension.packaged(gpus)
+        library = library or extension.cached(gpus)
+        aside = f" ({refused})" if refused else ""
+        if library is not None:
+            where = f"{library.path}, for {', '.join(library.targets) or 'the CPU'}{aside}"
+            if not gpus:
+                return _check(_EXTENSION, f"compiled, not used: no CUDA device; {where}", NOTE)
+            extension.load()
+            return _check(_EXTENSION, f"loaded: {where}")
+        if gpus:
+            failure = extension.remembered(extension.needed(gpus))
+        else:
+            failure = next(iter(extension.failures()), None)
+        if failure is not None:
+            return _check(_EXTENSION, f"failed, plain PyTorch is used: {failure}", NOTE)
+        if not gpus:
+            return _check(_EXTENSION, f"not usable: no CUDA device{aside}", NOTE)
+        extension.toolchain()
+    except FmupsampleError as error:
+        return _check(_EXTENSION, f"not usable, plain PyTorch is used: {error}", NOTE)
+    when = "would be compiled at the first use; `fmupsample build` does it now"
+    return _check(_EXTENSION, f"{when}{aside}", NOTE)
+
+
+def _comparison() -> dict[str, Any]:
+    """The extension against plain PyTorch on a small map: values and both gradients."""
+    import torch
+
+    from fmupsample.ops import tiled
+
+    try:
+        compiled = import_module("fmupsample.ops.cuda")
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to("cuda")
+
+        value, weights = random(2, 24, 5, 7), random(2, 9, 70, 98).softmax(1)
+        grad = random(2, 24, 70, 98)
+        worst = 0.0
+        for fractional in (True, False):
+            for name, arguments in (
+                ("reassemble", (value, weights, fractional)),
+                ("grad_value", (grad, weights, 5, 7, fractional)),
+                ("grad_weights", (grad, value, 3, fractional)),
+            ):
+                ours = getattr(compiled, name)(*arguments)
+                plain = getattr(tiled, name)(*arguments)
+                difference = (ours - plain).abs().max() / plain.abs().max()
+                worst = max(worst, float(difference))
+    except (ImportError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return _check("extension's results", f"it does not run: {first}", BAD)
+    # Plain PyTorch may multiply in TF32.
+    good = worst < (1e-2 if torch.backends.cuda.matmul.allow_tf32 else 1e-4)
+    found = f"largest difference from plain PyTorch {worst:.1e} of the largest value"
+    return _check("extension's results", found, OK if good else BAD)
 
 
 def _caches() -> list[dict[str, Any]]:
@@ -103,9 +186,12 @@ def _caches() -> list[dict[str, Any]]:
 
     hub, own = hub_cache(), cache_folder()
     count, heads = len(cached_timm_repositories()), len(list(own.glob("heads/*.safetensors")))
+    builds = own / "extensions"
+    libraries = len(list(builds.glob("*/*.so")))
     return [
         _check("hub cache", f"{hub}: {count} timm models, {human_bytes(_folder_size(hub))}"),
         _check("own cache", f"{own}: {heads} heads, {human_bytes(_folder_size(own))}"),
+        _check("extensions", f"{builds}: {libraries} compiled"),
     ]
 
 

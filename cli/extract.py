@@ -11,6 +11,7 @@ from fmupsample_cli import options as o
 
 if TYPE_CHECKING:
     from fmupsample.extraction.run import ExtractReport
+    from fmupsample.ops.backend import Choice
 
 
 class Format(StrEnum):
@@ -92,6 +93,7 @@ def extract(
     tokens_only: TokensOnly = False,
     pca: Pca = None,
     device: o.Device = "auto",
+    backend: o.Backend = o.BackendName.auto,
     precision: o.Precision = o.PrecisionName.fp32,
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
@@ -124,7 +126,7 @@ def extract(
     from fmupsample.extraction.run import ExtractOptions
     from fmupsample.extraction.run import extract as run
     from fmupsample.writers.formats import check_format
-    from fmupsample_cli.loading import open_pipeline
+    from fmupsample_cli.loading import open_pipeline, used_backend
 
     check_format(format, dtype)
     pipeline = open_pipeline(
@@ -138,6 +140,7 @@ def extract(
         image_size=size,
         fit=fit.value,
         precision=precision.value,
+        backend=backend.value,
         batch_size=batch_size,
         workers=workers,
         quiet=quiet,
@@ -154,13 +157,14 @@ def extract(
             progress=progress,
             say=lambda message: note(message, quiet=quiet),
         )
-    _summarise(report, json)
+    _summarise(report, used_backend(pipeline), json)
     if report.failed:
         raise typer.Exit(3 if report.done or report.skipped else 1)
 
 
-def _summarise(report: ExtractReport, as_json: bool) -> None:
+def _summarise(report: ExtractReport, backend: Choice, as_json: bool) -> None:
     from fmupsample.images import printable
+    from fmupsample_cli.loading import backend_text
     from fmupsample_cli.report import human_bytes, print_summary
 
     records = [*report.done, *report.skipped]
@@ -179,6 +183,8 @@ def _summarise(report: ExtractReport, as_json: bool) -> None:
         "seconds": round(report.seconds, 3),
         "pictures_per_second": round(rate, 3),
         "explained_variance": report.explained,
+        "backend": backend.name,
+        "backend_reason": backend.reason,
         "options": options,
     }
     counts = f"{len(report.done)} done"
@@ -200,5 +206,6 @@ def _summarise(report: ExtractReport, as_json: bool) -> None:
         rows["upsampler"] = "none, low-resolution features"
     else:
         rows["upsampler"] = method if method == fingerprint else f"{method} ({fingerprint})"
+        rows["backend"] = backend_text(backend)
     rows["manifest"] = printable(report.manifest)
     print_summary("extract", rows, as_json=as_json, payload=payload)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmupsample.errors import UsageError
-from fmupsample_cli.progress import note
+from fmupsample_cli.progress import BuildLine, note
 
 if TYPE_CHECKING:
     import torch
 
     from fmupsample.backbones import Backbone
     from fmupsample.images import ImageSize, Source
+    from fmupsample.ops.backend import Choice
     from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers.base import Upsampler
 
@@ -110,14 +111,18 @@ def open_pipeline(
     image_size: ImageSize | None,
     fit: str,
     precision: str,
+    backend: str,
     batch_size: int | None,
     workers: int | None,
     quiet: bool,
     fit_on: Sequence[Source] | None = None,
 ) -> Pipeline:
     """:func:`load_models`, in a pipeline with the options that commands on pictures share."""
-    from fmupsample.pipeline import Pipeline
+    from fmupsample.ops.backend import check_backend, set_backend
+    from fmupsample.pipeline import Pipeline, resolve_device
 
+    set_backend(backend)
+    check_backend(resolve_device(device))
     # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
     warnings.filterwarnings("ignore", module="PIL")
     exact = image_size.exact if image_size else None
@@ -125,7 +130,7 @@ def open_pipeline(
     model, method = load_models(
         backbone, layer, weights, upsampler, head, device, image_size=exact, quiet=quiet, **fitting
     )
-    return Pipeline(
+    pipeline = Pipeline(
         model,
         method,
         image_size=image_size,
@@ -135,3 +140,26 @@ def open_pipeline(
         batch_size=batch_size,
         workers=workers,
     )
+    # Now, where a minute of compiling can be shown, and not under the bar of the run.
+    with BuildLine(quiet=quiet) as line:
+        choice = used_backend(pipeline, line)
+    if choice.reason is not None:
+        note(f"plain PyTorch is used on {pipeline.device}: {choice.reason}", quiet=quiet)
+    return pipeline
+
+
+def used_backend(pipeline: Pipeline, progress: BuildLine | None = None) -> Choice:
+    """What computes the operators of ``pipeline``; plain PyTorch if its upsampler has none."""
+    from fmupsample.ops.backend import PLAIN, prepare
+
+    upsampler = pipeline.upsampler
+    if upsampler is None or not upsampler.uses_ops:
+        return PLAIN
+    return prepare(pipeline.device, progress)
+
+
+def backend_text(choice: Choice) -> str:
+    """For the table at the end of a run."""
+    if choice.name == "cuda":
+        return "cuda, the compiled extension"
+    return "torch, plain PyTorch" + (f" ({choice.reason})" if choice.reason else "")

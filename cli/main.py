@@ -24,6 +24,7 @@ COMMANDS = (
     ("extract", "extract", FEATURES),
     ("train", "train", FEATURES),
     ("models", "models", TOOLS),
+    ("build", "build", TOOLS),
     ("doctor", "doctor", TOOLS),
 )
 

@@ -34,6 +34,14 @@ class PrecisionName(StrEnum):
     fp16 = "fp16"
 
 
+class BackendName(StrEnum):
+    """What computes the operators; the words of :data:`fmupsample.ops.backend.BACKENDS`."""
+
+    auto = "auto"
+    cuda = "cuda"
+    torch = "torch"
+
+
 def _complete_backbone(incomplete: str) -> list[str]:
     from fmupsample.backbones.aliases import ALIASES
 
@@ -156,6 +164,16 @@ Device = Annotated[
         "--device",
         metavar="auto|cpu|cuda|mps",
         help="Where to compute; auto takes a GPU if there is one. cuda:1 picks one of several.",
+        rich_help_panel=COMPUTE,
+    ),
+]
+Backend = Annotated[
+    BackendName,
+    typer.Option(
+        "--backend",
+        envvar="FMUPSAMPLE_BACKEND",
+        help="What computes the upsampling on a CUDA device: the compiled extension (cuda), plain "
+        "PyTorch (torch), or the first of them that works (auto).",
         rich_help_panel=COMPUTE,
     ),
 ]

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichBar
+from rich.status import Status
 from rich.text import Text
 
 # Everything for people goes through this console; standard output is kept for results.
@@ -29,6 +30,42 @@ def note(message: str, *, quiet: bool = False) -> None:
 def warn(message: str) -> None:
     """One line ``warning: ...`` on standard error."""
     console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+
+
+class BuildLine:
+    """The seconds that something takes before the run begins, e.g. compiling; satisfies
+    :data:`fmupsample.ops.compiling.Progress`.
+
+    ``with BuildLine() as line: work(progress=line)``. On a terminal one line that counts and goes
+    away; elsewhere one line for each thing that begins, and nothing when ``quiet``.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._status: Status | None = None
+        self._what = ""
+
+    def __enter__(self) -> BuildLine:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def __call__(self, what: str, seconds: float) -> None:
+        """``what`` has been going on for ``seconds``."""
+        if self.quiet:
+            return
+        if not console.is_terminal:
+            if what != self._what:
+                note(f"{what} ...")
+        elif self._status is None:
+            self._status = console.status(Text(f"{what}: {seconds:.0f} s"))
+            self._status.start()
+        else:
+            self._status.update(Text(f"{what}: {seconds:.0f} s"))
+        self._what = what
 
 
 class _RateColumn(ProgressColumn):

@@ -203,6 +203,7 @@ def train(
     work: Work = None,
     overwrite: Overwrite = False,
     device: o.Device = "auto",
+    backend: o.Backend = o.BackendName.auto,
     precision: Precision = None,
     workers: o.Workers = None,
     json: o.Json = False,
@@ -223,7 +224,7 @@ def train(
         torchrun --nproc-per-node 4 -m fmupsample train photos/ -o head.safetensors
     """
     from fmupsample.images import find_images
-    from fmupsample_cli.progress import RichProgress, note, warn
+    from fmupsample_cli.progress import BuildLine, RichProgress, note, warn
 
     # What cannot work is said before torch and the models are loaded.
     find = {"exclude": [work or output.with_name(f"{output.name}.train")], "warn": warn}
@@ -231,6 +232,8 @@ def train(
     validation = find_images(val, **find) if val else []
 
     from fmupsample.backbones import load_backbone
+    from fmupsample.device import resolve_device
+    from fmupsample.ops.backend import check_backend, prepare, set_backend
     from fmupsample.training.checkpoint import NAME
     from fmupsample.training.config import TrainConfig, parse_objective
     from fmupsample.training.distributed import leads
@@ -251,6 +254,8 @@ def train(
     options |= {name: value for name, value in given.items() if value is not None}
     wanted = TrainConfig.from_dict(options)
     quiet = quiet or not leads()
+    set_backend(backend.value)
+    check_backend(resolve_device(device))
     largest = max(wanted.image_sizes) if wanted.image_sizes else None
     model = load_backbone(
         backbone,
@@ -258,6 +263,9 @@ def train(
         weights=backbone_weights,
         image_size=None if largest is None else (largest, largest),
     )
+    # Now, where a minute of compiling can be shown, and not under the bar of the run.
+    with BuildLine(quiet=quiet) as line:
+        prepare(resolve_device(device), line)
     try:
         with RichProgress(quiet=quiet, unit="steps") as progress:
             report = run(

@@ -99,6 +99,7 @@ def visualize(
         ),
     ] = True,
     device: o.Device = "auto",
+    backend: o.Backend = o.BackendName.auto,
     precision: o.Precision = o.PrecisionName.fp32,
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
@@ -126,7 +127,7 @@ def visualize(
     from fmupsample.visualization.draw import Point
     from fmupsample.visualization.run import VisualizeOptions
     from fmupsample.visualization.run import visualize as draw
-    from fmupsample_cli.loading import open_pipeline
+    from fmupsample_cli.loading import backend_text, open_pipeline, used_backend
     from fmupsample_cli.report import print_summary
 
     options = VisualizeOptions(
@@ -150,6 +151,7 @@ def visualize(
         image_size=size,
         fit=fit.value,
         precision=precision.value,
+        backend=backend.value,
         batch_size=batch_size,
         workers=workers,
         quiet=quiet,
@@ -158,14 +160,18 @@ def visualize(
     with RichProgress(quiet=quiet) as progress:
         report = draw(pipeline, sources, output, options, progress=progress)
 
+    choice = used_backend(pipeline)
     payload = {
         "command": "visualize",
         "backbone": pipeline.backbone.name,
         "layer": pipeline.backbone.layer,
         "upsampler": pipeline.upsampler.name,
+        "backend": choice.name,
+        "backend_reason": choice.reason,
         **report.to_json(),
     }
-    print_summary(_title(report), _rows(report), as_json=as_json, payload=payload)
+    rows = {**_rows(report), "backend": backend_text(choice)}
+    print_summary(_title(report), rows, as_json=as_json, payload=payload)
     if report.failed:
         raise typer.Exit(3 if report.drawn or report.skipped else 1)
 

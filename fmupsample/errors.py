@@ -40,5 +40,22 @@ class OutputError(FmupsampleError):
     """Results that cannot be written: no space, no permission, a folder in the way."""
 
 
+class ExtensionError(FmupsampleError):
+    """The compiled extension cannot be had here; plain PyTorch can.
+
+    Attributes:
+        kind: what is in the way, one word: ``"absent"`` (no sources), ``"torch"`` (a PyTorch
+            without CUDA), ``"system"``, ``"gpu"``, ``"nvcc"``, ``"ninja"``, ``"compiler"`` (no C++
+            compiler), ``"version"`` (nvcc and PyTorch do not match), ``"compile"``, ``"timeout"``,
+            ``"cache"`` (cannot be written) or ``"load"``.
+        log: file with everything the compilers said.
+    """
+
+    def __init__(self, reason: str, kind: str, log: str | None = None) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.log = log
+
+
 class TrainingError(FmupsampleError):
     """A training run that cannot go on; its last good state is in its checkpoint."""

@@ -21,8 +21,25 @@ os.environ["HF_HOME"] = str(Path(_HOME.name, "huggingface"))
 os.environ["TORCH_HOME"] = str(Path(_HOME.name, "torch"))
 os.environ["FMUPSAMPLE_CACHE"] = str(Path(_HOME.name, "fmupsample"))
 os.environ["HF_HUB_OFFLINE"] = "1"
-for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "FMUPSAMPLE_DEBUG", "FORCE_COLOR"):
+for name in (
+    "HF_HUB_CACHE",
+    "HUGGINGFACE_HUB_CACHE",
+    "FMUPSAMPLE_DEBUG",
+    "FMUPSAMPLE_BACKEND",
+    "FORCE_COLOR",
+    "TORCH_CUDA_ARCH_LIST",
+    "MAX_JOBS",
+):
     os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session")

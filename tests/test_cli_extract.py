@@ -51,8 +51,8 @@ def test_help_speaks_of_every_option() -> None:
     for option in (
         "--output", "--list", "--backbone", "--layer", "--backbone-weights", "--upsampler",
         "--head", "--fit-head", "--image-size", "--fit", "--format", "--dtype", "--output-size",
-        "--tokens-only", "--pca", "--device", "--precision", "--batch-size", "--workers",
-        "--overwrite", "--json", "--quiet",
+        "--tokens-only", "--pca", "--device", "--backend", "--precision", "--batch-size",
+        "--workers", "--overwrite", "--json", "--quiet",
     ):  # fmt: skip
         assert option in result.output, option
 

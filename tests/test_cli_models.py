@@ -96,7 +96,7 @@ def test_doctor_reports_versions_devices_and_caches(capsys, shipped):
     _, checks = doctored(capsys)
     assert torch.__version__.startswith(checks["torch"]["found"].partition("+")[0])
     assert "threads" in checks["cpu"]["found"]
-    assert "plain PyTorch" in checks["CUDA extension"]["found"]
+    assert checks["CUDA extension"]["state"] in ("ok", "note")
     assert "0 timm models" in checks["hub cache"]["found"]
     assert checks["embedded.safetensors"]["found"].startswith("embedded.v1, ")
 

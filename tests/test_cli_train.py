@@ -41,8 +41,8 @@ def test_help_speaks_of_every_option() -> None:
     for option in (
         "--output", "--list", "--backbone", "--layer", "--backbone-weights", "--upsampler",
         "--from", "--image-size", "--val", "--labels", "--steps", "--batch-size", "--lr", "--seed",
-        "--objective", "--config", "--resume", "--work", "--overwrite", "--device", "--precision",
-        "--workers", "--json", "--quiet",
+        "--objective", "--config", "--resume", "--work", "--overwrite", "--device", "--backend",
+        "--precision", "--workers", "--json", "--quiet",
     ):  # fmt: skip
         assert option in result.output, option
 

@@ -10,6 +10,7 @@ from fmupsample.layers.filters import (
     box_mean,
     fast_guided_filter,
     gaussian3,
+    pooled_box_mean,
     upsampled_on_half_grid,
 )
 from fmupsample.layers.moments import (
@@ -78,6 +79,7 @@ def test_box_mean_divides_by_the_pixels_inside(radius, size):
             columns = slice(max(0, j - radius), j + radius + 1)
             expected[:, :, i, j] = x[:, :, rows, columns].mean((2, 3))
     torch.testing.assert_close(box_mean(x, radius), expected)
+    torch.testing.assert_close(pooled_box_mean(x, radius), expected)
 
 
 def test_gaussian_keeps_constants_and_is_the_discrete_one():
@@ -113,3 +115,31 @@ def test_guided_filter_returns_an_affine_function_of_the_guide_unchanged():
 def test_guided_filter_of_a_flat_guide_is_a_smooth_target():
     out = fast_guided_filter(torch.ones(1, 1, 32, 32).double(), random(1, 1, 16, 16), 4, 1e-3)
     assert out.std() < 0.3 * random(1, 1, 16, 16).std()
+
+
+@pytest.mark.parametrize("budget", [1, 3 * 8 * 6 * 5, 1 << 30])
+def test_working_on_a_few_channels_at_a_time_is_the_same(monkeypatch, budget):
+    from fmupsample.layers import chunks
+
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", budget)
+    x, half = random(2, 7, 6, 5), random(2, 7, 3, 2)
+    whole = torch.addcmul(half.mean((2, 3), keepdim=True), x, x)
+
+    def function(some, of_half):
+        return torch.addcmul(of_half.mean((2, 3), keepdim=True), some, some)
+
+    torch.testing.assert_close(chunks.over_channels(function, x, half), whole)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(chunks.over_channels(function, x, half).sum(), x)
+    torch.testing.assert_close(grad, 2 * x.detach())
+
+
+def test_moments_may_use_the_memory_of_their_map():
+    x = random(2, 6, 5, 4)
+    for got, want in zip(
+        group_moments(x.clone(), 3, overwrite=True), group_moments(x, 3), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+    x.requires_grad_()
+    for got, want in zip(group_moments(x, 3), group_moments(x.detach(), 3), strict=True):
+        torch.testing.assert_close(got.detach(), want)

@@ -143,6 +143,32 @@ def test_values_first_is_the_same_as_values_after(tmp_path: Path) -> None:
     torch.testing.assert_close(first, after)
 
 
+@pytest.mark.parametrize("layout", ["panel", "single", "overlay"])
+@pytest.mark.parametrize("foreground", [False, True])
+def test_pca_pictures_never_make_a_map_of_all_channels(
+    tmp_path: Path, monkeypatch, layout, foreground
+) -> None:
+    from fmupsample.analysis.pca import PCABasis
+    from fmupsample.upsamplers import ReSFU, ReSFUConfig
+    from fmupsample.upsamplers.resfu import module as resfu
+    from fmupsample.visualization.draw import Artist
+
+    seen = []
+
+    def watched(value, weights, **options):
+        seen.append(value.shape[1])
+        return reassemble(value, weights, **options)
+
+    reassemble = resfu.reassemble
+    monkeypatch.setattr(resfu, "reassemble", watched)
+    head = ReSFU(ReSFUConfig(channels=6, embedding=8, middle=16))
+    pipeline, item = only_item(draw(tmp_path / "a.png", 64, 96), head)
+    artist = Artist(pipeline, layout=layout, foreground=foreground)
+    tokens = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    artist.draw_pca(item, PCABasis.fit(tokens))
+    assert seen == [4 if foreground else 3]  # scores and foreground, of 6 channels
+
+
 @pytest.mark.parametrize("fit", ["resize", "pad"])
 @pytest.mark.parametrize("text", ["image", "original", "x4", "x2.5", "17x90", "3x3", "1x1"])
 def test_every_output_size(tmp_path: Path, text: str, fit: str) -> None:

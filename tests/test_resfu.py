@@ -83,6 +83,31 @@ def test_float32_stays_near_float64():
     assert (single.double() - exact).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("ratio", [4, 14])
+def test_float32_weights_stay_near_float64(ratio):
+    up = load_official("resfu", official_state(24, 16))
+    x, y = inputs(24, 16, (6, 7), ratio, batch=1)
+    exact = up.kernels(x, y)
+    single = up.float().kernels(x.float(), y.float())
+    assert (single.double() - exact).abs().max() < 2e-5  # weights are at most 1
+
+
+def test_what_autograd_does_not_see_is_the_same(monkeypatch):
+    """Without gradients memory is used again, and maps are worked on a few channels at a time."""
+    from fmupsample.layers import chunks
+
+    up = load_official("resfu", official_state(8, 8))
+    for parameter in up.parameters():
+        parameter.requires_grad_()
+    x, y = inputs(8, 8, (5, 4), 9)
+    seen = up.kernels(x, y)
+    assert seen.requires_grad
+    for size in (1, 1 << 30):
+        monkeypatch.setattr(chunks, "_CHUNK_BYTES", size)
+        with torch.no_grad():
+            torch.testing.assert_close(up.kernels(x, y), seen.detach(), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_features_give_half_precision_results(dtype):
     up = load_official("resfu", official_state(24, 16)).float()

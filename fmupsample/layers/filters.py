@@ -8,25 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmupsample.layers.chunks import over_channels
 from fmupsample.ops.grid import interpolation_matrix
 
 
 def box_mean(x: Tensor, radius: int) -> Tensor:
     """Mean over the ``(2r+1)^2`` window, counting only pixels inside the map."""
-    # The true count of a clipped window is the product of its sides, so the mean is separable.
+    if x.device.type == "cuda":
+        return pooled_box_mean(x, radius)
+    x = F.pad(x, (radius,) * 4)
+    # The true count of a clipped window is the product of its sides.
+    counts = []
     for dim in (2, 3):
         shape = [1, 1, 1, 1]
         shape[dim] = x.shape[dim]
-        count = _window_sum(torch.ones(shape, dtype=x.dtype, device=x.device), dim, radius)
-        x = _window_sum(x, dim, radius) * count.reciprocal()
+        inside = x.new_zeros(shape)
+        inside.narrow(dim, radius, x.shape[dim] - 2 * radius).fill_(1)
+        counts.append(_window_sum(inside, dim, radius))
+        x = _window_sum(x, dim, radius)
+    return x * (counts[0] * counts[1]).reciprocal_()
+
+
+def pooled_box_mean(x: Tensor, radius: int) -> Tensor:
+    """:func:`box_mean` in two passes over the map: what counts on a GPU, and is slow on a CPU."""
+    for window in ((radius, 0), (0, radius)):
+        size = [2 * r + 1 for r in window]
+        x = F.avg_pool2d(x, size, stride=1, padding=window, count_include_pad=False)
     return x
 
 
 def _window_sum(x: Tensor, dim: int, radius: int) -> Tensor:
-    """Sum over ``2r+1`` entries along ``dim``, zeros outside: log2 many additions by doubling."""
-    size, length = 2 * radius + 1, x.shape[dim]
-    pad = (radius, radius) if dim == 3 else (0, 0, radius, radius)
-    power, width = F.pad(x, pad), 1  # power[i] = sum of `width` entries from i
+    """Sums of ``2r+1`` neighbours along ``dim``, shorter by 2r: log2 many additions by doubling."""
+    size, length = 2 * radius + 1, x.shape[dim] - 2 * radius
+    power, width = x, 1  # power[i] = sum of `width` entries from i
     total, done = None, 0  # total[i] = sum of the first `done` entries of the window at i
     while True:
         if size & width:
@@ -41,6 +55,10 @@ def _window_sum(x: Tensor, dim: int, radius: int) -> Tensor:
 
 def gaussian3(x: Tensor, sigma: float = 1.0) -> Tensor:
     """3 x 3 Gaussian with replicate padding, normalised to sum 1."""
+    return over_channels(lambda part: _gaussian3(part, sigma), x)
+
+
+def _gaussian3(x: Tensor, sigma: float) -> Tensor:
     side = exp(-1 / (2 * sigma**2))
     centre, side = 1 / (1 + 2 * side), side / (1 + 2 * side)
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
@@ -77,6 +95,12 @@ def fast_guided_filter(guide: Tensor, target_half: Tensor, radius: int, eps: flo
     Returns:
         the filtered target, ``[B, C, H, W]``.
     """
+    return over_channels(
+        lambda some, of_target: _guided_filter(some, of_target, radius, eps), guide, target_half
+    )
+
+
+def _guided_filter(guide: Tensor, target_half: Tensor, radius: int, eps: float) -> Tensor:
     guide_half = guide[:, :, half_grid(guide.shape[2]), half_grid(guide.shape[3])]
     # Centring by one constant per channel changes nothing but the rounding of the moments.
     centre_g = guide_half.mean((2, 3), keepdim=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fmupsample.errors import ShapeError
 from fmupsample.ops.backend import implementation
+from fmupsample.ops.memory import empty_map
 
 
 def reassemble(value: Tensor, weights: Tensor, *, fractional: bool = True) -> Tensor:
@@ -62,7 +63,7 @@ def _reassemble(value: Tensor, weights: Tensor, fractional: bool) -> Tensor:
 
 @_reassemble.register_fake
 def _(value: Tensor, weights: Tensor, fractional: bool) -> Tensor:
-    return value.new_empty(value.shape[:2] + weights.shape[2:])
+    return empty_map(value, *weights.shape[2:])
 
 
 @torch.library.custom_op("fmupsample::reassemble_grad_value", mutates_args=())
@@ -73,7 +74,7 @@ def _grad_value(grad: Tensor, weights: Tensor, h: int, w: int, fractional: bool)
 
 @_grad_value.register_fake
 def _(grad: Tensor, weights: Tensor, h: int, w: int, fractional: bool) -> Tensor:
-    return grad.new_empty(*grad.shape[:2], h, w)
+    return empty_map(grad, h, w)
 
 
 @torch.library.custom_op("fmupsample::reassemble_grad_weights", mutates_args=())

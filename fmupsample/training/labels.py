@@ -36,7 +36,8 @@ def find_labels(folders: Sequence[Path], sources: Sequence[Source]) -> dict[Sour
     if missing:
         raise UsageError(
             f"{len(missing)} of {len(sources)} pictures have no labels in "
-            f"{', '.join(printable(folder) for folder in folders)}: {missing[0]} needs {missing[0].relative.with_suffix('.png')} there"
+            f"{', '.join(map(printable, folders))}: {missing[0]} needs "
+            f"{missing[0].relative.with_suffix('.png')} there"
         )
     return found
 

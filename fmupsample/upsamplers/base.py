@@ -24,12 +24,15 @@ class Upsampler(nn.Module):
             otherwise any map with the channels the module was built for.
         fixed_ratio: the only ratio H/h it can do, or ``None`` for any ratio >= 1.
         linear_in_value: whether ``kernels``/``reassemble`` exist.
+        uses_ops: whether the work is done by the operators of :mod:`fmupsample.ops`, and so
+            whether the compiled extension is of use.
     """
 
     name: ClassVar[str]
     needs_guidance: ClassVar[bool] = False
     fixed_ratio: ClassVar[int | None] = None
     linear_in_value: ClassVar[bool] = True
+    uses_ops: ClassVar[bool] = True
     guidance_is_image: bool = True
 
     def forward(

@@ -15,6 +15,8 @@ from fmupsample.upsamplers.base import Upsampler
 class _Interpolation(Upsampler):
     """One neighbour of weight 1 per pixel; the kind of neighbour is the method."""
 
+    uses_ops: ClassVar[bool] = False
+
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
     ) -> Tensor:

@@ -27,7 +27,7 @@ from fmupsample.ops import reassemble
 from fmupsample.ops.grid import interpolation_matrix, neighbour_inside
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
-from fmupsample.upsamplers.resfu.scores import PairedCDC
+from fmupsample.upsamplers.resfu.scores import PairedCDC, Workspace
 from fmupsample.upsamplers.resfu.stem import GuidanceStem
 
 
@@ -103,15 +103,15 @@ class ReSFU(Upsampler):
         query = pointwise_after_norm(
             guidance, self.guidance_norm, self.query.weight.flatten(1), self.query.bias
         )
-        scores = None
+        scores, workspace = None, Workspace()
         if c.semantic:
-            scores = self._semantic(x, query)
+            scores = self._semantic(x, query, workspace)
         if c.detail:
-            detail = self._detail(query, x.shape[-2:])
-            scores = detail if scores is None else scores + detail
-        return (scores + self._outside(x, size)).softmax(1)
+            detail = self._detail(query, x.shape[-2:], workspace)
+            scores = detail if scores is None else scores.add_(detail)
+        return self._mask_outside(scores, x.shape[-2:]).softmax(1)
 
-    def _semantic(self, x: Tensor, query: Tensor) -> Tensor:
+    def _semantic(self, x: Tensor, query: Tensor, workspace: Workspace) -> Tensor:
         c, size = self.config, query.shape[-2:]
         key = pointwise_after_norm(x, self.feature_norm, self.key.weight.flatten(1), self.key.bias)
         if c.align:
@@ -123,10 +123,10 @@ class ReSFU(Upsampler):
         if c.similarity == "inner":
             key = apply_affine(key, *affine(self.semantic_scores, *moments))
             return self._inner(query, self.semantic_scores, self._upsampled_neighbours(key, size))
-        term = self.semantic_scores.upsampled_key_term(key, moments, size)
-        return self.semantic_scores(term, query)
+        keys = self.semantic_scores.upsampled_keys(key, moments, size)
+        return self.semantic_scores(keys, query, workspace)
 
-    def _detail(self, query: Tensor, cells: tuple[int, int]) -> Tensor:
+    def _detail(self, query: Tensor, cells: tuple[int, int], workspace: Workspace) -> Tensor:
         c = self.config
         key = gaussian3(query) if c.align else query
         moments = group_moments(key, c.norm_groups)
@@ -136,7 +136,8 @@ class ReSFU(Upsampler):
         if c.similarity == "inner":
             key = apply_affine(key, *affine(self.detail_scores, *moments))
             return self._inner(query, self.detail_scores, self._neighbours(key, stride))
-        return self.detail_scores(self.detail_scores.key_term(key, moments, stride), query)
+        keys = self.detail_scores.full_keys(key, moments, stride)
+        return self.detail_scores(keys, query, workspace)
 
     def _inner(self, query: Tensor, norm: nn.GroupNorm, neighbours: list[Tensor]) -> Tensor:
         """Scaled inner products with each neighbour's key: the similarity PCDC replaces."""
@@ -168,14 +169,14 @@ class ReSFU(Upsampler):
             uy @ padded[:, :, i : i + h + 2, j : j + w + 2] @ ux.T for i in steps for j in steps
         ]
 
-    def _outside(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """``[1, K*K, H, W]``: -inf where a neighbour's centre is outside the picture, else 0."""
-        (h, w), (height, width) = x.shape[-2:], size
+    def _mask_outside(self, scores: Tensor, cells: tuple[int, int]) -> Tensor:
+        """-inf, in place, for neighbours whose centre is outside the picture."""
         reach = self.config.kernel_size // 2
-        steps = range(-reach, reach + 1)
-        rows = torch.stack([neighbour_inside(h, height, d) for d in steps])[:, None, :, None]
-        columns = torch.stack([neighbour_inside(w, width, d) for d in steps])[None, :, None, :]
-        inside = (rows & columns).flatten(0, 1)[None].to(x.device)
-        return torch.zeros(inside.shape, dtype=x.dtype, device=x.device).masked_fill_(
-            ~inside, float("-inf")
-        )
+        rows, columns = (
+            torch.stack([~neighbour_inside(n, pixels, d) for d in range(-reach, reach + 1)])
+            for n, pixels in zip(cells, scores.shape[-2:], strict=True)
+        )  # [K, H], [K, W]
+        grid = scores.unflatten(1, (self.config.kernel_size, -1))
+        grid.masked_fill_(rows[:, None, :, None].to(scores.device), float("-inf"))
+        grid.masked_fill_(columns[:, None, :].to(scores.device), float("-inf"))
+        return scores

@@ -5,29 +5,52 @@ is ``sum_d W_m[d] . (key(p + s d) - query(p)) + b_m`` over K x K offsets d, s ou
 The query part does not depend on d, so it is the 1x1 convolution with ``sum_d W_m[d]``; what is
 left is an ordinary convolution of the keys.
 
-A ``KeyTerm`` gives that convolution for some rows of the output. Everything after it is local to a
-pixel but for one GroupNorm, whose statistics span the picture: so the rows are worked on in strips,
-each leaving its moments and, per norm group, its unnormalised share of the scores; the
-normalisation is a weighted sum of those shares afterwards.
+A ``KeyTerm`` gives that convolution for some rows of the output, plus a constant. Everything after
+it is local to a pixel but for one GroupNorm, whose statistics span the picture: so the rows are
+worked on in strips, each leaving its moments and, per norm group, its unnormalised share of the
+scores; the normalisation is a weighted sum of those shares afterwards. On a GPU one kernel does all
+of it up to there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmupsample.layers.chunks import recorded
 from fmupsample.layers.moments import affine, apply_affine, group_moments, pooled_moments
-from fmupsample.ops.grid import interpolation_matrix, plan_axis
-
-# (first row, last row + 1) -> [B, M, rows, W]: the convolution of the keys, plus the bias b.
-KeyTerm = Callable[[int, int], Tensor]
+from fmupsample.ops.memory import on_huge_pages
+from fmupsample.upsamplers.resfu import fused
+from fmupsample.upsamplers.resfu.keys import FullKeys, Keys, UpsampledKeys
 
 # Bytes of one middle-channel strip: on a CPU about the shared cache, on an accelerator plenty.
-_STRIP_BYTES = {"cpu": 8 << 20}
+_STRIP_BYTES = {"cpu": 4 << 20}
 _STRIP_BYTES_ACCELERATOR = 512 << 20
+
+
+class Workspace:
+    """Memory that strips and pairs work in, one after the other.
+
+    Fresh pages cost more than the arithmetic on them.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def reserve(self, name: str, size: int, like: Tensor) -> Tensor:
+        """An uninitialised ``[size]``; the same memory for the same name, size and dtype."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
+            buffer = self._buffers[name] = on_huge_pages(like.new_empty(size))
+        return buffer
+
+
+def _view(buffer: Tensor | None, shape: tuple[int, ...], start: int = 0) -> Tensor | None:
+    """A piece of the buffer, or ``None`` (make your own) where there is none."""
+    return None if buffer is None else buffer[start : start + prod(shape)].view(shape)
 
 
 class PairedCDC(nn.Module):
@@ -56,14 +79,10 @@ class PairedCDC(nn.Module):
         """Scale and shift ``[B, E]`` of the shared norm for keys with these moments."""
         return affine(self.norm, mean, variance)
 
-    def upsampled_key_term(
+    def upsampled_keys(
         self, key: Tensor, moments: tuple[Tensor, Tensor], size: tuple[int, int]
-    ) -> KeyTerm:
-        """The key term for a key map given at low resolution, to be upsampled bilinearly.
-
-        Neighbours s output pixels apart are neighbouring cells at low resolution, so convolving
-        there (dilation 1) and upsampling afterwards is the same: with the map replicate-padded
-        enough, also at the borders, and at every ratio.
+    ) -> Keys:
+        """The keys given as a map at low resolution, to be upsampled bilinearly.
 
         Args:
             key: ``[B, E, h, w]``; moments: ``[B, norm_groups]`` each, of the *upsampled* key.
@@ -72,47 +91,19 @@ class PairedCDC(nn.Module):
         normal = apply_affine(key, *self.key_affine(*moments))
         padded = F.pad(normal, (pad, pad, pad, pad), mode="replicate")
         low = F.conv2d(padded, self.difference.weight.to(key), groups=self.groups)  # h+2, w+2
-        # Rows of interpolation matrices sum to 1: what is added here is added to every pixel.
-        low = low + self.difference.bias.to(key)[:, None, None]
-        across = low @ interpolation_matrix(key.shape[3], size[1], padding=1).to(key).T
-        down = interpolation_matrix(key.shape[2], size[0], padding=1).to(key)
-        base = plan_axis(key.shape[2], size[0], True).base + 1
+        return UpsampledKeys(low, size)
 
-        def term(y0: int, y1: int) -> Tensor:
-            first, last = int(base[y0]), int(base[y1 - 1]) + 2
-            return down[y0:y1, first:last] @ across[:, :, first:last]
-
-        return term
-
-    def key_term(
+    def full_keys(
         self, key: Tensor, moments: tuple[Tensor, Tensor], stride: tuple[int, int]
-    ) -> KeyTerm:
-        """The key term for a key map ``[B, E, H, W]`` at full resolution, offsets ``stride`` apart.
+    ) -> Keys:
+        """The keys given as a map ``[B, E, H, W]`` at full resolution, ``stride`` pixels apart.
 
         The key's normalisation is folded into the weights.
         """
-        scale, shift = self.key_affine(*moments)
-        batch = key.shape[0]
-        pad_y, pad_x = (s * (self.kernel_size // 2) for s in stride)
-        padded = F.pad(key, (pad_x, pad_x, pad_y, pad_y), mode="replicate")
         weight = self.difference.weight.to(key)  # [M, E/groups, K, K]
-        per_sample, offset = self._fold(weight.flatten(2), scale, shift)  # [B, M, E/g, KK], [B, M]
-        kernel = per_sample.unflatten(3, weight.shape[2:]).flatten(0, 1)
-        offset = offset + self.difference.bias.to(key)
-
-        def term(y0: int, y1: int) -> Tensor:
-            rows = padded[:, :, y0 : y1 + 2 * pad_y]
-            # One convolution for the whole batch: samples become groups.
-            out = F.conv2d(
-                rows.reshape(1, -1, *rows.shape[2:]),
-                kernel,
-                offset.flatten(),
-                dilation=stride,
-                groups=batch * self.groups,
-            )
-            return out.unflatten(1, (batch, -1)).squeeze(0)
-
-        return term
+        per_sample, offset = self._fold(weight.flatten(2), *self.key_affine(*moments))
+        per_sample = per_sample.unflatten(3, weight.shape[2:])
+        return FullKeys(key, per_sample, offset, self.groups, stride)
 
     def _fold(self, weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Fold an input affine ``[B, E]`` into grouped weights ``[M, E/groups, ...]``."""
@@ -122,27 +113,49 @@ class PairedCDC(nn.Module):
         offset = (grouped * shift).sum((3, 4)).flatten(1)
         return (grouped * scale).flatten(1, 2), offset
 
-    def forward(self, key_term: KeyTerm, query: Tensor) -> Tensor:
+    def forward(self, keys: Keys, query: Tensor, workspace: Workspace) -> Tensor:
         """Scores ``[B, K*K, H, W]`` of a query map ``[B, E, H, W]``."""
         batch, _, height, width = query.shape
         total = self.difference.weight.to(query).flatten(2).sum(2, keepdim=True)  # [M, E/g, 1]
-        moments = group_moments(query, self.norm.num_groups)
-        weight, offset = self._fold(total, *affine(self.norm, *moments))
-        weight = -weight.squeeze(3).unflatten(1, (self.groups, -1)).flatten(0, 1)
-        offset = offset.reshape(batch * self.groups, -1, 1)
+        query_moments = group_moments(query, self.norm.num_groups)
+        weight, offset = self._fold(total, *affine(self.norm, *query_moments))
+        weight, constant = -weight.squeeze(3), self.difference.bias.to(query) - offset
+        if fused.serves(self, keys, query):
+            part, moments = fused.partial_scores(self, keys, query, weight, constant)
+            return self._normalise([part], moments)
+        weight = weight.unflatten(1, (self.groups, -1)).flatten(0, 1)
+        key_term = keys.term(constant)
+        mix_weight, mix_bias, score_weight = self._weights_after(query)
 
+        middles, step = batch * self.mix.in_channels, min(self._strip_rows(query), height)
+        partials = len(score_weight) * score_weight.shape[1]
+        # Where nobody looks on, strips reuse their memory.
+        reuse = not recorded(query, keys.source, *self.parameters())
+        space = mixed_space = part_space = None
+        if reuse:
+            space, mixed_space, part_space = (
+                workspace.reserve(name, size, query)
+                for name, size in (
+                    ("middle", middles * step * width),
+                    ("mixed", middles * step * width),
+                    ("parts", partials * height * width),
+                )
+            )
         parts, moments, counts = [], [], []
-        step = self._strip_rows(query)
         for y0 in range(0, height, step):
             y1 = min(y0 + step, height)
-            shape = (batch * self.groups, -1, (y1 - y0) * width)
-            middle = key_term(y0, y1).reshape(shape)
-            middle = middle.baddbmm_(weight, query[:, :, y0:y1].reshape(shape))
-            middle = middle.sub_(offset).relu_()
-            mixed = self._mix(middle.unflatten(0, (batch, self.groups)))
-            moments.append(group_moments(mixed, self.mix_norm.num_groups))
-            counts.append((y1 - y0) * width)
-            parts.append(self._partial_scores(mixed).unflatten(3, (y1 - y0, width)))
+            pixels = (y1 - y0) * width
+            shape = (len(mix_weight), -1, pixels)
+            middle = key_term(y0, y1, _view(space, (middles, y1 - y0, width))).reshape(shape)
+            middle = middle.baddbmm_(weight, query[:, :, y0:y1].reshape(shape)).relu_()
+            mixed = torch.bmm(mix_weight, middle, out=_view(mixed_space, middle.shape))
+            mixed = mixed.add_(mix_bias).relu_().view(len(score_weight), -1, pixels)
+            place = _view(part_space, (*score_weight.shape[:2], pixels), partials * y0 * width)
+            part = torch.bmm(score_weight, mixed, out=place)  # [B G, K*K, P]
+            parts.append(part.unflatten(0, (batch, -1)).unflatten(3, (y1 - y0, width)))
+            mixed = mixed.view(batch, -1, pixels)
+            moments.append(group_moments(mixed, self.mix_norm.num_groups, overwrite=reuse))
+            counts.append(pixels)
         return self._normalise(parts, pooled_moments(moments, counts))
 
     def _strip_rows(self, query: Tensor) -> int:
@@ -150,18 +163,16 @@ class PairedCDC(nn.Module):
         row = query.shape[0] * query.shape[3] * self.mix.in_channels * query.element_size()
         return max(1, budget // row)
 
-    def _mix(self, middle: Tensor) -> Tensor:
-        """ReLU(grouped 1x1): ``[B, groups, M/groups, P]`` -> ``[B, M, P]``."""
-        weight = self.mix.weight.to(middle).reshape(self.groups, -1, middle.shape[2])
-        bias = self.mix.bias.to(middle).reshape(self.groups, -1, 1)
-        return (weight @ middle).add_(bias).relu_().flatten(1, 2)
-
-    def _partial_scores(self, mixed: Tensor) -> Tensor:
-        """Scores before normalisation, per norm group: ``[B, M, P]`` -> ``[B, G, K*K, P]``."""
-        groups = self.mix_norm.num_groups
-        weight = self.score.weight.to(mixed).flatten(1) * self.mix_norm.weight.to(mixed)
-        weight = weight.unflatten(1, (groups, -1)).transpose(0, 1)  # [G, KK, M/G]
-        return weight @ mixed.unflatten(1, (groups, -1))
+    def _weights_after(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the grouped 1x1, ``[B groups, M/groups, M/groups]`` and ``[B groups, M/groups, 1]``,
+        and of the scores before normalisation, per norm group: ``[B G, K*K, M/G]``.
+        """
+        batch, groups = len(query), self.mix_norm.num_groups
+        mix = self.mix.weight.to(query).reshape(self.groups, -1, self.mix.weight.shape[1])
+        bias = self.mix.bias.to(query).reshape(self.groups, -1, 1)
+        score = self.score.weight.to(query).flatten(1) * self.mix_norm.weight.to(query)
+        score = score.unflatten(1, (groups, -1)).transpose(0, 1)  # [G, KK, M/G]
+        return mix.repeat(batch, 1, 1), bias.repeat(batch, 1, 1), score.repeat(batch, 1, 1)
 
     def _normalise(self, parts: list[Tensor], moments: tuple[Tensor, Tensor]) -> Tensor:
         """Complete the GroupNorm between ``mix`` and ``score`` on its partial scores."""

@@ -1,0 +1,141 @@
+"""``fmupsample build``: compile the CUDA extension now, and not at the first use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fmupsample_cli.options import Json, Quiet
+
+if TYPE_CHECKING:
+    from fmupsample.ops.extension import Extension, Library
+
+
+def build(
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch",
+            metavar="LIST",
+            help="GPU architectures, e.g. 8.0,9.0+PTX; all: 7.5 to 9.0 and PTX for newer ones; "
+            "native: the GPUs of this machine. Default: native, or without a GPU "
+            "$TORCH_CUDA_ARCH_LIST, or all.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compile even if it is there already.")
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            metavar="N",
+            help="Compilers at a time. Default: $MAX_JOBS, or one for each processor.",
+            show_default=False,
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show what the compilers are told, and say.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile the CUDA extension, which makes upsampling on a GPU faster.
+
+    It is compiled by itself at the first use on a GPU; this does it ahead, for other GPUs, or once
+    more after a failure. It needs nvcc of the same major CUDA version as PyTorch, a C++ compiler
+    and ninja. A GPU is not needed. Exit code 1 if it cannot be done, with the reason.
+
+        fmupsample build
+
+        fmupsample build --arch all --force
+    """
+    from fmupsample.errors import ExtensionError
+    from fmupsample.ops.extension import EXTENSION
+    from fmupsample_cli.progress import BuildLine
+    from fmupsample_cli.report import human_bytes, print_json, print_summary
+
+    try:
+        targets = choose_targets(EXTENSION, arch)
+        # The line that counts, or what the compilers say: not both.
+        with BuildLine(quiet=quiet or verbose) as line:
+            library = EXTENSION.build(
+                targets,
+                force=force,
+                jobs=jobs,
+                progress=line,
+                output=_to_stderr if verbose else None,
+            )
+        EXTENSION.open(library)
+    except ExtensionError as error:
+        if as_json:
+            print_json({"ok": False, "kind": error.kind, "reason": str(error), "log": error.log})
+            raise typer.Exit(1) from error
+        raise
+    rows = {
+        "library": str(library.path),
+        "size": human_bytes(library.path.stat().st_size),
+        "for": f"PyTorch {library.torch}, {', '.join(library.targets) or 'the CPU'}",
+        "compiled": _when(library),
+    }
+    title = "the CUDA extension is " + ("compiled" if library.fresh else "there already")
+    print_summary(title, rows, as_json=as_json, payload=_payload(library))
+
+
+def choose_targets(extension: Extension, arch: str | None) -> tuple[str, ...]:
+    """What ``--arch`` asks for, as nvcc names it.
+
+    Raises:
+        UsageError: not an architecture, or one that nvcc or the kernels do not know.
+        ExtensionError: the extension cannot be compiled here at all.
+    """
+    from fmupsample.errors import UsageError
+    from fmupsample.ops.architectures import listed_targets, only_known, parse_targets
+    from fmupsample.ops.extension import capabilities
+
+    word = (arch or "").strip().lower()
+    explicit = parse_targets(word) if word not in ("", "native", "all") else ()
+    extension.check()
+    nvcc = extension.toolchain().nvcc
+    if nvcc is None:
+        return ()
+    if explicit:
+        known = only_known(explicit, nvcc.targets)
+        if known != explicit:
+            strange = ", ".join(t for t in explicit if t not in known)
+            raise UsageError(
+                f"--arch: nvcc {nvcc.version} or the kernels do not support {strange}; they are "
+                f"for 7.5 and newer, nvcc for {nvcc.targets[0]} and newer"
+            )
+        return explicit
+    gpus = capabilities()
+    if word == "native" or (not word and gpus):
+        return extension.needed(gpus)
+    listed = "" if word == "all" else os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    return listed_targets(listed, nvcc.targets)
+
+
+def _payload(library: Library) -> dict[str, Any]:
+    return {
+        "ok": True,
+        "library": str(library.path),
+        "bytes": library.path.stat().st_size,
+        "targets": list(library.targets),
+        "torch": library.torch,
+        "compiled": library.fresh,
+        "seconds": round(library.seconds, 1),
+    }
+
+
+def _when(library: Library) -> str:
+    return f"in {library.seconds:.0f} s" + ("" if library.fresh else ", by an earlier run")
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)

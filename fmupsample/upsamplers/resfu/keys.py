@@ -1,0 +1,100 @@
+"""The keys of one pair, and their convolution as the scores ask for it: a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmupsample.ops.grid import interpolation_matrix, plan_axis
+
+# (first row, last row + 1, where to put it if anywhere) -> [B M, rows, W].
+KeyTerm = Callable[[int, int, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class UpsampledKeys:
+    """Keys at low resolution, convolved there, to be upsampled bilinearly.
+
+    Neighbours s output pixels apart are neighbouring cells at low resolution, so convolving there
+    (dilation 1) and upsampling afterwards is the same: with the map replicate-padded enough, also
+    at the borders, and at every ratio.
+
+    Attributes:
+        low: ``[B, M, h+2, w+2]``, the convolution on a map larger by one cell on every side.
+        size: ``(H, W)`` of the output.
+    """
+
+    low: Tensor
+    size: tuple[int, int]
+
+    @property
+    def source(self) -> Tensor:
+        """The tensor that the terms are made from."""
+        return self.low
+
+    def term(self, constant: Tensor) -> KeyTerm:
+        """The convolution plus ``constant`` ``[B, M]``."""
+        low, (height, width) = self.low, self.size
+        h, w = (n - 2 for n in low.shape[2:])
+        # Rows of interpolation matrices sum to 1: what is added here is added to every pixel.
+        across = (low + constant[:, :, None, None]) @ interpolation_matrix(w, width, 1).to(low).T
+        across = across.flatten(0, 1)
+        down = interpolation_matrix(h, height, 1).to(low)
+        base = plan_axis(h, height, True).base + 1
+
+        def term(y0: int, y1: int, out: Tensor | None) -> Tensor:
+            first, last = int(base[y0]), int(base[y1 - 1]) + 2
+            some = down[y0:y1, first:last].expand(len(across), -1, -1)
+            return torch.bmm(some, across[:, first:last], out=out)
+
+        return term
+
+
+@dataclass(frozen=True)
+class FullKeys:
+    """Keys at full resolution, neighbours ``stride`` pixels apart.
+
+    Attributes:
+        key: ``[B, E, H, W]``.
+        weight: ``[B, M, E/groups, K, K]``, the key's normalisation folded in.
+        offset: ``[B, M]``, what that leaves to add.
+        groups: of the convolution.
+    """
+
+    key: Tensor
+    weight: Tensor
+    offset: Tensor
+    groups: int
+    stride: tuple[int, int]
+
+    @property
+    def source(self) -> Tensor:
+        """The tensor that the terms are made from."""
+        return self.key
+
+    def term(self, constant: Tensor) -> KeyTerm:
+        """The convolution plus ``constant`` ``[B, M]``."""
+        batch, reach = self.key.shape[0], self.weight.shape[-1] // 2
+        pad_y, pad_x = (s * reach for s in self.stride)
+        padded = F.pad(self.key, (pad_x, pad_x, pad_y, pad_y), mode="replicate")
+        bias = (self.offset + constant).flatten()
+
+        def term(y0: int, y1: int, out: Tensor | None) -> Tensor:
+            # One convolution for the whole batch: samples become groups.
+            rows = padded[:, :, y0 : y1 + 2 * pad_y]
+            return F.conv2d(
+                rows.reshape(1, -1, *rows.shape[2:]),
+                self.weight.flatten(0, 1),
+                bias,
+                dilation=self.stride,
+                groups=batch * self.groups,
+            ).squeeze(0)
+
+        return term
+
+
+Keys = UpsampledKeys | FullKeys
