@@ -1,229 +1,273 @@
-"""How long upsampling takes, against a literal evaluation, bilinear, and the backbone itself.
+"""How long upsampling takes and how much memory, against what people would compare it with.
 
-    python benchmarks/upsampling.py -o benchmarks/results/upsampling-cpu.json
+    python benchmarks/upsampling.py --quick -o numbers.json
+    python benchmarks/upsampling.py --sweep --plot growth.png -o numbers.json
 
-Everything is timed in one run on one machine, interleaved, so that the ratios mean something even
-where the absolute times vary. Median and quartiles over the repetitions.
+Everything in one setting is timed in one run, interleaved, so that ratios mean something even where
+the machine is not steady. benchmarks/README.md says what each number is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import resource
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
 
-from fmupsample._version import __version__
 from fmupsample.device import resolve_device
-from fmupsample.ops import reassemble
-from fmupsample.upsamplers import Bilinear, JointBilateral, ReSFU, ReSFUConfig
+from fmupsample.errors import FmupsampleError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import backends
+import bars
+import reports
+from cases import (
+    BACKBONES,
+    BACKWARD,
+    DTYPES,
+    FORWARD,
+    MOST_CPU_TOKENS,
+    MOST_LITERAL_PIXELS,
+    Setting,
+    moved_bytes,
+    runners,
+)
+from errors import measure_errors, worst_ratio
+from machine import describe, free_bytes
+from measuring import time_cases
+from plots import growth
+
+SWEEPS = {
+    "size": [224, 448, 896, 2048],
+    "channels": [192, 768],
+    "ratio": [8, 16],
+    "batch": [8],
+}
+# Backward needs several maps of the output's size; these are the largest pictures for it.
+MOST_BACKWARD_SIZE = {"cpu": 448, "cuda": 896}
+# Cases whose memory is measured, which costs some calls each; fewer of them in sweeps on a CPU.
+PEAKS = ("bilinear", "reassembly", "whole head", "masks", "training step")
+SWEEP_PEAKS = ("reassembly", "whole head")
 
 
-def machine(device: torch.device) -> dict:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "fmupsample": __version__,
+def sweep_part(text: str) -> tuple[str, list[int]]:
+    """``"size"`` with its usual values, or ``"size=448,896"``."""
+    name, _, values = text.partition("=")
+    if name not in SWEEPS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SWEEPS)}")
+    return name, [int(value) for value in values.split(",")] if values else SWEEPS[name]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one setting, with errors and the definition")
+    add(
+        "--sweep",
+        nargs="*",
+        type=sweep_part,
+        metavar="PART[=N,N]",
+        help=f"one thing varied at a time; all of {', '.join(SWEEPS)} where none is named",
+    )
+    add("--size", type=int, default=448, help="pixels of the square picture (448)")
+    add("--channels", type=int, default=384, choices=list(BACKBONES))
+    add("--ratio", type=int, default=14)
+    add("--batch", type=int, help="pictures at once (--quick on a GPU: 8, else 1)")
+    add("--dtype", choices=[*DTYPES, "both"], default="both", help="of the features")
+    add("--rounds", type=int, default=7)
+    add("--seconds", type=float, default=50, help="a setting gets fewer rounds (>= 3) beyond this")
+    add("--budget", type=float, help="seconds after which no further setting is begun")
+    add("--device", default="auto")
+    add("--threads", type=int, default=0)
+    add("--backend", default="auto", help="what computes the operators: auto, torch or cuda")
+    add("--no-backward", action="store_true")
+    add("--no-memory", action="store_true", help="without peak memory")
+    add("--no-literal", action="store_true", help="without the definition's time, which is long")
+    add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
+    add("--plot", type=Path, help="PNG of the growth with pixels and channels, after a sweep")
+    args = parser.parse_args(arguments)
+    if not args.quick and args.sweep is None:
+        args.quick = True
+    args.dtypes = list(DTYPES) if args.dtype == "both" else [args.dtype]
+    return args
+
+
+def settings(args: argparse.Namespace, device: torch.device) -> list[tuple[Setting, bool]]:
+    """What to measure, each with whether it is the quick, thorough one."""
+    base = Setting(args.size, args.channels, args.ratio, args.batch or 1)
+    chosen: dict[Setting, bool] = {}
+    if args.quick:
+        on_gpu = device.type == "cuda" and args.batch is None
+        chosen[replace(base, batch=8) if on_gpu else base] = True
+    for part, values in list(SWEEPS.items()) if args.sweep == [] else args.sweep or []:
+        if part == "batch" and device.type != "cuda":
+            continue
+        for value in values:
+            chosen.setdefault(replace(base, **{part: value}), False)
+    # The large ones last: where time runs out, the rest is there.
+    return sorted(chosen.items(), key=lambda item: item[0].output_bytes("fp32"))
+
+
+def names(
+    setting: Setting, args: argparse.Namespace, device: torch.device, thorough: bool
+) -> tuple[list[str], dict[str, str]]:
+    """The cases of a setting, and those left out with the reason."""
+    dtypes = args.dtypes
+    wanted, skipped = [], {}
+    tokens = setting.batch * setting.cells**2
+    for dtype in DTYPES:
+        if device.type == "cpu" and tokens > MOST_CPU_TOKENS:
+            skipped[f"backbone {dtype}"] = f"{tokens} tokens take minutes on a CPU"
+        else:
+            wanted.append(f"backbone {dtype}")
+    wanted += [f"{what} {dtype}" for what in FORWARD for dtype in dtypes]
+    if thorough:
+        wanted += [f"joint bilateral {dtype}" for dtype in dtypes]
+    if not args.no_backward:
+        backward = [f"{what} {dtype}" for what in BACKWARD for dtype in dtypes]
+        most = MOST_BACKWARD_SIZE.get(device.type, 448)
+        if setting.size <= most:
+            wanted += backward
+        else:
+            skipped |= dict.fromkeys(backward, f"backward is measured up to {most} px")
+    return wanted, skipped
+
+
+def room(setting: Setting, args: argparse.Namespace, device: torch.device) -> str | None:
+    """Why a setting does not fit into memory, or ``None``.
+
+    The copies' sources stay while an output and about as much again are made.
+    """
+    outputs = [setting.output_bytes(dtype) for dtype in args.dtypes]
+    need = sum(outputs) + 1.3 * max(outputs) + 1e9
+    free = free_bytes(device)
+    if free is not None and need > free:
+        return f"needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return None
+
+
+def measure(
+    setting: Setting, args: argparse.Namespace, device: torch.device, thorough: bool
+) -> dict:
+    """Everything about one setting, as it goes into the JSON."""
+    wanted, skipped = names(setting, args, device, thorough)
+    result = {
+        "setting": asdict(setting),
+        "device": device.type,
+        "backend": backends.in_use(device),
+        "output_bytes": {dtype: setting.output_bytes(dtype) for dtype in args.dtypes},
+        "moved_bytes": moved_bytes(setting, args.dtypes, device),
     }
+    few = device.type == "cpu" and not thorough
+    kinds, dtypes = (SWEEP_PEAKS, args.dtypes[:1]) if few else (PEAKS, args.dtypes)
 
+    def peaks(name: str) -> bool:
+        what, _, dtype = name.rpartition(" ")
+        return not args.no_memory and what in kinds and dtype in dtypes
 
-def measure(cases: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict:
-    """Median, quartiles (seconds) and, on a GPU, peak memory (bytes) per case, interleaved."""
-
-    def once(case: Callable[[], object]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        case()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    peaks = {}
-    for name, case in cases.items():  # warm-up
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        once(case)
-        if device.type == "cuda":
-            peaks[name] = torch.cuda.max_memory_allocated() - before
-    for _ in range(rounds):
-        for name, case in cases.items():
-            times[name].append(once(case))
-    result = {}
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        result[name] = {"median": median, "quartiles": [low, high]}
-        if name in peaks:
-            result[name]["peak_bytes"] = peaks[name]
+    with runners(setting, wanted, device) as (found, failed):
+        skipped |= failed
+        result["cases"], failed = time_cases(found, args.rounds, seconds=args.seconds, peaks=peaks)
+        skipped |= failed
+    if thorough and not args.no_literal:
+        if setting.batch * setting.size**2 > MOST_LITERAL_PIXELS:
+            skipped["literal fp32"] = "the definition is measured on one picture of 448 px at most"
+        else:  # once, without a warm-up: it takes long enough not to need one
+            with runners(setting, ["literal fp32"], device, settle=False) as (found, _):
+                result["cases"] |= time_cases(found, 1, warm_up=False)[0]
+    result["skipped"] = skipped
+    if thorough:
+        result["errors"] = {dtype: measure_errors(dtype, device) for dtype in args.dtypes}
+        result["error_ratio"] = {
+            dtype: worst_ratio(parts) for dtype, parts in result["errors"].items()
+        }
     return result
 
 
-def peak_memory(size: int, channels: int, patch: int) -> dict[str, int]:
-    """Bytes that the whole head adds to a process at its peak, and its output's share of them.
-
-    In a fresh process that has run the head once on a small picture, so that what is loaded, and
-    the pools of the libraries, do not count. Linux only.
-    """
-    job = f"""
-import torch
-from pathlib import Path
-from fmupsample.upsamplers import ReSFU, ReSFUConfig
-def peak():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(l.split()[1]) * 1024 for l in lines if l.startswith("VmHWM"))
-torch.set_num_threads({torch.get_num_threads()})
-head = ReSFU(ReSFUConfig(channels={channels})).eval().requires_grad_(False)
-make = lambda n: (torch.randn(1, {channels}, n // {patch}, n // {patch}), torch.randn(1, 3, n, n))
-head(*make({4 * patch}))
-inputs = make({size})
-Path("/proc/self/clear_refs").write_text("5")
-before = peak()
-out = head(*inputs)
-print(peak() - before, out.numel() * out.element_size())
-"""
-    done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=True)
-    peak, output = (int(word) for word in done.stdout.split())
-    return {"peak_bytes": peak, "output_bytes": output}
-
-
-def literal_resfu(head: ReSFU) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The definition, with the parameters of ``head``, in the dtype of its inputs."""
-    from reference.resfu import resfu
-
-    names = {
-        "feature_norm": "norm_x",
-        "guidance_norm": "norm_y",
-        "query": "q",
-        "key": "k",
-    }
-    pcdc = {
-        "difference": "",
-        "mix": "channel_compressor.1.",
-        "mix_norm": "channel_compressor.3.",
-        "score": "channel_compressor.4.",
-        "norm": "norm.",
-    }
-    state = {}
-    for name, tensor in head.state_dict().items():
-        first, *rest = name.split(".")
-        if first in names:
-            state[".".join([names[first], *rest])] = tensor
-        elif first.endswith("_scores"):
-            renamed = f"{first}.{pcdc[rest[0]]}{rest[1]}"
-            if renamed.endswith("_scores.bias"):
-                tensor = tensor.reshape(1, -1, 1, 1)
-            state[renamed] = tensor
-    return lambda x, image: resfu(state, x, head.stem(image), head.config.groups)[0]
+def show(result: dict) -> None:
+    """One setting as a table, in milliseconds and against its peers."""
+    setting, cases = Setting(**result["setting"]), result["cases"]
+    print(f"\n{setting}, {result['device']}, {result['backend']}")
+    print(
+        f"{'':24s} {'median':>10s}  {'quartiles, ms':>21s} {'backbone':>9s} {'bilinear':>9s}",
+        end="",
+    )
+    print(f" {'copy':>7s} {'peak, MB':>9s}")
+    for name, row in cases.items():
+        dtype = name.rpartition(" ")[2]
+        low, high = row["quartiles_s"]
+        line = f"{name:24s} {1e3 * row['median_s']:10.3f}  {1e3 * low:10.3f} {1e3 * high:10.3f}"
+        for base, width in (
+            ("backbone fp32", 9),
+            (f"bilinear {dtype}", 9),
+            (f"copy {dtype}", 7),
+        ):
+            ratio = row["median_s"] / cases[base]["median_s"] if base in cases else None
+            line += f" {'' if ratio is None else f'{ratio:.2f} x':>{width}s}"
+        if "peak_bytes" in row:
+            line += f" {row['peak_bytes'] / 1e6:9.0f}"
+        print(line)
+    for dtype, parts in result.get("errors", {}).items():
+        for part, values in parts.items():
+            said = ", ".join(f"{who} {value:.2e}" for who, value in values.items())
+            print(f"error of {part} {dtype}: {said}")
+    for name, reason in result["skipped"].items():
+        print(f"{name}: not measured, {reason}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=448, help="pixels of the square picture")
-    parser.add_argument("--backbone", default="vit_small_patch14_dinov2")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--no-literal", action="store_true", help="skip the slow literal form")
-    parser.add_argument("-o", "--output", type=Path)
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    begun = time.perf_counter()
     device = resolve_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    backends.choose(args.backend)
+    machine = describe(device)
+    results = reports.read(args.output, machine)
+    skipped: dict[str, str] = {}
 
-    torch.manual_seed(0)
-    size = (args.size, args.size)
-    model = timm.create_model(args.backbone, num_classes=0, dynamic_img_size=True).eval()
-    patch, channels = model.patch_embed.patch_size[0], model.num_features
-    model = model.to(device)
-    head = ReSFU(ReSFUConfig(channels=channels)).eval().to(device)
-    image = torch.randn(1, 3, *size, device=device)
-    x = torch.randn(1, channels, size[0] // patch, size[1] // patch, device=device)
-    x_last = x.to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        weights = head.kernels(x, image)
-        jbu, bilinear = JointBilateral(), Bilinear()
-        classifier = torch.randn(21, channels, 1, 1, device=device)
+    def save() -> None:
+        rows = bars.evaluate(results)
+        reports.write(args.output, machine, results, skipped=skipped, bars=rows)
 
-        def backbone_bf16() -> torch.Tensor:
-            with torch.autocast(device.type, torch.bfloat16):
-                return model.forward_features(image)
+    for setting, thorough in settings(args, device):
+        if not thorough and _has_thorough(results, setting, device):
+            print(f"\n{setting}: kept as a --quick run measured it, with errors and peaks")
+            continue
+        reason = room(setting, args, device)
+        if args.budget and time.perf_counter() - begun > args.budget:
+            reason = f"the budget of {args.budget:g} s was used up"
+        if reason:
+            skipped[str(setting)] = reason
+            print(f"\n{setting}: not measured, {reason}")
+            continue
+        result = measure(setting, args, device, thorough)
+        show(result)
+        results = reports.add(results, result)
+        save()  # after each: a run that is cut short leaves the rest
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print("\n" + bars.table(bars.evaluate(results)))
+    save()
+    if args.plot:
+        picture = growth(results, args.dtypes[0], machine)
+        if picture is None:
+            print("no plot: it takes a sweep of sizes or channels")
+        else:
+            args.plot.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(args.plot)
 
-        def masks() -> torch.Tensor:
-            return head.reassemble(head.kernels(x, image), F.conv2d(x, classifier))
 
-        cases: dict[str, Callable[[], object]] = {
-            "backbone forward, fp32": lambda: model.forward_features(image),
-            "backbone forward, bf16": backbone_bf16,
-            "bilinear": lambda: bilinear(x, size=size),
-            "jbu": lambda: jbu(x, image),
-            "resfu, kernel weights": lambda: head.kernels(x, image),
-            "resfu, reassembly": lambda: reassemble(x, weights),
-            "resfu, reassembly, channels-last": lambda: reassemble(x_last, weights),
-            "resfu, whole": lambda: head(x, image),
-            "resfu, whole, bf16 features": lambda: head(x.bfloat16(), image),
-            "resfu, 21 masks (value first)": masks,
-            "guidance stem": lambda: head.stem(image),
-        }
-        result = measure(cases, args.rounds, device)
-        error = None
-        if not args.no_literal:
-            literal = literal_resfu(head)
-            result |= measure({"resfu, literal": lambda: literal(x, image)}, 2, device)
-            error = (literal(x, image) - head(x, image)).abs().max().item()
-
-    base = result["backbone forward, fp32"]["median"]
-    print(f"{args.backbone}, {args.size} px, C = {channels}, ratio {patch}, {device}")
-    for name, row in result.items():
-        low, high = row["quartiles"]
-        print(
-            f"{name:32s} {1e3 * row['median']:9.2f} ms  ({1e3 * low:.2f} .. {1e3 * high:.2f})  "
-            f"{row['median'] / base:7.3f} x backbone"
-        )
-    if error is not None:
-        print(f"largest difference from the literal form: {error:.2e}")
-    memory = None
-    if device.type == "cpu" and sys.platform == "linux":
-        memory = peak_memory(args.size, channels, patch)
-        print(
-            "memory of the head: output {output_bytes:,} bytes, peak {peak_bytes:,}".format(
-                **memory
-            )
-        )
-    report = {
-        "machine": machine(device),
-        "setting": {"size": args.size, "channels": channels, "ratio": patch},
-        "seconds": result,
-        "difference_from_literal": error,
-        "head_memory": memory,
-        "peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+def _has_thorough(results: list[dict], setting: Setting, device: torch.device) -> bool:
+    wanted = (*asdict(setting).values(), device.type, backends.in_use(device))
+    return any(reports.key(result) == wanted and "errors" in result for result in results)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FmupsampleError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -85,8 +85,8 @@ class Pipeline:
         upsampler: moved to ``device``; ``None`` when only low-resolution features are wanted.
         image_size: ``None``: the backbone's own size, as the short side.
         fit: ``"resize"`` or ``"pad"``, see :func:`fmupsample.images.plan_frame`.
-        precision: of the backbone's arithmetic. Features are float32 in any case, and upsampling
-            is done in float32: it is the smaller part, and its sums profit.
+        precision: of the backbone's arithmetic. Features are float32 in any case, and so are kernel
+            weights; values given in another dtype are reassembled in it.
         batch_size: pictures of equal canvas size computed together; ``None``: 1 on the CPU (where
             more costs memory and gains nothing), 8 elsewhere. Halved when memory runs out.
         workers: threads that decode ahead; ``None``: up to 4 (half the cores
@@ -230,7 +230,9 @@ class Pipeline:
     def upsample(
         self, item: Item, size: tuple[int, int] | None = None, value: Tensor | None = None
     ) -> Tensor:
-        """Upsampled map of the picture without its padding, float32 ``[V, H, W]``, on the device.
+        """Upsampled map of the picture without its padding, ``[V, H, W]``, on the device.
+
+        In the dtype of ``value``; float32 without one.
 
         Args:
             size: ``(H, W)`` of the result; default: the picture's size on the canvas.

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from fmupsample.extraction.projection import Projection, ProjectionFit
 from fmupsample.extraction.run import ExtractOptions, extract
 from fmupsample.images import Frame, ImageSize, find_images
 from fmupsample.pipeline import Pipeline
+from fmupsample.upsamplers import load_upsampler
 
 
 class Watch:
@@ -359,6 +361,35 @@ def test_leftovers_are_tidied(photos: Path, tmp_path: Path) -> None:
         (folder / ".fmupsample-123-0.part").write_text("half")
     run(photos, out)
     assert not list(out.rglob("*.part"))
+
+
+def test_lower_precision_reassembles_in_it(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    from fmupsample.ops import reassembly
+
+    seen = []
+    real = reassembly.implementation
+
+    def implementation(device):
+        module = real(device)
+        return SimpleNamespace(
+            reassemble=lambda value, *rest: (
+                seen.append(value.dtype) or module.reassemble(value, *rest)
+            )
+        )
+
+    monkeypatch.setattr(reassembly, "implementation", implementation)
+    maps = {}
+    for precision, dtype in (("fp32", "fp16"), ("bf16", "fp32"), ("bf16", "fp16")):
+        seen.clear()
+        backbone = PatchMeans()
+        pipeline = Pipeline(backbone, load_upsampler(backbone, "jbu"), precision=precision)
+        out = tmp_path / f"{precision}-{dtype}"
+        run(photos, out, ExtractOptions(dtype=dtype), pipeline=pipeline)
+        half = precision == "bf16" and dtype != "fp32"
+        assert set(seen) == {torch.bfloat16 if half else torch.float32}
+        maps[precision, dtype] = load_file(out / min(files(out)))["features"].float()
+    exact, rounded = maps["bf16", "fp32"], maps["bf16", "fp16"]
+    assert (rounded - exact).abs().max() <= 2**-7 * exact.abs().max()
 
 
 def test_large_maps_are_written_in_slices(photos: Path, tmp_path: Path, monkeypatch) -> None:

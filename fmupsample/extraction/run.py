@@ -224,6 +224,9 @@ class _Run:
             return
         size = parse_output_size(options.output_size, item.frame, item.grid)
         if pipeline.upsampler is not None and pipeline.upsampler.linear_in_value:
+            if options.dtype != "fp32":
+                # A lower precision, where it was asked for, also reassembles in half the bytes.
+                value = value.to(pipeline.dtype)
             yield from pipeline.upsample_in_slices(item, size, value)
             return
         full = pipeline.upsample(item, size)
