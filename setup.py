@@ -26,8 +26,8 @@ class BuildLibrary(build_ext):
     def run(self) -> None:
         sys.path.insert(0, str(ROOT))
         from fmupsample.errors import ExtensionError
-        from fmupsample.ops.architectures import listed_targets
-        from fmupsample.ops.extension import EXTENSION
+        from fmupsample.ops.building.architectures import listed_targets
+        from fmupsample.ops.building.extension import EXTENSION
 
         try:
             EXTENSION.check()

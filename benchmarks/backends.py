@@ -40,4 +40,4 @@ def chosen(name: str) -> Iterator[None]:
 def in_use(device: torch.device) -> str:
     """What computes on ``device``: ``"torch"`` is plain PyTorch."""
     name = backend.implementation(device).__name__.rpartition(".")[2]
-    return "torch" if name == "tiled" else name
+    return "torch" if name == "plain" else name

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fmupsample.ops import reassemble
-from fmupsample.ops import tiled as plain_tiles
+from fmupsample.ops import plain, reassemble
 from fmupsample.upsamplers import ReSFU, ReSFUConfig
 
 from backends import chosen, in_use
@@ -47,9 +46,9 @@ def measure_errors(dtype: str, device: torch.device) -> dict[str, dict[str, floa
     def tiles() -> dict:
         v, w, g = (t.to(device) for t in (value, weights, grad))
         made = (
-            plain_tiles.reassemble(v, w, True),
-            plain_tiles.grad_value(g, w, s.cells, s.cells, True),
-            plain_tiles.grad_weights(g, v, 3, True),
+            plain.reassemble(v, w, True),
+            plain.grad_value(g, w, s.cells, s.cells, True),
+            plain.grad_weights(g, v, 3, True),
         )
         return {name: t.cpu().double() for name, t in zip(PARTS, made, strict=True)}
 

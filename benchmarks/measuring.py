@@ -57,7 +57,7 @@ def time_cases(
     """Run every case ``rounds`` times after a warm-up, interleaved.
 
     Args:
-        seconds: where given, fewer rounds are run (three at least) if they would take longer.
+        seconds: where given, no further round is begun after so long (three are at least).
         warm_up: ``False`` for calls of minutes, which would take twice as long.
         peaks: of which cases to measure the memory, after the rounds.
 
@@ -67,19 +67,18 @@ def time_cases(
     """
     times: dict[str, list[float]] = {name: [] for name in runners}
     skipped: dict[str, str] = {}
-    begun = time.perf_counter()
     for name in runners if warm_up else ():
         try:
             runners[name].seconds()
         except OutOfMemory as error:
             skipped[name] = str(error)
             del times[name]
-    if seconds is not None and warm_up:
-        one = max(1e-6, time.perf_counter() - begun)
-        rounds = max(min(rounds, LEAST_ROUNDS), min(rounds, int(seconds / one)))
     order = list(times)
     shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
+    begun = time.perf_counter()
+    for done in range(rounds):
+        if seconds and done >= LEAST_ROUNDS and time.perf_counter() - begun > seconds:
+            break
         shuffle(order)
         for name in order:
             times[name].append(runners[name].seconds())
@@ -108,18 +107,19 @@ class Here:
     where the host is slower than that, the GPU's waiting is part of the time, as it is for a user.
 
     Args:
-        settle: on a CPU, run the case untimed just before, where it takes less than a second:
-            threads are awake and caches warm then, as in a loop.
+        settle: on a CPU, run the case untimed just before every call but the first, where that
+            took less than a second: threads are awake and caches warm then, as in a loop.
     """
 
     def __init__(self, case: Case, device: torch.device, *, settle: bool = False):
         self.case, self.device, self.settle = case, device, settle
+        self._short = False
 
     def seconds(self) -> float:
         with _memory_errors():
             if self.device.type == "cuda":
                 return self._between_events()
-            if self.settle:
+            if self.settle and self._short:
                 self.case()
             self._synchronize()
             start = time.perf_counter()
@@ -127,7 +127,7 @@ class Here:
             self._synchronize()
             elapsed = time.perf_counter() - start
             del kept
-            self.settle = self.settle and elapsed < SETTLED_SECONDS
+            self._short = elapsed < SETTLED_SECONDS
             return elapsed
 
     def _between_events(self) -> float:

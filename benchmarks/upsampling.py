@@ -78,7 +78,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help="pictures at once (--quick on a GPU: 8, else 1)")
     add("--dtype", choices=[*DTYPES, "both"], default="both", help="of the features")
     add("--rounds", type=int, default=7)
-    add("--seconds", type=float, default=50, help="a setting gets fewer rounds (>= 3) beyond this")
+    add(
+        "--seconds",
+        type=float,
+        default=50,
+        help="begin no further round of a setting after this (three are run at least)",
+    )
     add("--budget", type=float, help="seconds after which no further setting is begun")
     add("--device", default="auto")
     add("--threads", type=int, default=0)

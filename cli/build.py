@@ -11,7 +11,7 @@ import typer
 from fmupsample_cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from fmupsample.ops.extension import Extension, Library
+    from fmupsample.ops.building.extension import Extension, Library
 
 
 def build(
@@ -57,7 +57,7 @@ def build(
         fmupsample build --arch all --force
     """
     from fmupsample.errors import ExtensionError
-    from fmupsample.ops.extension import EXTENSION
+    from fmupsample.ops.building.extension import EXTENSION
     from fmupsample_cli.progress import BuildLine
     from fmupsample_cli.report import human_bytes, print_json, print_summary
 
@@ -96,8 +96,8 @@ def choose_targets(extension: Extension, arch: str | None) -> tuple[str, ...]:
         ExtensionError: the extension cannot be compiled here at all.
     """
     from fmupsample.errors import UsageError
-    from fmupsample.ops.architectures import listed_targets, only_known, parse_targets
-    from fmupsample.ops.extension import capabilities
+    from fmupsample.ops.building.architectures import listed_targets, only_known, parse_targets
+    from fmupsample.ops.building.extension import capabilities
 
     word = (arch or "").strip().lower()
     explicit = parse_targets(word) if word not in ("", "native", "all") else ()

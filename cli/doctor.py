@@ -19,7 +19,7 @@ from fmupsample_cli.options import Json
 from fmupsample_cli.report import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
-    from fmupsample.ops.extension import Extension
+    from fmupsample.ops.building.extension import Extension
 
 PACKAGES = ("torch", "timm", "safetensors", "huggingface_hub", "numpy", "pillow", "opencv")
 # The one whose distribution is named otherwise.
@@ -97,8 +97,8 @@ def _extension() -> list[dict[str, Any]]:
     import torch
 
     from fmupsample.ops.backend import get_backend
-    from fmupsample.ops.extension import EXTENSION
-    from fmupsample.ops.toolchain import find_cxx, find_ninja, find_nvcc
+    from fmupsample.ops.building.extension import EXTENSION
+    from fmupsample.ops.building.toolchain import find_cxx, find_ninja, find_nvcc
 
     rows = [_extension_state(EXTENSION)]
     try:
@@ -116,7 +116,7 @@ def _extension() -> list[dict[str, Any]]:
 
 def _extension_state(extension: Extension) -> dict[str, Any]:
     """What a GPU's operators would be computed by, and why. Compiles nothing."""
-    from fmupsample.ops.extension import capabilities
+    from fmupsample.ops.building.extension import capabilities
 
     gpus = capabilities()
     try:
@@ -149,7 +149,7 @@ def _comparison() -> dict[str, Any]:
     """The extension against plain PyTorch on a small map: values and both gradients."""
     import torch
 
-    from fmupsample.ops import tiled
+    from fmupsample.ops import plain
 
     try:
         compiled = import_module("fmupsample.ops.cuda")
@@ -168,8 +168,8 @@ def _comparison() -> dict[str, Any]:
                 ("grad_weights", (grad, value, 3, fractional)),
             ):
                 ours = getattr(compiled, name)(*arguments)
-                plain = getattr(tiled, name)(*arguments)
-                difference = (ours - plain).abs().max() / plain.abs().max()
+                theirs = getattr(plain, name)(*arguments)
+                difference = (ours - theirs).abs().max() / theirs.abs().max()
                 worst = max(worst, float(difference))
     except (ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

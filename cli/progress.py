@@ -34,7 +34,7 @@ def warn(message: str) -> None:
 
 class BuildLine:
     """The seconds that something takes before the run begins, e.g. compiling; satisfies
-    :data:`fmupsample.ops.compiling.Progress`.
+    :data:`fmupsample.ops.building.compiling.Progress`.
 
     ``with BuildLine() as line: work(progress=line)``. On a terminal one line that counts and goes
     away; elsewhere one line for each thing that begins, and nothing when ``quiet``.

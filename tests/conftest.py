@@ -42,6 +42,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def backend_as_it_was():
+    """The choice of a backend is the process's; no test leaves one behind."""
+    yield
+    from fmupsample.ops.backend import set_backend
+
+    set_backend(None)
+
+
 @pytest.fixture(scope="session")
 def tiny_backbone():
     """timm's 0.4M-parameter test ViT with fixed random weights: 64 channels, stride 16."""

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fmupsample.errors import ExtensionError, UsageError
-from fmupsample.ops import backend, extension, tiled
-from fmupsample.ops.extension import Library
+from fmupsample.ops import backend, plain
+from fmupsample.ops.building import extension
+from fmupsample.ops.building.extension import Library
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -67,11 +68,12 @@ def test_a_cpu_is_plain_pytorch_and_looks_for_nothing() -> None:
     code = (
         "import subprocess, sys, torch\n"
         "subprocess.Popen = None\n"
-        "from fmupsample.ops import backend, reassemble, tiled\n"
-        "assert backend.implementation(torch.device('cpu')) is tiled\n"
+        "from fmupsample.ops import backend, plain, reassemble\n"
+        "assert backend.implementation(torch.device('cpu')) is plain\n"
         "assert not backend.compiled(torch.device('cpu'))\n"
         "reassemble(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 4, 4))\n"
-        "heavy = {'torch.utils.cpp_extension', 'fmupsample.ops.extension'} & set(sys.modules)\n"
+        "names = ('torch.utils.cpp_extension', 'fmupsample.ops.building.extension')\n"
+        "heavy = set(names) & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
     )
@@ -83,33 +85,33 @@ def test_auto_takes_the_extension_on_a_gpu(compiled) -> None:
     assert backend.get_backend() == "auto"
     assert backend.implementation(GPU) is compiled and backend.compiled(GPU)
     assert backend.implementation(torch.device("cuda")) is compiled
-    assert backend.implementation(CPU) is tiled and not backend.compiled(CPU)
+    assert backend.implementation(CPU) is plain and not backend.compiled(CPU)
     assert extension.EXTENSION.calls == 1
 
 
 def test_auto_falls_back_with_one_warning(failing) -> None:
     with pytest.warns(RuntimeWarning, match=r"plain PyTorch is used on cuda:0: .*nvcc") as caught:
-        assert backend.implementation(GPU) is tiled
+        assert backend.implementation(GPU) is plain
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend.implementation(GPU) is tiled
+        assert backend.implementation(GPU) is plain
         backend.set_backend("auto")
-        assert backend.implementation(GPU) is tiled and not backend.compiled(GPU)
+        assert backend.implementation(GPU) is plain and not backend.compiled(GPU)
 
 
 def test_a_prepared_device_gives_no_warning(failing, recwarn) -> None:
     """The command line says it in its own way."""
     steps = []
     choice = backend.prepare(torch.device("cuda"), lambda *step: steps.append(step))
-    assert choice.name == "torch" and choice.module is tiled and "nvcc" in choice.reason
+    assert choice.name == "torch" and choice.module is plain and "nvcc" in choice.reason
     assert steps == [("compiling", 1.0)]
-    assert backend.implementation(GPU) is tiled and not recwarn.list
+    assert backend.implementation(GPU) is plain and not recwarn.list
 
 
 def test_torch_does_not_ask_for_the_extension(compiled) -> None:
     backend.set_backend("torch")
-    assert backend.implementation(GPU) is tiled and not backend.compiled(GPU)
+    assert backend.implementation(GPU) is plain and not backend.compiled(GPU)
     assert extension.EXTENSION.calls == 0
     backend.set_backend("auto")
     assert backend.implementation(GPU) is compiled
@@ -139,11 +141,11 @@ def test_a_gpu_the_library_does_not_serve(compiled, monkeypatch, capability, sai
 
 def test_the_environment_chooses_unless_the_program_does(compiled, monkeypatch) -> None:
     monkeypatch.setenv(backend.VARIABLE, "torch")
-    assert backend.get_backend() == "torch" and backend.implementation(GPU) is tiled
+    assert backend.get_backend() == "torch" and backend.implementation(GPU) is plain
     backend.set_backend("auto")
     assert backend.get_backend() == "auto" and backend.implementation(GPU) is compiled
     backend.set_backend(None)
-    assert backend.implementation(GPU) is tiled
+    assert backend.implementation(GPU) is plain
 
 
 def test_unknown_names_are_refused(monkeypatch) -> None:

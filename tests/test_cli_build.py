@@ -10,10 +10,11 @@ import torch
 from drawn import Blocks, PatchMeans, draw
 
 from fmupsample.errors import ExtensionError
-from fmupsample.ops import backend, extension
+from fmupsample.ops import backend
 from fmupsample.ops.backend import BACKENDS, Choice
-from fmupsample.ops.extension import Extension
-from fmupsample.ops.toolchain import Nvcc, Tool, Toolchain
+from fmupsample.ops.building import extension
+from fmupsample.ops.building.extension import Extension
+from fmupsample.ops.building.toolchain import Nvcc, Tool, Toolchain
 from fmupsample_cli import loading
 from fmupsample_cli.main import main
 from fmupsample_cli.options import BackendName
@@ -197,7 +198,7 @@ def test_forcing_the_extension_on_a_cpu_is_a_usage_error(
 def test_why_plain_pytorch_is_used_is_said_once(
     photos: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    choice = Choice("torch", backend.tiled, "the CUDA extension is not available: no nvcc")
+    choice = Choice("torch", backend.plain, "the CUDA extension is not available: no nvcc")
     monkeypatch.setattr(backend, "prepare", lambda device, progress=None: choice)
     arguments = ["extract", str(photos), "-o", str(tmp_path / "out"), "--device", "cpu"]
     assert main(arguments) == 0

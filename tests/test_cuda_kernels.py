@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmupsample.layers.moments import group_moments, upsampled_group_moments
-from fmupsample.ops import backend, cuda, reassemble, tiled
+from fmupsample.ops import backend, cuda, plain, reassemble
 from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig, fused
 from fmupsample.upsamplers.resfu.scores import PairedCDC, Workspace
 
@@ -87,7 +87,7 @@ def check(case, dtype, device):
     value, weights, grad = draw(case, dtype, device)
     *_, h, w, _, _, k, fractional = case
     exact = (value.double(), weights.double(), grad.double())
-    want = tiled.reassemble(*exact[:2], fractional)
+    want = plain.reassemble(*exact[:2], fractional)
     assert_near(cuda.reassemble(value, weights, fractional), want, dtype)
     last = value.to(memory_format=torch.channels_last)
     if not last.is_contiguous():
@@ -96,10 +96,10 @@ def check(case, dtype, device):
         assert_near(got, want, dtype)
     got = cuda.grad_value(grad, weights, h, w, fractional)
     assert got.dtype == dtype
-    assert_near(got, tiled.grad_value(exact[2], exact[1], h, w, fractional), dtype)
+    assert_near(got, plain.grad_value(exact[2], exact[1], h, w, fractional), dtype)
     got = cuda.grad_weights(grad, value, k, fractional)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
-    want = tiled.grad_weights(exact[2], exact[0], k, fractional)
+    want = plain.grad_weights(exact[2], exact[0], k, fractional)
     assert_near(got, want, torch.promote_types(dtype, torch.float32))
 
 
@@ -142,12 +142,12 @@ def test_tensor_cores_round_like_plain_products(device):
     """Same inputs in bfloat16: at most twice the error of the plain form, both against float64."""
     case = (1, 64, 4, 4, 56, 56, 3, True)
     value, weights, _ = draw(case, torch.bfloat16, device)
-    exact = tiled.reassemble(value.double(), weights.double(), True)
-    ours, plain = (
+    exact = plain.reassemble(value.double(), weights.double(), True)
+    ours, theirs = (
         (f(value, weights, True).double() - exact).square().mean().sqrt()
-        for f in (cuda.reassemble, tiled.reassemble)
+        for f in (cuda.reassemble, plain.reassemble)
     )
-    assert ours <= 2 * plain
+    assert ours <= 2 * theirs
 
 
 def test_gradients_through_the_public_operator(device):
@@ -265,7 +265,7 @@ def test_more_elements_than_32_bits_count(last):
         value = value.to(memory_format=torch.channels_last)
     out = cuda.reassemble(value, weights, True)
     assert out.numel() > 2**31
-    tail = tiled.reassemble(value[:, -8:].contiguous(), weights, True)
+    tail = plain.reassemble(value[:, -8:].contiguous(), weights, True)
     assert_near(out[:, -8:], tail, torch.bfloat16)
 
 

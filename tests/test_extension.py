@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from fmupsample.errors import ExtensionError, UsageError
-from fmupsample.ops import compiling, extension, toolchain
-from fmupsample.ops.architectures import (
+from fmupsample.ops.building import compiling, extension, toolchain
+from fmupsample.ops.building.architectures import (
     ahead_targets,
     covers,
     listed_targets,
     parse_targets,
     targets_for,
 )
-from fmupsample.ops.compiling import compile_library, first_error
-from fmupsample.ops.extension import WAITING, Extension
-from fmupsample.ops.toolchain import Tool, Toolchain, find_cxx, find_ninja, find_toolchain
+from fmupsample.ops.building.compiling import compile_library, first_error
+from fmupsample.ops.building.extension import WAITING, Extension
+from fmupsample.ops.building.toolchain import Tool, Toolchain, find_cxx, find_ninja, find_toolchain
 
 KNOWN = tuple(f"{kind}_{n}" for kind in ("sm", "compute") for n in (75, 80, 86, 89, 90))
 TOOLS = Toolchain(Tool(("g++",), "g++ 1"), Tool(("ninja",), "1.11"), None)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from fmupsample.errors import ExtensionError, UsageError
-from fmupsample.ops import tiled
+from fmupsample.ops import plain
 
 if TYPE_CHECKING:
-    from fmupsample.ops.compiling import Progress
+    from fmupsample.ops.building.compiling import Progress
 
 BACKENDS = ("auto", "cuda", "torch")
 VARIABLE = "FMUPSAMPLE_BACKEND"
@@ -42,7 +42,7 @@ class Choice:
     reason: str | None = None
 
 
-PLAIN = Choice("torch", tiled)
+PLAIN = Choice("torch", plain)
 _lock = threading.RLock()
 _backend: str | None = None  # as set; None: as the environment says
 _choices: dict[torch.device, Choice] = {}
@@ -133,14 +133,14 @@ def _choose(device: torch.device, progress: Progress | None) -> Choice:
         reason = f"the CUDA extension is not available: {error}"
         if backend == "cuda":
             raise ExtensionError(reason, error.kind, error.log) from error
-        return Choice("torch", tiled, reason)
+        return Choice("torch", plain, reason)
 
 
 def _compiled_module(device: torch.device, progress: Progress | None) -> ModuleType:
     """Load the extension and give the module that calls it."""
     # Not at the top: who computes on a CPU has no use for them.
-    from fmupsample.ops.architectures import OLDEST, covers, show
-    from fmupsample.ops.extension import EXTENSION
+    from fmupsample.ops.building.architectures import OLDEST, covers, show
+    from fmupsample.ops.building.extension import EXTENSION
 
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:

@@ -10,7 +10,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from fmupsample.ops import tiled
+from fmupsample.ops import plain
 
 _LARGEST_KERNEL = 7
 _NAMESPACE = "fmupsample_cuda"
@@ -23,21 +23,21 @@ def _ops():
 def reassemble(value: Tensor, weights: Tensor, fractional: bool) -> Tensor:
     """See :func:`fmupsample.ops.reassembly.reassemble`."""
     if isqrt(weights.shape[1]) > _LARGEST_KERNEL:
-        return tiled.reassemble(value, weights, fractional)
+        return plain.reassemble(value, weights, fractional)
     return _ops().reassemble(value, weights, fractional)
 
 
 def grad_value(grad: Tensor, weights: Tensor, h: int, w: int, fractional: bool) -> Tensor:
     """Gradient for the value map ``[B, V, h, w]``, in the dtype of ``grad``."""
     if isqrt(weights.shape[1]) > _LARGEST_KERNEL:
-        return tiled.grad_value(grad, weights, h, w, fractional)
+        return plain.grad_value(grad, weights, h, w, fractional)
     return _ops().grad_value(grad, weights, h, w, fractional)
 
 
 def grad_weights(grad: Tensor, value: Tensor, kernel_size: int, fractional: bool) -> Tensor:
     """Gradient for the weights ``[B, K*K, H, W]``, in at least float32."""
     if kernel_size > _LARGEST_KERNEL:
-        return tiled.grad_weights(grad, value, kernel_size, fractional)
+        return plain.grad_weights(grad, value, kernel_size, fractional)
     return _ops().grad_weights(grad, value, kernel_size, fractional)
 
 

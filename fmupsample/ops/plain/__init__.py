@@ -3,10 +3,10 @@
 Pixels that lie close together read the same few low-resolution cells, so a tile of them is one
 matrix product ``[V, cells] x [cells, pixels]``. There are two ways to cut the tiles:
 
-* :mod:`fmupsample.ops.grouped`: exactly the pixels that read the same cells, with no zeros, in one
-  large batch, and a copy at the end. For accelerators, and for few channels.
-* :mod:`fmupsample.ops.banded`: rectangles that read more cells. Some entries of the products are
-  zero, but they are written once, where they belong. For many channels on a CPU.
+* :mod:`.grouped`: exactly the pixels that read the same cells, with no zeros, in one large batch,
+  and a copy at the end. For accelerators, and for few channels.
+* :mod:`.banded`: rectangles that read more cells. Some entries of the products are zero, but they
+  are written once, where they belong. For many channels on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fmupsample.ops import banded, grouped
+from fmupsample.ops.plain import banded, grouped
 
 # From so many channels on, copying a result costs more than the zeros do.
 _MANY_CHANNELS = 128

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from fmupsample.errors import ExtensionError
-from fmupsample.ops.toolchain import Nvcc, Toolchain
+from fmupsample.ops.building.toolchain import Nvcc, Toolchain
 
 # Told about every second: what is being done, and for how many seconds.
 Progress = Callable[[str, float], None]

@@ -32,19 +32,25 @@ import torch
 from fmupsample.atomic import replacing
 from fmupsample.errors import ExtensionError
 from fmupsample.folders import cache_folder
-from fmupsample.ops import compiling
-from fmupsample.ops.architectures import OLDEST, Capability, covers, show, targets_for
-from fmupsample.ops.compiling import HEADERS, Progress, compile_library, has_cuda, source_files
-from fmupsample.ops.library import Library, read_json, read_library
-from fmupsample.ops.toolchain import Toolchain, find_toolchain
+from fmupsample.ops.building import compiling
+from fmupsample.ops.building.architectures import OLDEST, Capability, covers, show, targets_for
+from fmupsample.ops.building.compiling import (
+    HEADERS,
+    Progress,
+    compile_library,
+    has_cuda,
+    source_files,
+)
+from fmupsample.ops.building.library import Library, read_json, read_library
+from fmupsample.ops.building.toolchain import Toolchain, find_toolchain
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-SOURCES = Path(__file__).with_name("csrc")
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]  # fmupsample.ops
+SOURCES = PACKAGE / "csrc"
 # A build takes about a minute; one that takes this long will not end.
 TIMEOUT = 30 * 60.0
 

@@ -6,8 +6,8 @@ are laid out as a matrix ``[cells, pixels]`` that is zero where a pixel does not
 memory to like. The zeros cost arithmetic, of which a CPU has plenty; what it lacks is bandwidth.
 
 How the pixels of one axis share the cells is a small constant array, borders included (see
-:mod:`fmupsample.ops.windows`), so that laying out the weights is a few multiplications and its
-adjoint the same ones.
+:mod:`.windows`), so that laying out the weights is a few multiplications and its adjoint the same
+ones.
 
 For finite values in float32 or float64.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fmupsample.ops.memory import empty_map, map_format
-from fmupsample.ops.windows import column_windows, row_windows
+from fmupsample.ops.plain.windows import column_windows, row_windows
 
 # Bytes of the weights' matrices in one tile: about one core's L2 cache.
 _TILE_BYTES = 2 << 20
