@@ -84,6 +84,7 @@ def extract(
     backbone_weights: o.BackboneWeights = None,
     upsampler: o.UpsamplerName = None,
     head: o.Head = None,
+    fit_head: o.FitHead = False,
     image_size: o.ImageSizeOption = None,
     fit: o.Fit = o.FitMode.resize,
     format: FormatOption = Format.safetensors,
@@ -143,6 +144,7 @@ def extract(
         batch_size=batch_size,
         workers=workers,
         quiet=quiet,
+        fit_on=sources if fit_head else None,
     )
     wanted = ExtractOptions(format.value, dtype.value, output_size, tokens_only, pca)
     with RichProgress(quiet=quiet) as progress:

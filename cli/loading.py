@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from fmupsample.backbones import Backbone
-    from fmupsample.images import ImageSize
+    from fmupsample.images import ImageSize, Source
     from fmupsample.ops.backend import Choice
     from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers.base import Upsampler
@@ -29,6 +30,7 @@ def load_models(
     *,
     image_size: tuple[int, int] | None = None,
     quiet: bool = False,
+    fit_on: Sequence[Source] | None = None,
 ) -> tuple[Backbone, Upsampler]:
     """Load what ``--backbone --layer --backbone-weights --upsampler --head`` name, on ``device``.
 
@@ -36,6 +38,7 @@ def load_models(
         image_size: ``(H, W)`` when ``--image-size HxW`` was given: models that are built for one
             size are then built for this one.
         quiet: do not say on standard error which models are used.
+        fit_on: pictures to train a head on if there is none for this backbone.
 
     Raises:
         UsageError: both ``upsampler`` and ``head``.
@@ -51,6 +54,8 @@ def load_models(
     model = load_backbone(backbone, layer=layer, weights=weights, image_size=image_size)
     from fmupsample.upsamplers import load_upsampler
 
+    if fit_on is not None and head is None:
+        _fit_head(model, upsampler, fit_on, place, quiet)
     method = load_upsampler(model, head if head is not None else upsampler)
     origin = f" from {weights}" if weights is not None else ""
     note(
@@ -59,6 +64,40 @@ def load_models(
         quiet=quiet,
     )
     return model.to(place), method.to(place).eval()
+
+
+def _fit_head(
+    model: Backbone,
+    upsampler: str | None,
+    pictures: Sequence[Source],
+    place: torch.device,
+    quiet: bool,
+) -> None:
+    """Train a head for ``model`` and keep it, unless there is one."""
+    from fmupsample.training.fit import fit_head
+    from fmupsample.upsamplers.learned import LEARNED
+    from fmupsample.upsamplers.loading import find_head
+    from fmupsample_cli.progress import RichProgress, warn
+
+    if upsampler is not None and upsampler not in LEARNED:
+        raise UsageError(f"--fit-head trains a head; --upsampler {upsampler} has none")
+    if find_head(model, upsampler) is not None:
+        return
+    with RichProgress(quiet=quiet, unit="steps") as progress:
+        report = fit_head(
+            model,
+            pictures,
+            upsampler or next(iter(LEARNED)),
+            device=place,
+            progress=progress,
+            say=lambda message: note(message, quiet=quiet),
+        )
+    note(f"the head is kept in {report.output} for later runs", quiet=quiet)
+    if report.score is not None and not report.score.better:
+        warn(
+            f"the head is no better than bilinear interpolation on {report.held_out} held-out "
+            "pictures; `fmupsample train` with more pictures or --steps may help"
+        )
 
 
 def open_pipeline(
@@ -76,6 +115,7 @@ def open_pipeline(
     batch_size: int | None,
     workers: int | None,
     quiet: bool,
+    fit_on: Sequence[Source] | None = None,
 ) -> Pipeline:
     """:func:`load_models`, in a pipeline with the options that commands on pictures share."""
     from fmupsample.ops.backend import check_backend, set_backend
@@ -86,8 +126,9 @@ def open_pipeline(
     # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
     warnings.filterwarnings("ignore", module="PIL")
     exact = image_size.exact if image_size else None
+    fitting = {} if fit_on is None else {"fit_on": fit_on}
     model, method = load_models(
-        backbone, layer, weights, upsampler, head, device, image_size=exact, quiet=quiet
+        backbone, layer, weights, upsampler, head, device, image_size=exact, quiet=quiet, **fitting
     )
     pipeline = Pipeline(
         model,

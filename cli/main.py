@@ -22,6 +22,7 @@ TOOLS = "Tools"
 COMMANDS = (
     ("visualize", "visualize", FEATURES),
     ("extract", "extract", FEATURES),
+    ("train", "train", FEATURES),
     ("models", "models", TOOLS),
     ("build", "build", TOOLS),
     ("doctor", "doctor", TOOLS),

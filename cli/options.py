@@ -147,6 +147,15 @@ Head = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+FitHead = Annotated[
+    bool,
+    typer.Option(
+        "--fit-head",
+        help="If there is no head for this backbone, first train one on these pictures (minutes), "
+        "and keep it for later runs.",
+        rich_help_panel=MODEL,
+    ),
+]
 
 # --- how it runs ----------------------------------------------------------------------------------
 Device = Annotated[

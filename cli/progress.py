@@ -141,6 +141,12 @@ class RichProgress:
         elif time.monotonic() - self._spoke > self.interval:
             self._line()
 
+    def describe(self, label: str) -> None:
+        """Rename the current stage."""
+        self._label = label
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=label)
+
     def warn(self, message: str) -> None:
         """A warning line above the bar."""
         warn(message)

@@ -35,6 +35,7 @@ def visualize(
     backbone_weights: o.BackboneWeights = None,
     upsampler: o.UpsamplerName = None,
     head: o.Head = None,
+    fit_head: o.FitHead = False,
     image_size: o.ImageSizeOption = None,
     fit: o.Fit = o.FitMode.resize,
     layout: Annotated[
@@ -154,6 +155,7 @@ def visualize(
         batch_size=batch_size,
         workers=workers,
         quiet=quiet,
+        fit_on=sources if fit_head else None,
     )
     with RichProgress(quiet=quiet) as progress:
         report = draw(pipeline, sources, output, options, progress=progress)

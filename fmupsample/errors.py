@@ -55,3 +55,7 @@ class ExtensionError(FmupsampleError):
         super().__init__(reason)
         self.kind = kind
         self.log = log
+
+
+class TrainingError(FmupsampleError):
+    """A training run that cannot go on; its last good state is in its checkpoint."""

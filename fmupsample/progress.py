@@ -18,6 +18,9 @@ class Progress(Protocol):
     def advance(self, steps: int = 1) -> None:
         """``steps`` more steps of the current stage are done."""
 
+    def describe(self, label: str) -> None:
+        """Rename the current stage, to tell how it is going: ``describe("training, loss 0.8")``."""
+
     def warn(self, message: str) -> None:
         """Say something the user should read now, without stopping."""
 
@@ -27,6 +30,9 @@ class _Silent:
         pass
 
     def advance(self, steps: int = 1) -> None:
+        pass
+
+    def describe(self, label: str) -> None:
         pass
 
     def warn(self, message: str) -> None:

@@ -50,7 +50,7 @@ def test_help_speaks_of_every_option() -> None:
     assert result.exit_code == 0
     for option in (
         "--output", "--list", "--backbone", "--layer", "--backbone-weights", "--upsampler",
-        "--head", "--image-size", "--fit", "--format", "--dtype", "--output-size",
+        "--head", "--fit-head", "--image-size", "--fit", "--format", "--dtype", "--output-size",
         "--tokens-only", "--pca", "--device", "--backend", "--precision", "--batch-size",
         "--workers", "--overwrite", "--json", "--quiet",
     ):  # fmt: skip

@@ -37,6 +37,8 @@ class Watch:
     def advance(self, steps: int = 1) -> None:
         self.stages[-1][2] += steps
 
+    def describe(self, label: str) -> None: ...
+
     def warn(self, message: str) -> None:
         self.warnings.append(message)
 

@@ -21,7 +21,7 @@ from fmupsample.atomic import replacing
 from fmupsample.errors import HeadError, OutputError, UsageError
 from fmupsample.fingerprint import fingerprint
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
+from fmupsample.upsamplers.learned import LEARNED, build_learned
 
 FORMAT = "fmupsample-head/1"
 
@@ -52,9 +52,15 @@ def describe_backbone(backbone: BackboneLike) -> dict[str, Any]:
 
 
 def save_head(
-    path: str | Path, head: ReSFU, backbone: BackboneLike, card: Mapping[str, Any] | None = None
+    path: str | Path,
+    head: Upsampler,
+    backbone: BackboneLike,
+    card: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a head file; it appears under its name only when complete.
+
+    Args:
+        head: one of :data:`~fmupsample.upsamplers.learned.LEARNED`.
 
     Raises:
         OutputError: the file cannot be written.
@@ -114,13 +120,13 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
         HeadError: unreadable, damaged, or made for another backbone.
     """
     metadata = read_head_metadata(path)
-    if metadata["upsampler"] != ReSFU.name:
+    if metadata["upsampler"] not in LEARNED:
         raise HeadError(f"{path} holds an unknown upsampler {metadata['upsampler']!r}")
     if backbone is not None:
         check_fit(path, metadata["backbone"], backbone)
     try:
-        head = ReSFU(ReSFUConfig.from_dict(metadata["config"]))
-    except (UsageError, TypeError) as error:
+        head = build_learned(metadata["upsampler"], metadata["config"])
+    except UsageError as error:
         raise HeadError(
             f"the configuration in the head file {path} is unusable: {error}"
         ) from error

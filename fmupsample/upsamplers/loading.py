@@ -15,12 +15,11 @@ from fmupsample.upsamplers.heads import (
     same_backbone,
 )
 from fmupsample.upsamplers.jbu import JointBilateral
-from fmupsample.upsamplers.resfu import ReSFU
+from fmupsample.upsamplers.learned import LEARNED
 
 TRAINING_FREE: dict[str, type[Upsampler]] = {
     method.name: method for method in (Nearest, Bilinear, JointBilateral)
 }
-LEARNED = (ReSFU.name,)
 UPSAMPLERS = (*TRAINING_FREE, *LEARNED)
 
 
@@ -40,12 +39,12 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         method.fingerprint = source
         return method.eval()
     if source is None or (isinstance(source, str) and source in LEARNED):
-        found = find_head(backbone)
+        found = find_head(backbone, source)
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
                 "--upsampler jbu (edge-aware, needs no training) or --upsampler bilinear, give a "
-                "head file with --head, or train one with weights/recipes/train_head.py"
+                "head file with --head, or train one with `fmupsample train`"
             )
         return load_head(found, backbone)
     path = Path(source)
@@ -75,10 +74,12 @@ def list_heads() -> list[tuple[Path, dict]]:
     return heads
 
 
-def find_head(backbone: BackboneLike) -> Path | None:
-    """The first head made for this backbone and layer, or ``None``."""
+def find_head(backbone: BackboneLike, upsampler: str | None = None) -> Path | None:
+    """The first head made for this backbone and layer (and of this method), or ``None``."""
     for path, metadata in list_heads():
         made_for = metadata["backbone"]
+        if upsampler not in (None, metadata["upsampler"]):
+            continue
         if same_backbone(made_for, backbone) and made_for.get("layer") == backbone.layer:
             return path
     return None

@@ -1,0 +1,338 @@
+"""``fmupsample train``: a head for a frozen backbone, from pictures, without labels."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fmupsample_cli import options as o
+
+if TYPE_CHECKING:
+    from fmupsample.training.run import TrainReport
+
+TRAINING = "Training"
+
+HeadOutput = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="The head file (.safetensors); appears when training is complete.",
+        show_default=False,
+        rich_help_panel=o.RESULTS,
+    ),
+]
+Upsampler = Annotated[
+    str | None,
+    typer.Option(
+        "--upsampler",
+        metavar="NAME",
+        help="Which upsampler to train. Default: resfu.",
+        show_default=False,
+        rich_help_panel=o.MODEL,
+    ),
+]
+StartFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="HEAD",
+        help="Start from this head of the same backbone instead of new parameters.",
+        show_default=False,
+        rich_help_panel=o.MODEL,
+    ),
+]
+Validation = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--val",
+        metavar="IMAGES",
+        help="Pictures or a folder to validate on; may be repeated. Default: a twentieth of the "
+        "pictures is held out.",
+        show_default=False,
+        rich_help_panel=o.PICTURES,
+    ),
+]
+Labels = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--labels",
+        metavar="FOLDER",
+        help="Indexed PNGs of the pictures' names, for --objective task; 255 is ignored. May be "
+        "repeated.",
+        show_default=False,
+        rich_help_panel=o.PICTURES,
+    ),
+]
+CropSize = Annotated[
+    str | None,
+    typer.Option(
+        "--image-size",
+        metavar="N[,N...]",
+        help="Side of the crops the model sees, pixels; several take turns. Default: 224.",
+        show_default=False,
+        rich_help_panel=o.PICTURES,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        metavar="N",
+        help="How many. Default: 2000 on a GPU, 800 on the CPU.",
+        show_default=False,
+        rich_help_panel=TRAINING,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="Crops a step, in each process. Default: 8 on a GPU, 2 on the CPU.",
+        show_default=False,
+        rich_help_panel=TRAINING,
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        metavar="X",
+        help="Peak learning rate. Default: 0.001.",
+        show_default=False,
+        rich_help_panel=TRAINING,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        min=0,
+        metavar="N",
+        help="The same seed gives the same head. Default: 0.",
+        show_default=False,
+        rich_help_panel=TRAINING,
+    ),
+]
+ObjectiveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--objective",
+        metavar="TERM[=WEIGHT],...",
+        help="What to train for, of crops, regions, area, preserve, augment, task. "
+        "Default: crops,regions.",
+        show_default=False,
+        rich_help_panel=TRAINING,
+    ),
+]
+MoreOptions = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE|JSON",
+        help="More options as JSON, such as the config.json of an earlier run; options on the "
+        "command line go before it.",
+        show_default=False,
+        rich_help_panel=TRAINING,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with an interrupted run; it ends as if it had not been interrupted.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Work = Annotated[
+    Path | None,
+    typer.Option(
+        "--work",
+        metavar="FOLDER",
+        help="Folder for checkpoint, log, curve and previews. Default: FILE.train beside the head.",
+        show_default=False,
+        rich_help_panel=o.RESULTS,
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Train anew, whatever an earlier run left.",
+        rich_help_panel=o.RESULTS,
+    ),
+]
+Precision = Annotated[
+    o.PrecisionName | None,
+    typer.Option(
+        "--precision",
+        help="Arithmetic of the model. Default: bf16 on a GPU that has it, else fp32.",
+        show_default=False,
+        rich_help_panel=o.COMPUTE,
+    ),
+]
+
+
+def train(
+    images: o.Images = None,
+    output: HeadOutput = ...,
+    list_file: o.ListFile = None,
+    backbone: o.BackboneName = "embedded",
+    layer: o.Layer = None,
+    backbone_weights: o.BackboneWeights = None,
+    upsampler: Upsampler = None,
+    start_from: StartFrom = None,
+    image_size: CropSize = None,
+    val: Validation = None,
+    labels: Labels = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    objective: ObjectiveOption = None,
+    config: MoreOptions = None,
+    resume: Resume = False,
+    work: Work = None,
+    overwrite: Overwrite = False,
+    device: o.Device = "auto",
+    backend: o.Backend = o.BackendName.auto,
+    precision: Precision = None,
+    workers: o.Workers = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train an upsampler head for a frozen backbone on your own pictures, without labels.
+
+    Features of a crop, upsampled, should agree with what the backbone says about the same crop
+    enlarged, and with the edges of the picture. Some pictures are held out; the weights that do
+    best on them are kept and compared with bilinear interpolation.
+
+        fmupsample train photos/ -o head.safetensors --backbone dinov2-s
+
+        fmupsample extract photos/ -o features/ --backbone dinov2-s --head head.safetensors
+
+    Ctrl-C writes a checkpoint; the same command with --resume goes on. Several GPUs:
+
+        torchrun --nproc-per-node 4 -m fmupsample train photos/ -o head.safetensors
+    """
+    from fmupsample.images import find_images
+    from fmupsample_cli.progress import BuildLine, RichProgress, note, warn
+
+    # What cannot work is said before torch and the models are loaded.
+    find = {"exclude": [work or output.with_name(f"{output.name}.train")], "warn": warn}
+    sources = find_images(images or [], list_file=list_file, **find)
+    validation = find_images(val, **find) if val else []
+
+    from fmupsample.backbones import load_backbone
+    from fmupsample.device import resolve_device
+    from fmupsample.ops.backend import check_backend, prepare, set_backend
+    from fmupsample.training.checkpoint import NAME
+    from fmupsample.training.config import TrainConfig, parse_objective
+    from fmupsample.training.distributed import leads
+    from fmupsample.training.run import train as run
+    from fmupsample.training.run import work_folder
+
+    given = {
+        "upsampler": upsampler,
+        "image_sizes": None if image_size is None else _sizes(image_size),
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "objective": None if objective is None else parse_objective(objective),
+        "precision": None if precision is None else precision.value,
+    }
+    options = TrainConfig.parse(config) if config else {}
+    options |= {name: value for name, value in given.items() if value is not None}
+    wanted = TrainConfig.from_dict(options)
+    quiet = quiet or not leads()
+    set_backend(backend.value)
+    check_backend(resolve_device(device))
+    largest = max(wanted.image_sizes) if wanted.image_sizes else None
+    model = load_backbone(
+        backbone,
+        layer=layer,
+        weights=backbone_weights,
+        image_size=None if largest is None else (largest, largest),
+    )
+    # Now, where a minute of compiling can be shown, and not under the bar of the run.
+    with BuildLine(quiet=quiet) as line:
+        prepare(resolve_device(device), line)
+    try:
+        with RichProgress(quiet=quiet, unit="steps") as progress:
+            report = run(
+                model,
+                sources,
+                output,
+                wanted,
+                validation=validation,
+                labels=labels or (),
+                start_from=start_from,
+                device=device,
+                workers=workers,
+                work=work,
+                resume=resume,
+                overwrite=overwrite,
+                data=", ".join(Path(image).name or str(image) for image in images or ["a list"]),
+                recipe=_recipe(),
+                progress=progress,
+                say=lambda message: note(message, quiet=quiet),
+            )
+    except KeyboardInterrupt:
+        folder = work or work_folder(output)
+        if leads() and (folder / NAME).exists():
+            note(f"stopped; the same command with --resume goes on from {folder / NAME}")
+        raise
+    if report.leads:
+        _summarise(report, json)
+
+
+def _sizes(text: str) -> list[int]:
+    from fmupsample.errors import UsageError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"image size {text!r} is not understood: give a number of pixels, or several: 168,224"
+        ) from None
+
+
+def _recipe() -> str:
+    """The command as it was typed, absolute paths cut to their last part."""
+    words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
+    return shlex.join(["fmupsample", *words])
+
+
+def _summarise(report: TrainReport, as_json: bool) -> None:
+    from fmupsample_cli.progress import warn
+    from fmupsample_cli.report import print_summary
+
+    score = report.score
+    rows: dict[str, Any] = {
+        "head": f"{report.output}, {report.parameters:,} parameters",
+        "pictures": f"{report.pictures} trained on, {report.held_out} held out",
+        "best step": f"{report.best_step} of {report.config.steps}",
+    }
+    if score is not None:
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in score.relative.items())
+        rows["held-out loss"] = f"{score.ratio:.3f} of bilinear interpolation's ({terms})"
+        if not score.better:
+            warn(
+                "on the held-out pictures this head is no better than bilinear interpolation: "
+                "give it more --steps or more pictures, or use --upsampler jbu"
+            )
+    else:
+        warn("nothing was held out: whether the head is better than bilinear is not known")
+    each = report.seconds / report.config.steps
+    rows["time"] = f"{report.seconds:.0f} s, {each:.2f} s a step"
+    rows["log, curve, previews"] = str(report.work)
+    print_summary("train", rows, as_json=as_json, payload=report.to_json())

@@ -1,0 +1,34 @@
+"""Samples -> the tensors that the objective compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fmupsample.training.cache import Features
+from fmupsample.training.config import TrainConfig
+from fmupsample.training.crops import Cropper
+from fmupsample.training.data import Loaded, Sample
+from fmupsample.training.objective import Batch, split_into_blocks
+
+
+def make_batch(
+    samples: Sequence[tuple[Sample, Loaded]],
+    size: int,
+    phase: tuple[int, int],
+    config: TrainConfig,
+    cropper: Cropper,
+    features: Features,
+) -> Batch:
+    """Crops of ``size`` pixels with all that the terms of ``config`` need."""
+    images = cropper.pictures(samples, size)
+    low, fine = features(samples, images)
+    batch = Batch(image=images, low=low, fine=fine, phase=phase)
+    if "regions" in config.terms:
+        block = max(1, round(config.region_block * size / low.shape[-1]))
+        offsets = cropper.offsets(samples, block)
+        batch.regions = split_into_blocks(cropper.regions(samples, size), block, offsets)
+    if "augment" in config.terms:
+        batch.varied = cropper.pictures(samples, size, "varied")
+    if "task" in config.terms:
+        batch.labels = cropper.labels(samples, size)
+    return batch

@@ -1,0 +1,264 @@
+"""Every number a training run depends on, in one place; saved with the head."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmupsample.device import check_precision
+from fmupsample.errors import UsageError
+from fmupsample.training.objective import SCALINGS, TERMS
+
+# What a run may change when it goes on from a checkpoint; everything else would make it another.
+FREE = frozenset({"lr", "weight_decay", "clip", "validate_every", "log_every", "previews"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run; ``None`` is decided by :meth:`resolve`.
+
+    Whatever is not named here (device, threads, memory for caches, where files go) does not change
+    the result beyond rounding.
+    """
+
+    # --- what is trained
+    upsampler: str = "resfu"
+    upsampler_config: dict[str, Any] = field(default_factory=dict)  # fields of its own config
+
+    # --- for what: weights of the terms in objective.py. Crops alone leaves edges soft, for its
+    # targets are themselves coarse; regions alone drifts from what the backbone says.
+    objective: dict[str, float] = field(default_factory=lambda: {"crops": 1.0, "regions": 1.0})
+    cosine: float = 1.0  # distance of two features: this times 1 - cos,
+    mse: float = 0.5  # plus this times the mean squared error, on scaled channels
+    scaling: str = "standard"  # a few channels of a ViT are 100 times larger than the rest
+    enlarge: int = 2  # the crop shown larger; 2 keeps it near the sizes the backbone knows
+    region_share: float = 0.8  # of the region's mean; the rest keeps shading inside a region
+    region_block: float = 2.0  # cells; a pixel cannot reach farther with 3 x 3 neighbours
+    pixel_stride: int = 2  # every n-th pixel of either axis, at random: a quarter of the work
+    variation: float = 0.3  # of colours for the augment term: what light and cameras change
+
+    # --- on what
+    image_sizes: tuple[int, ...] | None = None  # crops, pixels; several take turns
+    side: int | None = None  # pictures are kept as squares of this side; 11/7 of the largest crop
+    crop: tuple[float, float] = (0.55, 1.0)  # side of a crop, as a share of the square's
+    flip: float = 0.5  # of the crops are mirrored
+    jitter: float = 0.0  # of colours of every crop; heads do well without
+    views: int | None = None  # different crops of a square; 0: always new ones; see cache.py
+    held_out: float = 0.05  # of the pictures, where no others are given for validation
+
+    # --- how long, how fast
+    steps: int | None = None  # a GPU does 2000 of batch 8 in minutes, two cores 800 of batch 2
+    batch_size: int | None = None  # per process
+    lr: float = 1e-3  # heads are small and start from nothing: more than the usual 2e-4
+    lr_multipliers: dict[str, float] = field(default_factory=dict)  # by parameter name's beginning
+    weight_decay: float = 0.01  # of matrices; norms and biases have none
+    warmup: float = 0.05  # of the steps
+    final_lr: float = 0.01  # of the peak, at the end of the cosine
+    clip: float = 1.0  # of the gradient's norm
+    ema: float = 0.998  # the averaged weights are what is validated and saved
+    precision: str | None = None  # of the backbone: bf16 on a GPU that has it, else fp32
+    seed: int = 0
+
+    # --- how it is watched
+    validate_every: int | None = None  # steps; ten times a run
+    log_every: int = 10  # steps
+    previews: int = 2  # held-out pictures drawn at every validation
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+            ):
+                raise UsageError(f"training option {name}={value!r} must be {low:g} to {high:g}")
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is not None and value != int(value):
+                raise UsageError(f"training option {name}={value!r} must be a whole number")
+        self._check_objective()
+        if self.scaling not in SCALINGS:
+            raise UsageError(f"scaling {self.scaling!r} is unknown: use {', '.join(SCALINGS)}")
+        if self.cosine == self.mse == 0:
+            raise UsageError("cosine and mse are both 0: nothing would be compared")
+        low, high = self.crop
+        if not 0 < low <= high <= 1:
+            raise UsageError(f"crop {list(self.crop)} must be two shares, 0 < smallest <= largest")
+        for size in self.image_sizes or ():
+            if not 16 <= size <= 4096:
+                raise UsageError(f"image size {size} is not possible: give 16 to 4096 pixels")
+
+    def _check_objective(self) -> None:
+        unknown = sorted(set(self.objective) - set(TERMS))
+        if unknown:
+            raise UsageError(
+                f"the objective has no term {', '.join(unknown)}; it has {', '.join(TERMS)}"
+            )
+        weights = self.objective.values()
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            raise UsageError(f"the weights of the objective {self.objective} must be 0 or more")
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The terms that count, with their weights."""
+        return {name: self.objective[name] for name in TERMS if self.objective.get(name)}
+
+    def resolve(self, backbone: Any, device: torch.device) -> TrainConfig:
+        """The same with every ``None`` decided for this backbone and device.
+
+        Raises:
+            UsageError: a size the backbone does not take, a precision the device does not have.
+        """
+        fast = device.type == "cuda"
+        precision = self.precision
+        if precision is None:
+            precision = "bf16" if fast and torch.cuda.is_bf16_supported() else "fp32"
+        check_precision(precision, device)
+        sizes = self.image_sizes or (min(224, backbone.default_image_size),)
+        fixed = backbone.fixed_size
+        if fixed is not None and fixed[0] != fixed[1]:
+            raise UsageError(
+                f"{backbone.name} takes pictures of {fixed[0]}x{fixed[1]} only; training uses "
+                "squares: load it for a square size"
+            )
+        if fixed is not None:
+            if self.image_sizes not in (None, (fixed[0],)):
+                raise UsageError(
+                    f"{backbone.name} takes pictures of {fixed[0]}x{fixed[1]} only: leave "
+                    "--image-size away"
+                )
+            sizes = (fixed[0],)
+        multiple = backbone.size_multiple[0]
+        # At least 4 x 4 cells: below that a crop has more border than inside.
+        sizes = tuple(max(round(s / multiple), 1) * multiple for s in sizes)
+        sizes = tuple(max(s, -(-4 * backbone.stride[0] // multiple) * multiple) for s in sizes)
+        steps = self.steps or (2000 if fast else 800)
+        return replace(
+            self,
+            image_sizes=tuple(dict.fromkeys(sizes)),
+            side=self.side or round(max(sizes) * 11 / 14) * 2,
+            steps=steps,
+            batch_size=self.batch_size or (8 if fast else 2),
+            precision=precision,
+            validate_every=self.validate_every or max(1, steps // 10),
+        )
+
+    # -- as JSON --------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from a mapping as JSON gives it; unknown keys are refused by name."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise UsageError(f"training has no option {name!r}; {hint}")
+        changed = dict(values)
+        for name in ("image_sizes", "crop"):
+            if changed.get(name) is not None:
+                changed[name] = _numbers(name, changed[name])
+        for name in ("objective", "upsampler_config", "lr_multipliers"):
+            if name in changed and not isinstance(changed[name], Mapping):
+                raise UsageError(f"training option {name}={changed[name]!r} must be a mapping")
+        try:
+            return cls(**changed)
+        except TypeError as error:
+            raise UsageError(f"training options are not understood: {error}") from error
+
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        """The mapping in ``text``: a JSON file's name, or the JSON itself."""
+        if text.lstrip().startswith("{"):
+            where, content = "--config", text
+        else:
+            where = text
+            try:
+                content = Path(text).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"the options in {text} cannot be read: {error}") from error
+        try:
+            values = json.loads(content)
+        except ValueError as error:
+            raise UsageError(f"{where} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise UsageError(f'{where} must be a JSON object, such as {{"lr": 0.002}}')
+        return values
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """Options in which a run that goes on must not differ from the one that began, in words."""
+        mine, theirs = (json.loads(json.dumps(c.to_dict())) for c in (self, other))
+        return [
+            f"{name} {mine[name]} (the run began with {theirs[name]})"
+            for name in mine
+            if name not in FREE and mine[name] != theirs[name]
+        ]
+
+
+def parse_objective(text: str) -> dict[str, float]:
+    """``"crops,regions=0.5"`` -> ``{"crops": 1.0, "regions": 0.5}``.
+
+    Raises:
+        UsageError: a term without name, or a weight that is not a number.
+    """
+    weights: dict[str, float] = {}
+    for part in text.replace("+", ",").split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            weights[name.strip()] = float(weight or 1)
+        except ValueError:
+            name = ""
+        if not name:
+            raise UsageError(
+                f"objective {text!r} is not understood: give terms and weights such as "
+                f"crops,regions=0.5; there are {', '.join(TERMS)}"
+            )
+    return weights
+
+
+def _numbers(name: str, value: Any) -> tuple:
+    values = (value,) if isinstance(value, int | float) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(v, int | float) for v in values):
+        raise UsageError(f"training option {name}={value!r} must be a list of numbers")
+    if name == "crop" and len(values) != 2:
+        raise UsageError(f"training option crop={value!r} must be two numbers")
+    return tuple(values)
+
+
+_WHOLE = ("enlarge", "pixel_stride", "side", "views", "steps", "batch_size", "seed",
+          "validate_every", "log_every", "previews")  # fmt: skip
+_RANGES = (
+    ("cosine", 0, 1e6),
+    ("mse", 0, 1e6),
+    ("enlarge", 1, 8),
+    ("region_share", 0, 1),
+    ("region_block", 0.5, 64),
+    ("pixel_stride", 1, 64),
+    ("variation", 0, 1),
+    ("side", 32, 8192),
+    ("flip", 0, 1),
+    ("jitter", 0, 1),
+    ("views", 0, 1e6),
+    ("held_out", 0, 0.9),
+    ("steps", 1, 1e9),
+    ("batch_size", 1, 1e5),
+    ("lr", 0, 100),
+    ("weight_decay", 0, 100),
+    ("warmup", 0, 1),
+    ("final_lr", 0, 1),
+    ("clip", 1e-9, 1e9),
+    ("ema", 0, 1),
+    ("seed", 0, 2**63 - 1),
+    ("validate_every", 1, 1e9),
+    ("log_every", 1, 1e9),
+    ("previews", 0, 64),
+)

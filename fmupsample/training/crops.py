@@ -1,0 +1,95 @@
+"""From decoded squares to the tensors of a step, on the device that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmupsample.training.data import Loaded, Sample
+
+_LUMA = (0.299, 0.587, 0.114)
+
+
+class Cropper:
+    """Cuts, mirrors, resizes and normalises.
+
+    Args:
+        mean, std: of the backbone, for RGB in 0..1.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.device = device
+        self.mean = torch.tensor(mean, device=device)[:, None, None]
+        self.std = torch.tensor(std, device=device)[:, None, None]
+
+    def pictures(
+        self, samples: Sequence[tuple[Sample, Loaded]], size: int, colours: str = "colours"
+    ) -> Tensor:
+        """The crops at ``size``, normalised, ``[B, 3, size, size]``.
+
+        Args:
+            colours: which factors of the samples to apply, ``"colours"`` or ``"varied"``.
+        """
+        crops = []
+        for sample, loaded in samples:
+            pixels = self._window(sample, torch.from_numpy(loaded.pixels)).to(self.device)
+            crop = pixels.permute(2, 0, 1).float().div_(255)[None]
+            crop = _resize(crop, size)[0]
+            factors = sample.colours
+            if colours == "varied":
+                factors = tuple(a * b for a, b in zip(factors, sample.varied, strict=True))
+            crops.append(change_colours(crop, factors))
+        return (torch.stack(crops) - self.mean) / self.std
+
+    def regions(self, samples: Sequence[tuple[Sample, Loaded]], size: int) -> Tensor:
+        """The regions of the crops, int64 ``[B, size, size]``; numbers as in each square."""
+        return self._numbers([(s, loaded.regions) for s, loaded in samples], size)
+
+    def labels(self, samples: Sequence[tuple[Sample, Loaded]], size: int) -> Tensor:
+        """The labels of the crops, int64 ``[B, size, size]``."""
+        return self._numbers([(s, loaded.labels) for s, loaded in samples], size)
+
+    def offsets(self, samples: Sequence[tuple[Sample, Loaded]], block: int) -> Tensor:
+        """Where each picture's blocks begin, pixels, int64 ``[B, 2]``."""
+        shares = torch.tensor([sample.blocks for sample, _ in samples], dtype=torch.float64)
+        return (shares * block).long().to(self.device)
+
+    def _numbers(self, maps: list, size: int) -> Tensor:
+        found = []
+        for sample, values in maps:
+            window = self._window(sample, torch.from_numpy(values)).to(self.device)
+            # Numbers are exact in float32, and nearest-neighbour resizing keeps them.
+            resized = F.interpolate(window[None, None].float(), (size, size), mode="nearest-exact")
+            found.append(resized[0, 0].long())
+        return torch.stack(found)
+
+    @staticmethod
+    def _window(sample: Sample, square: Tensor) -> Tensor:
+        """The crop ``[S', S', ...]`` of ``[S, S, ...]``, mirrored where the sample says so."""
+        whole = square.shape[0]
+        side = max(1, round(sample.side * whole))
+        top, left = (min(int(v * whole), whole - side) for v in (sample.top, sample.left))
+        window = square[top : top + side, left : left + side]
+        return window.flip(1) if sample.flip else window
+
+
+def _resize(crop: Tensor, size: int) -> Tensor:
+    if crop.shape[-1] == size:
+        return crop
+    resized = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)
+    return resized.clamp_(0, 1)
+
+
+def change_colours(picture: Tensor, factors: tuple[float, float, float]) -> Tensor:
+    """Brightness, contrast and saturation of RGB in 0..1, ``[3, H, W]``, times the factors."""
+    if factors == (1.0, 1.0, 1.0):
+        return picture
+    brightness, contrast, saturation = factors
+    picture = picture * brightness
+    luma = torch.tensordot(picture.new_tensor(_LUMA), picture, 1)[None]
+    picture = luma + (picture - luma) * saturation
+    middle = luma.mean()
+    return (middle + (picture - middle) * contrast).clamp(0, 1)

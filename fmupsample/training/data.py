@@ -1,0 +1,340 @@
+"""The pictures of a training run: which squares there are, and which crops each step takes of them.
+
+What a step sees is a function of the seed and of the numbers of its samples, and of nothing else:
+not of threads, of how many processes share the work, or of whether the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fmupsample.errors import ImageError, UsageError
+from fmupsample.images.find import Source
+from fmupsample.images.read import read_picture, read_size
+from fmupsample.prefetch import prefetch
+from fmupsample.training.config import TrainConfig
+from fmupsample.training.labels import read_labels
+from fmupsample.training.regions import find_regions
+
+MIN_PICTURES = 4  # fewer say nothing about pictures in general, and some are kept for validation
+_OBLONG = 1.15  # long over short side, from which on a picture gives two squares
+_MOST_VALIDATION_SQUARES = 32
+
+# Streams of random numbers, kept apart by a number in their seeds.
+_ORDER, _CROP, _STEP, _HELD = range(4)
+
+
+@dataclass(frozen=True)
+class Square:
+    """The middle of a picture (part 0 of 1), or one of its two ends (part 0 or 1 of 2).
+
+    Attributes:
+        size: of the upright picture in its file, (H, W).
+        labels: the file with its labels, where there is one.
+    """
+
+    source: Source
+    size: tuple[int, int]
+    part: int = 0
+    parts: int = 1
+    labels: Path | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A decoded square of side S: ``pixels`` uint8 ``[S, S, 3]``, ``regions`` int32 and ``labels``
+    uint8 ``[S, S]`` where they are wanted."""
+
+    pixels: np.ndarray
+    regions: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    @property
+    def bytes(self) -> int:
+        parts = (self.pixels, self.regions, self.labels)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One crop of one square.
+
+    Attributes:
+        square: its number.
+        view: names what the backbone sees of it: equal squares and views, equal pictures.
+        top, left, side: of the crop, as shares of the square's side.
+        flip: mirrored, left and right.
+        colours: factors of brightness, contrast and saturation.
+        varied: the like, for the ``augment`` term.
+        blocks: where the grid of blocks begins, as shares of a block, down and right.
+    """
+
+    square: int
+    view: int
+    top: float
+    left: float
+    side: float
+    flip: bool
+    colours: tuple[float, float, float]
+    varied: tuple[float, float, float]
+    blocks: tuple[float, float]
+
+
+def list_squares(
+    sources: Sequence[Source],
+    smallest: int,
+    *,
+    labels: dict[Source, Path] | None = None,
+    purpose: str = "training",
+    least: int = MIN_PICTURES,
+    warn: Callable[[str], None] = lambda _: None,
+) -> list[Square]:
+    """The squares of all pictures whose short side has at least ``smallest`` pixels.
+
+    Only headers are read. Pictures too small or unreadable are left out with a warning.
+
+    Raises:
+        UsageError: fewer than ``least`` pictures remain.
+    """
+    squares: list[Square] = []
+    small, broken, used = [], [], 0
+    for source in sources:
+        try:
+            size = read_size(source.path)
+        except ImageError as error:
+            broken.append(str(error))
+            continue
+        if min(size) < smallest:
+            small.append((min(size), source, size))
+            continue
+        used += 1
+        parts = 2 if max(size) >= _OBLONG * min(size) else 1
+        own = (labels or {}).get(source)
+        squares += [Square(source, size, part, parts, own) for part in range(parts)]
+    reasons = []
+    if small:
+        _, source, size = min(small, key=lambda found: found[0])
+        reasons.append(f"{_count(small)} too small (under {smallest} pixels; {source} has "
+                       f"{size[1]}x{size[0]})")  # fmt: skip
+    if broken:
+        reasons.append(f"{_count(broken)} unreadable ({broken[0]})")
+    if used < least:
+        found = f"{len(sources)} given" + "".join(f", {reason}" for reason in reasons)
+        raise UsageError(
+            f"{purpose} needs at least {least} usable pictures and has {used}: {found}; give more "
+            "or larger pictures" + (", or a smaller --image-size" if small else "")
+        )
+    for reason in reasons:
+        warn(f"{purpose}: {reason}; left out")
+    return squares
+
+
+def _count(pictures: Sequence[object]) -> str:
+    return f"{len(pictures)} picture is" if len(pictures) == 1 else f"{len(pictures)} pictures are"
+
+
+def split_squares(squares: Sequence[Square], share: float) -> tuple[list[Square], list[Square]]:
+    """Keep some pictures, evenly spread, for validation: ``(training, held out)`` squares."""
+    sources = list(dict.fromkeys(square.source for square in squares))
+    count = min(max(1, round(share * len(sources))), _MOST_VALIDATION_SQUARES, len(sources) - 1)
+    places = ((np.arange(count) + 0.5) * len(sources) / count).astype(int)
+    held = {sources[i] for i in places} if share > 0 else set()
+    return (
+        [square for square in squares if square.source not in held],
+        validation_squares(square for square in squares if square.source in held),
+    )
+
+
+def validation_squares(squares: Iterator[Square] | Sequence[Square]) -> list[Square]:
+    """One square of each picture, of at most 32 pictures, evenly spread."""
+    first = [square for square in squares if square.part == 0]
+    if len(first) <= _MOST_VALIDATION_SQUARES:
+        return first
+    places = np.linspace(0, len(first) - 1, _MOST_VALIDATION_SQUARES).round().astype(int)
+    return [first[i] for i in places]
+
+
+class Pictures:
+    """Decodes squares, and keeps as many as ``keep_bytes`` hold. Safe to call from threads.
+
+    Args:
+        side: S, of every square.
+        regions: also find the regions.
+        warn: told once about each picture that cannot be decoded; another takes its place.
+    """
+
+    def __init__(
+        self,
+        squares: Sequence[Square],
+        side: int,
+        *,
+        regions: bool,
+        keep_bytes: int,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.squares, self.side, self.regions = list(squares), side, regions
+        self.warn = warn
+        self._left = keep_bytes
+        self._kept: dict[int, Loaded] = {}
+        self._bad: set[Source] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.squares)
+
+    def load(self, index: int) -> Loaded:
+        """Square ``index``, or the next one that can be decoded.
+
+        Raises:
+            ImageError: none can.
+        """
+        for step in range(len(self.squares)):
+            i = (index + step) % len(self.squares)
+            loaded = self._kept.get(i)
+            if loaded is not None:
+                return loaded
+            try:
+                return self._keep(i, self._decode(self.squares[i]))
+            except ImageError as error:
+                self._skip(self.squares[i].source, error)
+        raise ImageError("not one of the pictures can be decoded")
+
+    def _keep(self, index: int, loaded: Loaded) -> Loaded:
+        with self._lock:
+            if index not in self._kept and loaded.bytes <= self._left:
+                self._left -= loaded.bytes
+                self._kept[index] = loaded
+        return loaded
+
+    def _skip(self, source: Source, error: ImageError) -> None:
+        with self._lock:
+            known = source in self._bad
+            self._bad.add(source)
+        if not known:
+            self.warn(f"{error}; left out")
+
+    def _decode(self, square: Square) -> Loaded:
+        def wanted(size: tuple[int, int]) -> tuple[int, int]:
+            scale = self.side / min(size)
+            return tuple(max(self.side, round(n * scale)) for n in size)
+
+        pixels, size = read_picture(square.source.path, wanted)
+        height, width = wanted(size)
+        picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        cut = self._cut(np.asarray(picture), square)
+        labels = None
+        if square.labels is not None:
+            found = Image.fromarray(read_labels(square.labels, size))
+            nearest = found.resize((width, height), Image.Resampling.NEAREST)
+            labels = self._cut(np.asarray(nearest), square)
+        return Loaded(cut, find_regions(cut) if self.regions else None, labels)
+
+    def _cut(self, array: np.ndarray, square: Square) -> np.ndarray:
+        room = [n - self.side for n in array.shape[:2]]
+        share = (0.5,) if square.parts == 1 else (0.0, 1.0)
+        top, left = (round(n * share[square.part]) for n in room)
+        return array[top : top + self.side, left : left + self.side].copy()
+
+
+class Sampler:
+    """Sample numbers -> samples. Numbers count from 0 through the whole run, over all processes.
+
+    Every square comes once before any comes again, in an order drawn anew each time.
+    """
+
+    def __init__(self, config: TrainConfig, squares: int, views: int = 0) -> None:
+        self.config, self.squares, self.views = config, squares, views
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def __call__(self, number: int) -> Sample:
+        epoch, place = divmod(number, self.squares)
+        if epoch != self._epoch:
+            order = np.random.default_rng([self.config.seed, _ORDER, epoch])
+            self._epoch, self._order = epoch, order.permutation(self.squares)
+        square = int(self._order[place])
+        if not self.views:
+            return self._draw(square, number, [self.config.seed, _CROP, number], number)
+        view = epoch % self.views
+        return self._draw(square, view, [self.config.seed, _CROP, square, view], number)
+
+    def held_out(self, square: int) -> Sample:
+        """The crop of a held-out square: always the same."""
+        return self._draw(square, 0, [self.config.seed, _HELD, square], square)
+
+    def phase(self, step: int) -> tuple[int, int]:
+        """The first row and column of the pixels looked at in a step."""
+        random = np.random.default_rng([self.config.seed, _STEP, step])
+        y, x = random.integers(0, self.config.pixel_stride, 2)
+        return int(y), int(x)
+
+    def _draw(self, square: int, view: int, seed: list[int], number: int) -> Sample:
+        random, config = np.random.default_rng(seed), self.config
+        side = float(random.uniform(*config.crop))
+        top, left = (float(v) for v in random.uniform(0, 1 - side, 2))
+        flip = bool(random.random() < config.flip)
+        colours = _factors(random, config.jitter)
+        # What the backbone does not see may be new even where a view comes again.
+        fresh = np.random.default_rng([*seed, number])
+        varied = _factors(fresh, config.variation)
+        y, x = (float(v) for v in fresh.random(2))
+        return Sample(square, view, top, left, side, flip, colours, varied, (y, x))
+
+
+def _factors(random: np.random.Generator, strength: float) -> tuple[float, float, float]:
+    """Three factors around 1, log-uniform: strength 0.3 gives 0.74 to 1.35."""
+    return tuple(float(math.exp(v)) for v in random.uniform(-strength, strength, 3))
+
+
+class Stream:
+    """Decodes the samples of each step ahead, in threads.
+
+    Args:
+        rank, world: this process takes every ``world``-th run of ``batch`` samples.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        sampler: Sampler,
+        batch: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 1,
+    ) -> None:
+        self.pictures, self.sampler, self.batch = pictures, sampler, batch
+        self.rank, self.world, self.workers = rank, world, workers
+
+    def numbers(self, step: int) -> range:
+        """The numbers of this process's samples in a step."""
+        first = (step * self.world + self.rank) * self.batch
+        return range(first, first + self.batch)
+
+    def __call__(self, start: int, stop: int) -> Iterator[list[tuple[Sample, Loaded]]]:
+        """The samples of the steps ``start`` to ``stop - 1``, step by step."""
+        samples = (self.sampler(n) for step in range(start, stop) for n in self.numbers(step))
+        loaded: Any = prefetch(
+            lambda sample: self.pictures.load(sample.square),
+            samples,
+            workers=self.workers,
+            ahead=self.workers + 2 * self.batch,
+        )
+        step: list[tuple[Sample, Loaded]] = []
+        try:
+            for sample, picture, error in loaded:
+                if error is not None:
+                    raise error
+                step.append((sample, picture))
+                if len(step) == self.batch:
+                    yield step
+                    step = []
+        finally:
+            loaded.close()

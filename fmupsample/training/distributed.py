@@ -1,0 +1,102 @@
+"""Several processes as one: the world that ``torchrun`` starts, and sums over it.
+
+Gradients are summed by hand, once a step and in one piece: heads are small, so there is nothing to
+overlap, and a process that runs out of memory can repeat its own part of a step without the others
+noticing (the hooks of DistributedDataParallel would leave them waiting).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fmupsample.device import resolve_device
+from fmupsample.errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of a run.
+
+    Attributes:
+        rank, size: its number, and how many there are.
+        device: where it computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and speaks to the user."""
+        return self.rank == 0
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace ``tensors`` by their sums over all processes, all in one message."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.detach().copy_(part.view_as(tensor))
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Replace ``tensors`` by those of the first process."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def is_distributed() -> bool:
+    """Whether this process was started by ``torchrun``, with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leads() -> bool:
+    """Whether this is the only process, or the first."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def world(device: str | torch.device) -> Iterator[World]:
+    """Join the other processes of ``torchrun``, if there are any.
+
+    ``device`` ``auto`` or ``cuda`` becomes this process's own GPU.
+
+    Raises:
+        UsageError: more processes than GPUs.
+    """
+    place = resolve_device(device)
+    if not is_distributed():
+        yield World(0, 1, place)
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if place.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {local} has no GPU: there are {torch.cuda.device_count()}; start fewer "
+                "with --nproc-per-node, or give --device cpu"
+            )
+        place = torch.device("cuda", local)
+        torch.cuda.set_device(place)
+    joined_here = not dist.is_initialized()
+    if joined_here:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        if joined_here:
+            dist.destroy_process_group()

@@ -1,0 +1,63 @@
+"""A head at once: trained briefly on the pictures at hand, and kept for later runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fmupsample.backbones import Backbone
+from fmupsample.folders import cache_folder
+from fmupsample.images.find import Source
+from fmupsample.progress import SILENT, Progress
+from fmupsample.training.config import TrainConfig
+from fmupsample.training.run import Say, TrainReport, train
+
+# A few minutes: enough to be sharper than bilinear interpolation, not all that a head can learn.
+_STEPS, _STEPS_GPU = 150, 600
+
+
+def fitted_head_path(backbone: Backbone, upsampler: str) -> Path:
+    """Where the head of these very weights and this layer is kept."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", backbone.name)
+    key = f"{name}-layer{backbone.layer}-{backbone.fingerprint}"
+    return cache_folder() / "heads" / f"{key}.{upsampler}.safetensors"
+
+
+def fit_head(
+    backbone: Backbone,
+    sources: Sequence[Source],
+    upsampler: str = "resfu",
+    *,
+    device: torch.device,
+    config: TrainConfig | None = None,
+    progress: Progress = SILENT,
+    say: Say = lambda _: None,
+) -> TrainReport:
+    """Train a head for ``backbone`` on ``sources`` with a short budget, into the cache.
+
+    Args:
+        config: instead of the short budget.
+
+    Raises:
+        UsageError: too few or too small pictures.
+    """
+    say(f"there is no {upsampler} head for {backbone.name}: training one on these pictures")
+    steps = _STEPS_GPU if device.type == "cuda" else _STEPS
+    config = config or TrainConfig(
+        upsampler=upsampler, steps=steps, lr=2e-3, validate_every=-(-steps // 3), previews=0
+    )
+    return train(
+        backbone,
+        sources,
+        fitted_head_path(backbone, upsampler),
+        config,
+        device=device,
+        overwrite=True,
+        data=f"{len(sources)} pictures of a run",
+        recipe=f"--fit-head with {backbone.name}",
+        progress=progress,
+        say=say,
+    )

@@ -1,0 +1,339 @@
+"""The steps of a run: gradients, updates, averages, validations, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmupsample.device import is_out_of_memory
+from fmupsample.errors import FmupsampleError, TrainingError
+from fmupsample.progress import SILENT, Progress
+from fmupsample.training.config import TrainConfig
+from fmupsample.training.data import Loaded, Sample, Stream
+from fmupsample.training.distributed import World
+from fmupsample.training.model import (
+    Model,
+    all_finite,
+    learning_rate,
+    set_learning_rate,
+    update_average,
+)
+from fmupsample.training.objective import Batch, Objective
+from fmupsample.training.validate import Score, Validator
+
+_CHECKPOINT_SECONDS = 60.0
+_MOST_SKIPPED = 50  # steps in a row that fp16 may skip before it is a fault
+
+
+@dataclass
+class Best:
+    """The averaged weights with the lowest held-out loss so far."""
+
+    step: int
+    score: Score
+    state: dict[str, Tensor]
+
+
+class Trainer:
+    """One run from wherever it stands to its end.
+
+    Args:
+        model: on the device; ``average``, ``best`` and all else start from it.
+        make: ``(samples, size, phase)`` -> the batch.
+        validator: ``None``: no validation, the last weights are taken.
+        save: called with :meth:`state` whenever a checkpoint is due.
+        log: called with each record.
+        validated: called after each validation.
+
+    Attributes:
+        step: how many steps are done.
+        parts: into how many a step's samples are divided, for memory's sake.
+        seconds: spent, in earlier runs too.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        world: World,
+        stream: Stream,
+        make: Callable[..., Batch],
+        *,
+        validator: Validator | None = None,
+        save: Callable[[dict[str, Any]], None] = lambda _: None,
+        log: Callable[[dict[str, Any]], None] = lambda _: None,
+        validated: Callable[[Trainer], None] = lambda _: None,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.config, self.world, self.stream, self.make = config, world, stream, make
+        self.validator, self.save, self.log, self.validated = validator, save, log, validated
+        self.progress = progress
+        self.average = deepcopy(model).requires_grad_(False)
+        self.best: Best | None = None
+        self.step, self.parts, self.seconds, self._skipped = 0, 1, 0.0, 0
+        self.scaler = torch.amp.GradScaler(
+            world.device.type,
+            enabled=config.precision == "fp16" and world.device.type == "cuda",
+        )
+
+    # -- going on where it stopped ----------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        device = self.world.device
+        return {
+            "step": self.step,
+            "parts": self.parts,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "scaling": [self.objective.scaling.shift, self.objective.scaling.gain],
+            "rng": torch.get_rng_state(),
+            "rng_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "best": None if self.best is None else {
+                "step": self.best.step,
+                "score": [self.best.score.terms, self.best.score.bilinear,
+                          self.best.score.loss, self.best.score.bilinear_loss],
+                "state": self.best.state,
+            },
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Stand where :meth:`state` was taken; the scaling is the caller's to restore."""
+        self.step, self.parts, self.seconds = state["step"], state["parts"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if state["rng_device"] is not None and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_device"], self.world.device)
+        if state["best"] is not None:
+            best = state["best"]
+            self.best = Best(best["step"], Score(*best["score"]), best["state"])
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Do the remaining steps.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C (or SIGTERM), with a checkpoint written.
+            TrainingError: a loss that is not finite; the checkpoint holds the last good weights.
+            FmupsampleError: a single crop does not fit into memory.
+        """
+        self.model.train()
+        self.progress.start(self.config.steps, "training")
+        self.progress.advance(self.step)
+        # What earlier runs took counts too.
+        began = time.monotonic() - self.seconds
+        saved = time.monotonic()
+        steps = self.stream(self.step, self.config.steps)
+        with _Interruption(at_once_when_repeated=self.world.size == 1) as interruption:
+            try:
+                for samples in steps:
+                    if self.world.size == 1 and interruption.asked:
+                        self._stop()
+                    self._do_step(samples, interruption)
+                    self.seconds = time.monotonic() - began
+                    last = self.step == self.config.steps
+                    due = last or self.step % self.config.validate_every == 0
+                    if due:
+                        self._validate()
+                    if due or time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                        self.seconds = time.monotonic() - began
+                        self._save()
+                        saved = time.monotonic()
+                    self.progress.advance()
+            finally:
+                steps.close()
+
+    def _do_step(self, samples: list[tuple[Sample, Loaded]], interruption: _Interruption) -> None:
+        config, step = self.config, self.step
+        lr = learning_rate(step, config)
+        set_learning_rate(self.optimizer, lr)
+        values = self._gradients(samples, step)
+        names, terms = list(values), torch.stack(list(values.values()))
+        asked = torch.full((1,), float(interruption.asked), device=terms.device)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = [p.grad for p in parameters]
+        self.world.sum([*gradients, terms, asked])
+        if self.world.size > 1:
+            terms = terms / self.world.size
+            for gradient in gradients:
+                gradient.div_(self.world.size)
+            if asked.item():
+                self._stop()
+        terms = dict(zip(names, terms.tolist(), strict=True))
+        loss = float(self.objective.total(terms))
+        norm = self._update(loss, gradients)
+        update_average(self.average, self.model, step, config.ema)
+        self.step += 1
+        if self.step % config.log_every == 0 or self.step in (1, config.steps):
+            self._log(
+                {"loss": round(loss, 6), "terms": {k: round(v, 6) for k, v in terms.items()},
+                 "lr": lr, "gradient_norm": norm, "seconds": round(self.seconds, 2)}
+            )  # fmt: skip
+            held = f", held out {self.best.score.ratio:.3f} of bilinear" if self.best else ""
+            self.progress.describe(f"training, loss {loss:.4f}{held}")
+
+    def _update(self, loss: float, gradients: list[Tensor]) -> float:
+        """Clip and apply the gradients; the norm of the head's own."""
+        if not math.isfinite(loss):
+            self._fail(f"the loss became {loss}")
+        self.scaler.unscale_(self.optimizer)
+        finite = all_finite(gradients)
+        if not finite and not self.scaler.is_enabled():
+            self._fail("the gradient is not finite")
+        # fp16 overflows now and then: the scaler skips that step and scales less.
+        self._skipped = 0 if finite else self._skipped + 1
+        if self._skipped > _MOST_SKIPPED:
+            self._fail(f"the gradient was not finite {self._skipped} times in a row")
+        norm = float("nan")
+        for part in reversed([part for part in self.model.children() if part is not None]):
+            norm = float(nn.utils.clip_grad_norm_(part.parameters(), self.config.clip))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
+
+    def _gradients(self, samples: list[tuple[Sample, Loaded]], step: int) -> dict[str, Tensor]:
+        """Leave the gradients of this process's samples in the parameters; the terms' values.
+
+        Where memory runs out, the samples are halved until they fit.
+        """
+        while True:
+            try:
+                return self._accumulate(samples, step)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.parts >= len(samples):
+                    size = max(self.config.image_sizes)
+                    raise FmupsampleError(
+                        f"training on a single crop of {size}x{size} pixels needs more memory "
+                        f"than {self.world.device} has; use a smaller --image-size"
+                    ) from error
+            # Outside the handler, which would keep the tensors of the failed attempt alive.
+            self.parts = min(2 * self.parts, len(samples))
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.progress.warn(
+                f"out of memory: from now on every step takes its {len(samples)} crops in "
+                f"{self.parts} parts"
+            )
+
+    def _accumulate(self, samples: list[tuple[Sample, Loaded]], step: int) -> dict[str, Tensor]:
+        config = self.config
+        size = config.image_sizes[step % len(config.image_sizes)]
+        phase = self.stream.sampler.phase(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        values: dict[str, Tensor] = {}
+        for part in _divided(samples, self.parts):
+            share = len(part) / len(samples)
+            batch = self.make(part, size, phase)
+            terms = self.objective(self.model.head, batch, self.model.probe)
+            loss = self.objective.total(terms)
+            if self.model.plain_probe is not None:
+                loss = loss + self._plain_task(batch)
+            self.scaler.scale(share * loss).backward()
+            for name, value in terms.items():
+                values[name] = values.get(name, 0) + share * value.detach()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return values
+
+    def _plain_task(self, batch: Batch) -> Tensor:
+        """The ``task`` loss of bilinear upsampling, for the probe that it is compared by."""
+        low = self.objective.scaling(batch.low)
+        logits = self.model.plain_probe(low)
+        size = batch.labels.shape[-2:]
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return self.objective.cross_entropy(logits, batch.labels)
+
+    # -- what happens now and then ----------------------------------------------------------------
+
+    def _validate(self) -> None:
+        if self.world.leads and self.validator is not None:
+            size = max(1, self.config.batch_size // self.parts)
+            score = self.validator(self.average, size)
+            self._log({"held_out": score.to_json()})
+            if self.best is None or score.loss < self.best.score.loss:
+                state = {k: v.detach().cpu().clone() for k, v in self.average.state_dict().items()}
+                self.best = Best(self.step, score, state)
+        if self.world.leads:
+            self.validated(self)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.world.leads:
+            self.log({"step": self.step, **record})
+
+    def _save(self) -> None:
+        if self.world.leads:
+            self.save(self.state())
+
+    def _stop(self) -> None:
+        self._save()
+        raise KeyboardInterrupt
+
+    def _fail(self, what: str) -> None:
+        self._save()
+        raise TrainingError(
+            f"{what} in step {self.step + 1} of {self.config.steps}; the weights after step "
+            f"{self.step} are in the checkpoint; go on from there with --resume and a smaller "
+            f"--lr (it was {self.config.lr:g})"
+        )
+
+
+def _divided(samples: list, parts: int) -> Iterator[list]:
+    """``samples`` in ``parts`` pieces of nearly equal length."""
+    edges = [round(i * len(samples) / parts) for i in range(parts + 1)]
+    for first, last in pairwise(edges):
+        if last > first:
+            yield samples[first:last]
+
+
+class _Interruption:
+    """While it lasts, Ctrl-C and SIGTERM only raise a flag: a step is done or not, never by half.
+
+    Args:
+        at_once_when_repeated: the second Ctrl-C interrupts as usual. Not with several processes,
+            which get each signal more than once, from the terminal and from torchrun.
+    """
+
+    def __init__(self, *, at_once_when_repeated: bool) -> None:
+        self.asked = False
+        self._repeatable = at_once_when_repeated
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruption:
+        # Signals can be handled in the main thread only; elsewhere they are not ours to handle.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._raise_flag)
+        return self
+
+    def _raise_flag(self, *_: object) -> None:
+        if self.asked and self._repeatable:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,518 @@
+"""A whole training run: from pictures and a frozen backbone to a head file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmupsample._version import __version__
+from fmupsample.analysis.pca import PCABasis
+from fmupsample.atomic import replacing
+from fmupsample.backbones import Backbone
+from fmupsample.device import PRECISIONS, autocast
+from fmupsample.errors import OutputError, UsageError
+from fmupsample.images.find import Source, printable
+from fmupsample.progress import SILENT, Progress
+from fmupsample.training.batches import make_batch
+from fmupsample.training.cache import Features, plan_views
+from fmupsample.training.checkpoint import NAME as CHECKPOINT
+from fmupsample.training.checkpoint import load_checkpoint, save_checkpoint
+from fmupsample.training.config import TrainConfig
+from fmupsample.training.crops import Cropper
+from fmupsample.training.data import (
+    Pictures,
+    Sample,
+    Sampler,
+    Square,
+    Stream,
+    list_squares,
+    split_squares,
+    validation_squares,
+)
+from fmupsample.training.distributed import World, world
+from fmupsample.training.labels import count_classes, find_labels
+from fmupsample.training.loop import Trainer
+from fmupsample.training.model import Model, check_trainable, make_optimizer
+from fmupsample.training.objective import ENLARGED, Objective, Scaling
+from fmupsample.training.report import (
+    CURVE,
+    LOG,
+    PREVIEWS,
+    Log,
+    draw_curve,
+    draw_preview,
+    save_picture,
+)
+from fmupsample.training.validate import Score, Validator
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.heads import load_head, save_head
+from fmupsample.upsamplers.learned import build_learned
+from fmupsample.writers.lock import FolderLock
+
+CONFIG = "config.json"
+KEEP_BYTES = 2**30  # memory for decoded pictures and for features, together
+_SCALING_SAMPLES = 32
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class TrainReport:
+    """What became of a run.
+
+    Attributes:
+        output: the head file.
+        score: held-out losses of the weights in it; ``None`` without validation pictures.
+        best_step: after how many steps those weights were taken.
+        pictures, held_out: how many were trained and validated on.
+        seconds: of training, with validations, over all interruptions.
+        leads: false in processes that only helped: they have nothing to tell.
+    """
+
+    output: Path
+    work: Path
+    config: TrainConfig
+    parameters: int
+    pictures: int
+    held_out: int
+    best_step: int = 0
+    score: Score | None = None
+    seconds: float = 0.0
+    resumed_at: int = 0
+    card: dict[str, Any] = field(default_factory=dict)
+    leads: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON summary."""
+        return {
+            "output": printable(self.output),
+            "work": printable(self.work),
+            "upsampler": self.config.upsampler,
+            "parameters": self.parameters,
+            "pictures": self.pictures,
+            "held_out_pictures": self.held_out,
+            "steps": self.config.steps,
+            "resumed_at": self.resumed_at,
+            "best_step": self.best_step,
+            "held_out": None if self.score is None else self.score.to_json(),
+            "better_than_bilinear": None if self.score is None else self.score.better,
+            "seconds": round(self.seconds, 1),
+            "seconds_per_step": round(self.seconds / self.config.steps, 4),
+            "config": self.config.to_dict(),
+        }
+
+
+def work_folder(output: Path) -> Path:
+    """Where a run keeps its checkpoint, log and pictures: beside the head."""
+    return output.with_name(f"{output.name}.train")
+
+
+def train(
+    backbone: Backbone,
+    sources: Sequence[Source],
+    output: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    validation: Sequence[Source] = (),
+    labels: Sequence[Path] = (),
+    start_from: Path | None = None,
+    device: str | torch.device = "auto",
+    workers: int | None = None,
+    work: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_bytes: int = KEEP_BYTES,
+    data: str = "",
+    recipe: str = "",
+    progress: Progress = SILENT,
+    say: Say = lambda _: None,
+) -> TrainReport:
+    """Train a head on pictures and write it to ``output``, which appears only when complete.
+
+    Args:
+        sources: pictures to train on; some are kept for validation unless ``validation`` is given.
+        labels: folders with an indexed PNG for each picture, for the ``task`` term.
+        start_from: a head file to go on from instead of new parameters.
+        workers: threads that decode pictures ahead; ``None``: by the number of processors.
+        work: folder for checkpoint, log, curve and previews; default: ``OUTPUT.train``.
+        resume: go on from the checkpoint in ``work`` (or begin, if there is none).
+        overwrite: begin anew, whatever is there.
+        data, recipe: for the card: what the pictures are, the command.
+        say: told one line at a time about what is decided.
+
+    Raises:
+        UsageError: options, pictures or labels that cannot be used; files in the way.
+        HeadError: ``start_from`` is damaged, or made for another backbone.
+        TrainingError: the loss is not finite.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint written.
+    """
+    output = Path(output)
+    work = work_folder(output) if work is None else Path(work)
+    if output.suffix != ".safetensors":
+        raise UsageError(f"the head {printable(output)} must be named *.safetensors")
+    with world(device) as here, _own_randomness(here.device):
+        lock = FolderLock(work) if here.leads else contextlib.nullcontext()
+        with lock:
+            if here.leads:
+                _clear_the_way(output, work, resume=resume, overwrite=overwrite)
+            here.wait()
+            run = _Run(
+                backbone, here, output, work, progress, say if here.leads else lambda _: None
+            )
+            run.prepare(
+                config or TrainConfig(), sources, validation, labels, start_from, keep_bytes,
+                _default_workers(here.device) if workers is None else workers,
+            )  # fmt: skip
+            if resume:
+                run.go_on()
+            return run.run(data, recipe)
+
+
+def _clear_the_way(output: Path, work: Path, *, resume: bool, overwrite: bool) -> None:
+    if overwrite and resume:
+        raise UsageError("--resume and --overwrite exclude each other; give one of them")
+    if overwrite:
+        for name in (CHECKPOINT, LOG, CURVE, CONFIG):
+            (work / name).unlink(missing_ok=True)
+        shutil.rmtree(work / PREVIEWS, ignore_errors=True)
+        return
+    if resume:
+        return
+    if output.exists():
+        raise UsageError(f"{printable(output)} exists; --overwrite trains it anew")
+    if (work / CHECKPOINT).exists():
+        raise UsageError(
+            f"{printable(work)} holds an unfinished run: --resume goes on with it, --overwrite "
+            "begins anew"
+        )
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Leave PyTorch's random numbers and its precision of products as they were."""
+    devices = [device] if device.type == "cuda" else []
+    before = torch.get_float32_matmul_precision()
+    with torch.random.fork_rng(devices=devices):
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _default_workers(device: torch.device) -> int:
+    cores = os.cpu_count() or 1
+    # On the CPU, decoding and computing share the cores.
+    return max(1, min(4, cores // 2 if device.type == "cpu" else cores - 1))
+
+
+class _Run:
+    def __init__(
+        self,
+        backbone: Backbone,
+        here: World,
+        output: Path,
+        work: Path,
+        progress: Progress,
+        say: Say,
+    ) -> None:
+        self.backbone = backbone.to(here.device).eval()
+        self.here, self.output, self.work = here, output, work
+        self.progress, self.say = progress, say
+        self.log = Log(work / LOG)
+        self.previews: list[tuple[Any, Tensor, Tensor]] | None = None
+
+    # -- everything that training needs -----------------------------------------------------------
+
+    def prepare(
+        self,
+        config: TrainConfig,
+        sources: Sequence[Source],
+        validation: Sequence[Source],
+        labels: Sequence[Path],
+        start_from: Path | None,
+        keep_bytes: int,
+        workers: int,
+    ) -> None:
+        here, backbone = self.here, self.backbone
+        head, config = self._head(config, start_from)
+        self.config = config = config.resolve(backbone, here.device)
+        self.labelled = "task" in config.terms
+        files: dict[Source, Path] = {}
+        if self.labelled != bool(labels):
+            raise UsageError(
+                "--objective task needs --labels FOLDER"
+                if self.labelled
+                else "--labels is for --objective task; no other term looks at labels"
+            )
+        if labels:
+            files = find_labels(labels, [*sources, *validation])
+        squares, held = self._squares(sources, validation, files)
+        self.pictures_used = len({square.source for square in squares})
+        self.held_out = len(held)
+        self.identity = self._identify([*squares, *held])
+        classes = count_classes(list(files.values())) if files else 0
+
+        views = plan_views(config, backbone, len(squares), here.size, keep_bytes // 2)
+        workers_warn = self.progress.warn if here.leads else (lambda _: None)
+        share = keep_bytes // 2 if views else keep_bytes
+        regions = "regions" in config.terms
+        pictures = Pictures(
+            squares, config.side, regions=regions, keep_bytes=share, warn=workers_warn
+        )
+        self.sampler = Sampler(config, len(squares), views)
+        self.stream = Stream(
+            pictures,
+            self.sampler,
+            config.batch_size,
+            rank=here.rank,
+            world=here.size,
+            workers=workers,
+        )
+        self.cropper = Cropper(backbone.mean, backbone.std, here.device)
+        enlarge = config.enlarge if ENLARGED & set(config.terms) else 0
+        extractor = partial(
+            Features, backbone, self.cropper, enlarge=enlarge, precision=config.precision
+        )
+        self.features = extractor(keep_bytes=keep_bytes // 2 if views else 0)
+        model = Model(head, backbone.channels, classes).to(here.device)
+        here.share(list(model.state_dict().values()))
+        self.objective = Objective(
+            config, self._no_scaling(), partial(autocast, here.device, PRECISIONS[config.precision])
+        )
+        validator = None
+        if held and here.leads:
+            held_pictures = Pictures(
+                held, config.side, regions=regions, keep_bytes=keep_bytes, warn=workers_warn
+            )
+            self.held_pictures, self.held_features = held_pictures, extractor(keep_bytes=2**28)
+            validator = Validator(
+                self.objective,
+                held_pictures,
+                Sampler(config, len(held)),
+                partial(self._make, features=self.held_features),
+            )
+        self.trainer = Trainer(
+            model,
+            self.objective,
+            make_optimizer(model, config),
+            config,
+            here,
+            self.stream,
+            partial(self._make, features=self.features),
+            validator=validator,
+            save=self._save,
+            log=self.log.add,
+            validated=self._draw,
+            progress=self.progress,
+        )
+        self.resumed_at = 0
+        self.say(self._plan(views))
+
+    def _head(self, config: TrainConfig, start_from: Path | None) -> tuple[Upsampler, TrainConfig]:
+        backbone = self.backbone
+        torch.manual_seed(config.seed)
+        if start_from is not None:
+            head = load_head(start_from, backbone).train().requires_grad_(True)
+            wanted = {**head.config.to_dict(), **config.upsampler_config}
+            if wanted != head.config.to_dict():
+                raise UsageError("upsampler_config: a head to go on from keeps its own")
+        else:
+            options = {"channels": backbone.channels, **config.upsampler_config}
+            head = build_learned(config.upsampler, options)
+        check_trainable(head, backbone.stride)
+        if getattr(head.config, "channels", backbone.channels) != backbone.channels:
+            raise UsageError(
+                f"upsampler_config: channels must be {backbone.channels}, as {backbone.name} has"
+            )
+        # The whole of the head's configuration is recorded, not only what was asked for.
+        return head, replace(config, upsampler=head.name, upsampler_config=head.config.to_dict())
+
+    def _squares(
+        self,
+        sources: Sequence[Source],
+        validation: Sequence[Source],
+        files: dict[Source, Path],
+    ) -> tuple[list[Square], list[Square]]:
+        smallest = min(self.config.image_sizes) // 2
+        warn = self.progress.warn if self.here.leads else (lambda _: None)
+        find = partial(list_squares, smallest=smallest, labels=files, warn=warn)
+        if not validation:
+            return split_squares(find(sources), self.config.held_out)
+        kept = {os.path.realpath(source.path) for source in validation}
+        training = [s for s in sources if os.path.realpath(s.path) not in kept]
+        if len(training) < len(sources):
+            self.say(f"{len(sources) - len(training)} pictures are kept for validation only")
+        held = find(validation, purpose="validation", least=1)
+        return find(training), validation_squares(held)
+
+    def _identify(self, squares: Sequence[Square]) -> str:
+        """What a checkpoint must agree with besides the options."""
+        what = [
+            self.here.size, self.backbone.fingerprint, self.backbone.layer,
+            [[str(s.source.relative), s.size, s.part, bool(s.labels)] for s in squares],
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def _plan(self, views: int) -> str:
+        config, backbone = self.config, self.backbone
+        sizes = " and ".join(f"{s}x{s}" for s in config.image_sizes)
+        several = f" in each of {self.here.size} processes" if self.here.size > 1 else ""
+        kept = f", {views} views of each, their features kept" if views else ""
+        return (
+            f"training {config.upsampler} for {backbone.name} on {self.pictures_used} pictures "
+            f"({self.held_out} more held out){kept}: {config.steps} steps of {config.batch_size} "
+            f"crops of {sizes} pixels{several}, objective "
+            + " + ".join(f"{weight:g} {name}" for name, weight in config.terms.items())
+        )
+
+    def _make(self, samples, size: int, phase: tuple[int, int], *, features: Features):
+        return make_batch(samples, size, phase, self.config, self.cropper, features)
+
+    def _no_scaling(self) -> Scaling:
+        zeros = torch.zeros(self.backbone.channels, device=self.here.device)
+        return Scaling(zeros, zeros + 1)
+
+    def _fit_scaling(self) -> Scaling:
+        size, found = self.config.image_sizes[0], []
+        for number in range(min(_SCALING_SAMPLES, max(8, len(self.stream.pictures)))):
+            sample: Sample = self.sampler(number)
+            pair = (sample, self.stream.pictures.load(sample.square))
+            found.append(self.features.compute(self.cropper.pictures([pair], size)))
+        scaling = Scaling.fit(torch.cat(found), self.config.scaling)
+        self.here.share([scaling.shift, scaling.gain])
+        return scaling
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def go_on(self) -> None:
+        """Take up the checkpoint in the work folder, if there is one."""
+        path = self.work / CHECKPOINT
+        if not path.exists():
+            self.say(f"nothing to go on from in {printable(self.work)}: beginning")
+            return
+        state = load_checkpoint(path, self.config, self.identity)
+        self.trainer.load(state)
+        device = self.here.device
+        self.objective.scaling = Scaling(*(part.to(device) for part in state["scaling"]))
+        self.resumed_at = self.trainer.step
+        self.say(f"going on after step {self.trainer.step} of {self.config.steps}")
+
+    def run(self, data: str, recipe: str) -> TrainReport:
+        trainer, here = self.trainer, self.here
+        if here.leads:
+            self._write_config()
+            self.log.begin(trainer.step)
+        if not self.resumed_at:
+            self.objective.scaling = self._fit_scaling()
+        trainer.run()
+        report = TrainReport(
+            output=self.output,
+            work=self.work,
+            config=self.config,
+            parameters=sum(p.numel() for p in trainer.model.head.parameters()),
+            pictures=self.pictures_used,
+            held_out=self.held_out,
+            best_step=self.config.steps,
+            seconds=trainer.seconds,
+            resumed_at=self.resumed_at,
+            leads=here.leads,
+        )
+        if here.leads:
+            self._finish(report, data, recipe)
+        here.wait()
+        return report
+
+    def _finish(self, report: TrainReport, data: str, recipe: str) -> None:
+        average, best = self.trainer.average, self.trainer.best
+        if best is not None:
+            average.load_state_dict(best.state)
+            report.best_step, report.score = best.step, best.score
+        labels = "with labels" if self.labelled else "no labels"
+        report.card = {
+            "data": f"{data or f'{report.pictures} pictures'}; {labels}",
+            "pictures": report.pictures,
+            "held_out_pictures": report.held_out,
+            "recipe": recipe,
+            "steps": self.config.steps,
+            "best_step": report.best_step,
+            "seed": self.config.seed,
+            "hardware": describe_hardware(self.here),
+            "seconds": round(report.seconds),
+            "held_out": None if report.score is None else report.score.to_json(),
+            "fmupsample": __version__,
+            "config": self.config.to_dict(),
+        }
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        save_head(self.output, average.head, self.backbone, report.card)
+
+    # -- what it leaves behind --------------------------------------------------------------------
+
+    def _write_config(self) -> None:
+        path = self.work / CONFIG
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"{printable(path)} cannot be written: {error.strerror or error}"
+            ) from error
+
+    def _save(self, state: dict[str, Any]) -> None:
+        save_checkpoint(self.work / CHECKPOINT, self.config, self.identity, state)
+
+    def _draw(self, trainer: Trainer) -> None:
+        """The curve and the previews, after a validation."""
+        save_picture(self.work / CURVE, draw_curve(self.log.read(), self.config.steps))
+        if self.previews is None:
+            self.previews, self.basis = self._choose_previews()
+        head = trainer.average.head.eval()
+        for number, (pixels, image, features) in enumerate(self.previews, 1):
+            note = f"{self.backbone.name}, step {trainer.step} of {self.config.steps}"
+            panel = draw_preview(pixels, image, features, head, self.basis, note)
+            save_picture(self.work / PREVIEWS / f"step-{trainer.step:06}-{number}.png", panel)
+
+    def _choose_previews(self) -> tuple[list, PCABasis | None]:
+        """Some held-out squares, whole, with their features; and colours for them all."""
+        count = min(self.config.previews, self.held_out)
+        if not count:
+            return [], None
+        multiple = self.backbone.size_multiple[0]
+        fixed = self.backbone.fixed_size
+        size = fixed[0] if fixed else max(self.config.side // multiple, 1) * multiple
+        chosen = []
+        for square in range(0, self.held_out, -(-self.held_out // count)):
+            loaded = self.held_pictures.load(square)
+            whole = Sample(square, 0, 0.0, 0.0, 1.0, False, (1, 1, 1), (1, 1, 1), (0, 0))
+            image = self.cropper.pictures([(whole, loaded)], size)
+            shown = (image[0] * self.cropper.std + self.cropper.mean).clamp(0, 1) * 255
+            pixels = shown.round().byte().permute(1, 2, 0).cpu().numpy()
+            chosen.append((pixels, image, self.held_features.compute(image)))
+        tokens = torch.cat([features[0].flatten(1).T for _, _, features in chosen])
+        return chosen, PCABasis.fit(tokens)
+
+
+def describe_hardware(here: World) -> str:
+    """``2 x NVIDIA H100``, or the processor and its threads."""
+    if here.device.type == "cuda":
+        name = torch.cuda.get_device_name(here.device)
+        return f"{here.size} x {name}" if here.size > 1 else name
+    model = "CPU"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    several = f" in each of {here.size} processes" if here.size > 1 else ""
+    return f"{model}, {torch.get_num_threads()} threads{several}"

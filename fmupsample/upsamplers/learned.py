@@ -1,0 +1,31 @@
+"""Upsamplers with parameters, by name: what head files hold and training makes.
+
+Each is built from one configuration object, kept as ``module.config``, which turns into a mapping
+and back (``to_dict``, ``from_dict``) and has the number of feature ``channels`` among its fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fmupsample.errors import UsageError
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
+
+LEARNED: dict[str, tuple[type[Upsampler], type]] = {ReSFU.name: (ReSFU, ReSFUConfig)}
+
+
+def build_learned(name: str, config: Mapping[str, Any]) -> Upsampler:
+    """A new upsampler with untrained parameters.
+
+    Raises:
+        UsageError: no such upsampler, or a configuration it does not take.
+    """
+    if name not in LEARNED:
+        raise UsageError(f"{name!r} is not an upsampler with parameters: {', '.join(LEARNED)}")
+    module, config_class = LEARNED[name]
+    try:
+        return module(config_class.from_dict(dict(config)))
+    except TypeError as error:
+        raise UsageError(f"the configuration of {name} is unusable: {error}") from error

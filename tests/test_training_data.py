@@ -1,0 +1,300 @@
+"""Regions, squares, samples, labels, options: what a run is made from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_training import draw_pictures, options
+from toy import ToyBackbone
+
+from fmupsample.errors import ImageError, UsageError
+from fmupsample.images import find_images
+from fmupsample.training.cache import VIEWS, Features, plan_views
+from fmupsample.training.config import TrainConfig, parse_objective
+from fmupsample.training.crops import Cropper, change_colours
+from fmupsample.training.data import (
+    Loaded,
+    Pictures,
+    Sample,
+    Sampler,
+    Stream,
+    list_squares,
+    split_squares,
+)
+from fmupsample.training.labels import count_classes, find_labels, read_labels
+from fmupsample.training.regions import find_regions, merge_regions
+
+# --- regions --------------------------------------------------------------------------------------
+
+
+def one_by_one(picture: np.ndarray, scale: float) -> np.ndarray:
+    """The paper's loop."""
+    height, width = picture.shape[:2]
+    values = picture.astype(np.float32)
+    edges = []
+    # In the order of merge_regions, which decides between edges of equal weight.
+    for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        for y in range(height - dy):
+            for x in range(max(0, -dx), width - max(0, dx)):
+                difference = values[y, x] - values[y + dy, x + dx]
+                weight = np.sqrt((difference**2).sum())
+                edges.append((int(weight * 128), weight, y * width + x, (y + dy) * width + x + dx))
+    edges.sort(key=lambda edge: edge[0])
+    root, size, inner = list(range(height * width)), [1] * height * width, [0.0] * height * width
+
+    def find(node: int) -> int:
+        while root[node] != node:
+            node = root[node]
+        return node
+
+    for _, weight, a, b in edges:
+        a, b = find(a), find(b)
+        if a != b and weight <= min(inner[a] + scale / size[a], inner[b] + scale / size[b]):
+            a, b = min(a, b), max(a, b)
+            root[b] = a
+            size[a] += size[b]
+            inner[a] = weight
+    return np.array([find(n) for n in range(height * width)]).reshape(height, width)
+
+
+@pytest.mark.parametrize("few", [0, 40, 10_000])
+def test_merging_all_at_once_is_the_papers_loop(few: int, monkeypatch) -> None:
+    monkeypatch.setattr("fmupsample.training.regions._FEW", max(few, 1))
+    monkeypatch.setattr("fmupsample.training.regions._BATCH", 200)
+    random = np.random.default_rng(0)
+    smooth = np.cumsum(random.normal(0, 4, (23, 31, 3)), 1) + 120 + random.normal(0, 3, (23, 31, 3))
+    picture = smooth.clip(0, 255).astype(np.uint8)
+    mine = merge_regions(picture, scale=60, sigma=0, min_size=1)
+    theirs = np.unique(one_by_one(picture, 60), return_inverse=True)[1].reshape(mine.shape)
+    assert np.array_equal(mine, theirs)
+    assert 5 < mine.max() < 400
+
+
+def test_regions_follow_colours_to_the_pixel() -> None:
+    picture = np.full((90, 71, 3), (200, 180, 40), dtype=np.uint8)
+    picture[13:60, 21:50] = (30, 60, 160)
+    regions = find_regions(picture)
+    assert regions.shape == (90, 71) and regions.dtype == np.int32
+    inside, outside = regions[16:57, 24:47], regions.copy()
+    outside[8:65, 16:55] = regions[0, 0]
+    assert (inside == inside[0, 0]).all() and (outside == regions[0, 0]).all()
+    assert inside[0, 0] != regions[0, 0]
+    assert np.array_equal(regions, find_regions(picture))
+    sharp = merge_regions(picture, scale=60, sigma=0, min_size=1)
+    assert (sharp == sharp[13, 21]).sum() == 47 * 29 and sharp.max() == 1
+    small = merge_regions(picture, scale=60, sigma=0, min_size=2000)
+    assert small.max() == 0  # too small to stay
+
+
+# --- pictures, squares, samples -------------------------------------------------------------------
+
+
+def test_squares_and_what_is_left_out(tmp_path) -> None:
+    draw_pictures(tmp_path, 6)
+    Image.new("RGB", (20, 300)).save(tmp_path / "thin.png")
+    (tmp_path / "bad.png").write_text("no")
+    said = []
+    squares = list_squares(find_images([tmp_path]), 32, warn=said.append)
+    # Sides of 64, 72 and 80 by 64: the last are oblong, and give both ends.
+    assert [s.source.relative.name for s in squares if s.part == 1] == ["02.png", "05.png"]
+    assert len(squares) == 8
+    assert "1 picture is too small (under 32 pixels" in said[0] and "20x300" in said[0]
+    assert "bad.png is not a picture" in said[1]
+    with pytest.raises(UsageError, match=r"at least 9 usable pictures and has 6: 8 given.*smaller"):
+        list_squares(find_images([tmp_path]), 32, least=9)
+    training, held = split_squares(squares, 0.3)
+    assert len({s.source for s in training}) == 4 and len(held) == 2
+    assert not {s.source for s in training} & {s.source for s in held}
+
+
+def test_pictures_are_cut_kept_and_replaced(tmp_path) -> None:
+    draw_pictures(tmp_path, 4)
+    squares = list_squares(find_images([tmp_path]), 32)
+    (tmp_path / "01.png").write_bytes((tmp_path / "01.png").read_bytes()[:80])
+    said: list[str] = []
+    each = 48 * 48 * (3 + 4)
+    pictures = Pictures(squares, 48, regions=True, keep_bytes=each, warn=said.append)
+    first = pictures.load(0)
+    assert first.pixels.shape == (48, 48, 3) and first.regions.shape == (48, 48)
+    assert first.bytes == each and pictures.load(0) is first
+    assert np.array_equal(pictures.load(1).pixels, pictures.load(2).pixels)
+    assert pictures.load(2) is not pictures.load(2)  # there was room for one
+    pictures.load(1)
+    assert len(said) == 1 and "01.png" in said[0]
+    left, right = pictures.load(2).pixels, pictures.load(3).pixels
+    assert not np.array_equal(left, right)
+    for name in ("00", "02", "03"):
+        (tmp_path / f"{name}.png").unlink()
+    with pytest.raises(ImageError, match="not one"):
+        Pictures(squares, 48, regions=False, keep_bytes=0).load(0)
+
+
+def test_samples_depend_on_their_number_alone() -> None:
+    config = options()
+    forwards, backwards = Sampler(config, 5), Sampler(config, 5)
+    samples = [forwards(n) for n in range(20)]
+    assert [backwards(n) for n in reversed(range(20))] == samples[::-1]
+    for epoch in range(4):
+        assert sorted(s.square for s in samples[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
+    assert len({(s.top, s.left, s.side) for s in samples}) == 20
+    assert all(0 <= s.top <= 1 - s.side and 0.55 <= s.side <= 1 for s in samples)
+    assert {s.flip for s in samples} == {True, False}
+    assert Sampler(options(seed=1), 5)(0) != samples[0]
+    fixed = Sampler(config, 5, views=2)
+    seen = {(s.square, s.view): (s.top, s.side) for s in map(fixed, range(40))}
+    assert len(seen) == 10
+    assert all(seen[s.square, s.view] == (s.top, s.side) for s in map(fixed, range(40, 80)))
+    assert fixed(0).blocks != fixed(10).blocks  # what the backbone does not see stays new
+
+
+def test_processes_share_the_samples_of_a_step(tmp_path) -> None:
+    squares = list_squares(find_images([draw_pictures(tmp_path)]), 32)
+    pictures = Pictures(squares, 48, regions=False, keep_bytes=10**7)
+
+    def steps(batch: int, **share: int) -> list[list[Sample]]:
+        stream = Stream(pictures, Sampler(options(), len(squares)), batch, workers=2, **share)
+        return [[sample for sample, _ in step] for step in stream(3, 6)]
+
+    whole = steps(4)
+    halves = [steps(2, rank=rank, world=2) for rank in range(2)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+
+
+def test_crops() -> None:
+    pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+    pixels[:32, :32] = 255
+    regions = np.arange(64 * 64, dtype=np.int32).reshape(64, 64)
+    plain = Sample(0, 0, 0.25, 0.0, 0.5, False, (1, 1, 1), (2, 1, 1), (0.5, 0.99))
+    mirrored = Sample(0, 0, 0.25, 0.0, 0.5, True, (1, 1, 1), (1, 1, 1), (0, 0))
+    samples = [(s, Loaded(pixels, regions, regions.astype(np.uint8))) for s in (plain, mirrored)]
+    cropper = Cropper((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), torch.device("cpu"))
+    images = cropper.pictures(samples, 32)
+    assert images.shape == (2, 3, 32, 32)
+    assert float(images[0, 0, 0, 0]) == 2 and float(images[0, 0, 20, 0]) == -2
+    assert torch.equal(images[0].flip(2), images[1])
+    assert torch.equal(cropper.regions(samples, 32)[0], torch.from_numpy(regions[16:48, :32]))
+    assert cropper.regions(samples, 64)[0, 0, :4].tolist() == [1024, 1024, 1025, 1025]
+    assert cropper.labels(samples, 32).dtype == torch.int64
+    assert cropper.offsets(samples, 16).tolist() == [[8, 15], [0, 0]]
+    assert cropper.pictures(samples, 48).shape == (2, 3, 48, 48)
+    grey = torch.full((3, 2, 2), 0.25)
+    assert torch.allclose(change_colours(grey, (2.0, 1.0, 1.0)), grey * 2)
+    red = torch.tensor([0.8, 0.2, 0.2])[:, None, None].expand(3, 2, 2)
+    assert torch.allclose(change_colours(red, (1, 1, 0)), torch.full((3, 2, 2), 0.3794), atol=1e-4)
+
+
+def test_features_are_kept_within_a_bound(tmp_path) -> None:
+    squares = list_squares(find_images([draw_pictures(tmp_path)]), 32)
+    pictures = Pictures(squares, 48, regions=False, keep_bytes=10**7)
+    sampler = Sampler(options(), len(squares), views=1)
+    samples = [(s, pictures.load(s.square)) for s in map(sampler, range(4))]
+    cropper = Cropper((0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
+    images = cropper.pictures(samples, 32)
+    backbone = ToyBackbone()
+    each = 2 * 16 * (16 + 64)
+    features = Features(backbone, cropper, enlarge=2, precision="fp32", keep_bytes=3 * each)
+    low, fine = features(samples, images)
+    assert low.shape == (4, 16, 4, 4) and fine.shape == (4, 16, 8, 8)
+    assert backbone.calls == 8
+    again = features(samples, images)
+    assert backbone.calls == 10  # the fourth did not fit
+    assert torch.equal(low, again[0]) and torch.equal(fine, again[1])
+    torch.testing.assert_close(low, backbone(images), rtol=1e-3, atol=1e-3)
+    # A backbone of one size sees the enlarged crop in tiles.
+    backbone.fixed_size = (32, 32)
+    tiled = Features(backbone, cropper, enlarge=2, precision="fp32")(samples, images)[1]
+    torch.testing.assert_close(tiled, fine, rtol=1e-3, atol=1e-3)
+
+    def views(**changes) -> int:
+        config = options(**changes).resolve(backbone, torch.device("cpu"))
+        return plan_views(config, backbone, 10, 1, 10**9)
+
+    assert views() == 0 and views(steps=1000) == VIEWS and views(steps=1000, views=3) == 3
+    config = options(steps=1000).resolve(backbone, torch.device("cpu"))
+    assert plan_views(config, backbone, 10, 1, 1000) == 0
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def test_labels(tmp_path) -> None:
+    pictures = draw_pictures(tmp_path / "p", 4, labels=tmp_path / "l")
+    sources = find_images([pictures])
+    found = find_labels([tmp_path / "l"], sources)
+    assert [path.name for path in found.values()] == ["00.png", "01.png", "02.png", "03.png"]
+    assert count_classes(list(found.values())) == 2
+    assert set(np.unique(read_labels(found[sources[0]], (64, 64)))) == {0, 1}
+    with pytest.raises(ImageError, match="64x64 pixels, their picture has 65x64"):
+        read_labels(found[sources[0]], (64, 65))
+    squares = list_squares(sources, 32, labels=found)
+    loaded = Pictures(squares, 48, regions=False, keep_bytes=0).load(0)
+    assert loaded.labels.shape == (48, 48) and set(np.unique(loaded.labels)) == {0, 1}
+    Image.new("RGB", (4, 4)).save(tmp_path / "l/00.png")
+    with pytest.raises(UsageError, match="one byte a pixel; their mode is RGB"):
+        count_classes(list(found.values()))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "l/01.png").rename(tmp_path / "m/01.png")
+    assert len(find_labels([tmp_path / "l", tmp_path / "m"], sources)) == 4
+    with pytest.raises(UsageError, match=r"1 of 4 pictures have no labels.*01\.png"):
+        find_labels([tmp_path / "l"], sources)
+    with pytest.raises(UsageError, match="does not exist"):
+        find_labels([tmp_path / "nowhere"], sources)
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_options() -> None:
+    config = TrainConfig.from_dict({"image_sizes": 224, "objective": parse_objective("crops=2")})
+    assert config.image_sizes == (224,) and config.terms == {"crops": 2.0}
+    assert parse_objective("crops + task=0.5") == {"crops": 1.0, "task": 0.5}
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    resolved = config.resolve(ToyBackbone(), torch.device("cpu"))
+    assert resolved.image_sizes == (224,) and resolved.side == 352
+    assert (resolved.steps, resolved.batch_size, resolved.precision) == (800, 2, "fp32")
+    assert options(image_sizes=[3 * 16 + 1]).resolve(
+        ToyBackbone(), torch.device("cpu")
+    ).image_sizes == (48,)
+    assert options(lr=1.0).differences(options(lr=2.0)) == []
+    assert options(seed=1).differences(options()) == ["seed 1 (the run began with 0)"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 1}, "no option 'stepz'; did you mean steps"),
+        ({"steps": 0}, "steps=0 must be 1 to"),
+        ({"steps": 1.5}, "whole number"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"lr": "big"}, "lr='big'"),
+        ({"objective": {"edges": 1}}, "no term edges; it has crops"),
+        ({"objective": {"crops": -1}}, "must be 0 or more"),
+        ({"objective": {"crops": 0}}, "must be 0 or more"),
+        ({"objective": 3}, "must be a mapping"),
+        ({"crop": [0.9, 0.5]}, "two shares"),
+        ({"scaling": "log"}, "scaling 'log' is unknown"),
+        ({"cosine": 0, "mse": 0}, "nothing would be compared"),
+        ({"image_sizes": "big"}, "list of numbers"),
+        ({"image_sizes": [8]}, "image size 8 is not possible"),
+    ],
+)
+def test_options_that_cannot_be(values, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("text", ["", "crops=much", "=1"])
+def test_objectives_that_cannot_be(text) -> None:
+    with pytest.raises(UsageError, match="is not understood"):
+        parse_objective(text)
+
+
+def test_options_from_a_file(tmp_path) -> None:
+    (tmp_path / "c.json").write_text('{"lr": 0.5}')
+    assert TrainConfig.parse(str(tmp_path / "c.json")) == {"lr": 0.5}
+    assert TrainConfig.parse('{"lr": 0.25}') == {"lr": 0.25}
+    for text, message in (("{", "not JSON"), (str(tmp_path / "no"), "cannot be read")):
+        with pytest.raises(UsageError, match=message):
+            TrainConfig.parse(text)
