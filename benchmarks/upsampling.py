@@ -49,6 +49,8 @@ MOST_BACKWARD_SIZE = {"cpu": 448, "cuda": 896}
 # Cases whose memory is measured, which costs some calls each; fewer of them in sweeps on a CPU.
 PEAKS = ("bilinear", "reassembly", "whole head", "masks", "training step")
 SWEEP_PEAKS = ("reassembly", "whole head")
+# What the head takes beside its output, per pixel; measured at 448 px in fp32.
+HEAD_BYTES = 1200
 
 
 def sweep_part(text: str) -> tuple[str, list[int]]:
@@ -144,10 +146,10 @@ def names(
 def room(setting: Setting, args: argparse.Namespace, device: torch.device) -> str | None:
     """Why a setting does not fit into memory, or ``None``.
 
-    The copies' sources stay while an output and about as much again are made.
+    The copies' sources stay while the head makes an output and its own maps.
     """
     outputs = [setting.output_bytes(dtype) for dtype in args.dtypes]
-    need = sum(outputs) + 1.3 * max(outputs) + 1e9
+    need = sum(outputs) + max(outputs) + HEAD_BYTES * setting.batch * setting.size**2 + 2e9
     free = free_bytes(device)
     if free is not None and need > free:
         return f"needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
