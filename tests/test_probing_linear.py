@@ -249,7 +249,7 @@ def test_faults_are_named(tmp_path):
     with pytest.raises(UsageError, match="at least one"):
         fit_probe([], Bilinear(), 2)
     with pytest.raises(FmupsampleError, match="diverged"):
-        fit_probe(examples, Bilinear(), 3, FitOptions(rates=(1e38,), steps=8, weight_decay=1.0))
+        fit_probe(examples, Bilinear(), 3, FitOptions(rates=(1e30,), steps=8, weight_decay=1.0))
     for bad in ({"rates": ()}, {"epochs": 0}, {"holdout": 1.0}, {"pixels": 0}):
         with pytest.raises(UsageError):
             FitOptions(**bad)

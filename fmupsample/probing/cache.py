@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Protocol
 
@@ -45,9 +46,12 @@ class Store(Protocol):
     def room_for(self, size: int) -> None:
         """Raise a UsageError if ``size`` more bytes cannot be kept."""
 
+    def forget(self, prefix: str) -> None:
+        """Drop everything whose key begins with ``prefix``."""
+
 
 class MemoryStore:
-    """Keeps tensors in memory, up to a limit in bytes; :meth:`forget` makes room."""
+    """Keeps tensors in memory, up to a limit in bytes."""
 
     def __init__(self, limit: int = 4 << 30) -> None:
         self.limit, self.used = limit, 0
@@ -71,7 +75,6 @@ class MemoryStore:
             )
 
     def forget(self, prefix: str) -> None:
-        """Drop everything whose key begins with ``prefix``."""
         for key in [key for key in self._kept if key.startswith(prefix)]:
             self.used -= self._kept.pop(key).nbytes
 
@@ -103,6 +106,10 @@ class DiskStore:
 
     def room_for(self, size: int) -> None:
         pass  # the disk says so itself
+
+    def forget(self, prefix: str) -> None:
+        for path in self.folder.glob(f"{escape(prefix)}*.safetensors"):
+            path.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -194,7 +201,7 @@ def encode(
 
 
 def kernels_prefix(pipeline: Pipeline) -> str:
-    """How the keys of this pipeline's kernel weights begin, for :meth:`MemoryStore.forget`."""
+    """How the keys of this pipeline's kernel weights begin, for :meth:`Store.forget`."""
     assert pipeline.upsampler is not None
     return f"kernels-{pipeline.upsampler.name}-{_print_of(pipeline.upsampler)}-"
 
