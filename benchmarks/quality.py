@@ -1,7 +1,7 @@
 """How good upsampled features are: linear probes on frozen features, every upsampler alike.
 
     python benchmarks/quality.py --quick --camvid DIR -o quick.json
-    python benchmarks/quality.py --camvid DIR --davis DIR --cache DIR -o full.json --markdown full.md
+    python benchmarks/quality.py --camvid DIR --davis DIR --cache DIR -o full.json
     python benchmarks/quality.py --quick --camvid DIR --head mine=head.safetensors --ablate mine
 
 Two probes for each upsampler. *preserved*: fitted on the patch features (the same classifier for
@@ -83,12 +83,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--rates",
         type=float,
         nargs="+",
-        default=[5e-4, 2e-3, 8e-3],
+        default=[1e-2, 3e-2, 1e-1, 3e-1],
         help="learning rates to choose from by held-out training pictures (CamVid)",
     )
     add("--shot-steps", type=int, default=300, help="of a probe on one frame of DAVIS")
-    add("--shot-rate", type=float, default=2e-3, help="its learning rate")
-    add("--pixels", type=int, default=8192, help="drawn per picture and step; 0: all")
+    add("--shot-rate", type=float, default=8e-3, help="its learning rate")
+    add("--pixels", type=int, default=4096, help="drawn per picture and step; 0: all")
     add("--band", type=int, default=5, help="pixels around label edges")
     add("--tolerance", type=float, default=0.0075, help="of boundary F, share of the diagonal")
     add("--cache", type=Path, help="folder for features and kernel weights; else in memory")

@@ -31,6 +31,7 @@ from fmupsample.probing import (
     predict,
 )
 from fmupsample.probing.cache import kernels_prefix
+from fmupsample.progress import SILENT
 from fmupsample.upsamplers import Bilinear, JointBilateral, Nearest, ReSFU, ReSFUConfig
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 60], [50, 60, 210]], np.uint8)
@@ -136,7 +137,8 @@ def test_gradients_are_those_of_the_materialised_route(name, tmp_path):
         maps.append(upsampler.reassemble(view.weights.float()[None], features))
         labels = examples[index].labels
         targets.append(labels.flip(-1) if flipped else labels)
-    dense = (torch.cat(maps) - stack.mean[:, None, None]) / stack.deviation[:, None, None]
+    centred = torch.cat(maps) - stack.mean[:, None, None]
+    dense = torch.einsum("bchw,cd->bdhw", centred, stack.white)
     target = torch.stack(targets).long()
     for number, (weight, bias) in enumerate(stack.parameters):
         # The kernel weights are rounded to half precision and sum to 1 but for that.
@@ -200,23 +202,14 @@ def test_rates_are_fitted_as_if_alone(tmp_path):
     together = fit_all(examples, options)
     alone = [fit_all(examples, replace(options, rates=(rate,)))[0] for rate in options.rates]
     for a, b in zip(together, alone, strict=True):
-        torch.testing.assert_close(a.weight, b.weight, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(a.bias, b.bias, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(a.weight, b.weight, atol=2e-4, rtol=0)
+        torch.testing.assert_close(a.bias, b.bias, atol=2e-4, rtol=0)
     assert (together[0].weight - together[1].weight).abs().max() > 0.01
 
 
 def fit_all(examples, options) -> list[LinearProbe]:
     """The probes of all rates, with nothing held out."""
-    kept = {}
-
-    def choose(probes, *_):
-        kept["probes"] = probes
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "_split", lambda examples, *_: (list(examples), []))
-        patch.setattr(linear, "_choose", choose)
-        fit_probe(examples, JointBilateral(), 3, options)
-    return kept["probes"]
+    return linear._train(examples, JointBilateral(), 3, options, SILENT)[0]
 
 
 def test_a_probe_learns_and_chooses_by_held_out_pictures(tmp_path):
@@ -231,7 +224,7 @@ def test_a_probe_learns_and_chooses_by_held_out_pictures(tmp_path):
     assert (other.probe.weight != fit.probe.weight).any()
     (mask,) = predict([fit.probe], upsampler, examples[0].picture.view(), (48, 64))
     judged = examples[0].labels != 255
-    assert (mask == examples[0].labels)[judged].float().mean() > 0.9
+    assert (mask == examples[0].labels)[judged].float().mean() > 0.85
 
 
 def test_one_picture_and_one_rate_need_no_choice(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ from fmupsample.probing.metrics import IGNORE, Confusion
 from fmupsample.progress import SILENT, Progress
 from fmupsample.upsamplers.base import Upsampler
 
+# Shares of the mean variance: added to that of every direction before whitening; counted as none.
+_LEAST_VARIANCE = 1e-3
+_NO_VARIANCE = 1e-6
+
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -32,7 +36,7 @@ class FitOptions:
     epochs: int = 20  # passes over the training pictures
     steps: int | None = None  # instead of epochs
     batch_size: int = 4  # pictures
-    pixels: int | None = 8192  # drawn per picture and step; None: all of them
+    pixels: int | None = 4096  # drawn per picture and step; None: all of them
     flips: bool = True  # show half of the pictures mirrored left to right
     holdout: float = 0.1  # share of the pictures by which the rate is chosen, if there are several
     weight_decay: float = 1e-2
@@ -83,7 +87,7 @@ class Fit:
 
     Attributes:
         held_out: mIoU of each rate on the held-out pictures; empty where there was no choice.
-        loss: mean training loss of the chosen rate over the last tenth of the steps.
+        loss: mean training loss over the last tenth of the steps.
     """
 
     probe: LinearProbe
@@ -101,28 +105,52 @@ def fit_probe(
 ) -> Fit:
     """Fit a probe on upsampled features with cross-entropy.
 
-    Labels are brought to the size of the upsampled map (nearest). Channels are standardised by
-    their mean and deviation over the training pictures, and that is folded into the probe. AdamW,
-    with cosine decay over all steps. With ``options.pixels`` each picture of a batch contributes
-    that many pixels, drawn evenly and anew in every step, scaled so that the expected loss and
-    gradient are those of all pixels.
+    Labels are brought to the size of the upsampled map (nearest). Features are whitened by their
+    mean and covariance over the training pictures, and that is folded into the probe: it does not
+    change what a probe can express, only how soon it gets there. AdamW, with cosine decay over all
+    steps. With ``options.pixels`` each picture of a batch contributes that many pixels, drawn
+    evenly and anew in every step, scaled so that the expected loss and gradient are those of all
+    pixels.
 
-    With several learning rates, some pictures are held out, and the rate with the highest mIoU on
-    them is taken; the probe is not fitted again.
+    With several learning rates, all are fitted to the pictures but some that are held out, and the
+    rate with the highest mIoU on those is fitted again, to all pictures.
 
     Raises:
-        UsageError: no examples, or several rates and a single picture.
+        UsageError: no examples, labels that are no classes, or several rates and a single picture.
         FmupsampleError: the fit diverged at every rate.
     """
     options = options or FitOptions()
     if not examples:
         raise UsageError("a probe needs at least one picture with labels")
+    scores: dict[float, float] = {}
+    if len(options.rates) > 1:
+        train, held = _split(examples, options)
+        probes, _ = _train(train, upsampler, classes, options, progress)
+        scores = _scores(probes, held, upsampler, classes, options)
+        options = replace(options, rates=(max(options.rates, key=lambda rate: scores[rate]),))
+    probes, losses = _train(examples, upsampler, classes, options, progress)
+    if not _is_finite(probes[0]):
+        raise FmupsampleError(
+            f"the probe on {upsampler.name} diverged at the learning rate {options.rates[0]:g}: "
+            "give a smaller one"
+        )
+    last = losses[-max(1, len(losses) // 10) :].mean().item()
+    return Fit(probes[0], options.rates[0], scores, last)
+
+
+def _train(
+    examples: Sequence[Example],
+    upsampler: Upsampler,
+    classes: int,
+    options: FitOptions,
+    progress: Progress,
+) -> tuple[list[LinearProbe], Tensor]:
+    """The probe of each rate, and the losses ``[steps, rates]``."""
     generator = torch.Generator().manual_seed(options.seed)
-    train, held = _split(examples, options, generator)
-    batch_size = min(options.batch_size, len(train))
-    steps = options.steps or math.ceil(options.epochs * len(train) / batch_size)
-    stack = _Stack(train, classes, options, generator)
-    data = _TrainingData(train, upsampler, classes, options, generator)
+    batch_size = min(options.batch_size, len(examples))
+    steps = options.steps or math.ceil(options.epochs * len(examples) / batch_size)
+    stack = _Stack(examples, classes, options, generator)
+    data = _TrainingData(examples, upsampler, classes, options, generator)
     optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "lr": rate}
@@ -144,7 +172,7 @@ def fit_probe(
         schedule.step()
         losses.append(loss.detach())
         progress.advance()
-    return _choose(stack.probes(), torch.stack(losses), held, upsampler, classes, options)
+    return stack.probes(), torch.stack(losses)
 
 
 @torch.no_grad()
@@ -169,32 +197,29 @@ def _affine(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
     return flat.unflatten(1, features.shape[1:])
 
 
-def _split(
-    examples: Sequence[Example], options: FitOptions, generator: torch.Generator
-) -> tuple[list[Example], list[Example]]:
+def _split(examples: Sequence[Example], options: FitOptions) -> tuple[list[Example], list[Example]]:
     """Pictures to fit to, and pictures to choose the learning rate by."""
-    if len(options.rates) == 1:
-        return list(examples), []
     if len(examples) == 1:
         raise UsageError(
             "choosing among learning rates needs a second picture with labels: give one rate"
         )
+    generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
     count = min(max(1, round(options.holdout * len(examples))), len(examples) - 1)
     return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
 
 
 class _Stack:
-    """The classifiers of all learning rates, on standardised channels."""
+    """The classifiers of all learning rates, on whitened features."""
 
     def __init__(
         self,
-        examples: list[Example],
+        examples: Sequence[Example],
         classes: int,
         options: FitOptions,
         generator: torch.Generator,
     ) -> None:
-        self.mean, self.deviation = _moments(examples)
+        self.mean, self.white = _whitening(examples)
         start = 0.01 * torch.randn(classes, len(self.mean), generator=generator)
         self.parameters = [
             [start.clone().requires_grad_(), torch.zeros(classes).requires_grad_()]
@@ -204,7 +229,7 @@ class _Stack:
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight ``[rates * classes, C]`` and bias for features as they are."""
-        weight = torch.cat([w for w, _ in self.parameters]) / self.deviation
+        weight = torch.cat([w for w, _ in self.parameters]) @ self.white.T
         bias = torch.cat([b for _, b in self.parameters])
         return weight, bias - weight @ self.mean
 
@@ -214,19 +239,26 @@ class _Stack:
         return [LinearProbe(w.clone(), b.clone()) for w, b in zip(weight, bias, strict=True)]
 
 
-def _moments(examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``[C]`` of the features of all pictures, unflipped."""
+def _whitening(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Mean ``[C]`` and matrix ``[C, C]``: ``(x - mean) @ matrix`` has uncorrelated channels.
+
+    Taken over the features of all pictures, unflipped. Directions in which the features hardly
+    vary are not blown up to a variance of 1, since they may be the effect of few pictures, and
+    those of mere rounding are left out.
+    """
     count, total, square = 0, 0.0, 0.0
     for example in examples:
         flat = example.picture.view().features.flatten(1).double()
         count += flat.shape[1]
-        total, square = total + flat.sum(1), square + flat.square().sum(1)
+        total, square = total + flat.sum(1), square + flat @ flat.T
     mean = total / count
-    variance = (square / count - mean.square()).clamp(min=0)
-    # A channel that never changes stays as it is: it would be divided by its rounding noise.
-    deviation = variance.sqrt()
-    deviation[deviation <= 1e-6 * (1 + mean.abs())] = 1
-    return mean.float(), deviation.float()
+    covariance = square / count - mean[:, None] * mean
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp(min=0)
+    average = values.mean()
+    scale = (values + _LEAST_VARIANCE * average).rsqrt()
+    scale[values <= _NO_VARIANCE * average] = 0
+    return mean.float(), (vectors * scale).float()
 
 
 class _TrainingData:
@@ -234,7 +266,7 @@ class _TrainingData:
 
     def __init__(
         self,
-        examples: list[Example],
+        examples: Sequence[Example],
         upsampler: Upsampler,
         classes: int,
         options: FitOptions,
@@ -310,32 +342,25 @@ def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.to(labels.dtype)
 
 
-def _choose(
+def _scores(
     probes: list[LinearProbe],
-    losses: Tensor,  # [steps, rates]
     held: list[Example],
     upsampler: Upsampler,
     classes: int,
     options: FitOptions,
-) -> Fit:
-    finite = [bool(torch.isfinite(p.weight).all() and torch.isfinite(p.bias).all()) for p in probes]
-    if not any(finite):
-        raise FmupsampleError(
-            f"the probe on {upsampler.name} diverged at every learning rate "
-            f"({', '.join(f'{rate:g}' for rate in options.rates)}): give smaller ones"
-        )
-    best, scores = finite.index(True), {}
-    if held:
-        counts = [Confusion(classes, options.ignore) for _ in probes]
-        for example in held:
-            view = example.picture.view()
-            found = predict(probes, upsampler, view, tuple(example.labels.shape))
-            for confusion, classes_of_pixels in zip(counts, found, strict=True):
-                confusion.add(classes_of_pixels, example.labels)
-        scores = {
-            rate: confusion.miou() if ok else 0.0
-            for rate, confusion, ok in zip(options.rates, counts, finite, strict=True)
-        }
-        best = max(range(len(probes)), key=lambda i: (finite[i], scores[options.rates[i]]))
-    last = losses[-max(1, len(losses) // 10) :, best].mean().item()
-    return Fit(probes[best], options.rates[best], scores, last)
+) -> dict[float, float]:
+    """mIoU of each rate's probe on held-out pictures; 0 for one that diverged."""
+    counts = [Confusion(classes, options.ignore) for _ in probes]
+    for example in held:
+        view = example.picture.view()
+        found = predict(probes, upsampler, view, tuple(example.labels.shape))
+        for confusion, predicted in zip(counts, found, strict=True):
+            confusion.add(predicted, example.labels)
+    return {
+        rate: confusion.miou() if _is_finite(probe) else 0.0
+        for rate, probe, confusion in zip(options.rates, probes, counts, strict=True)
+    }
+
+
+def _is_finite(probe: LinearProbe) -> bool:
+    return bool(torch.isfinite(probe.weight).all() and torch.isfinite(probe.bias).all())
