@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from statistics import mean, stdev
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 # Key in a cell and its heading, per data set; all are shares, shown in per cent.
 COLUMNS = {
-    "camvid": {"miou": "mIoU", "band_miou": "mIoU at edges", "boundary_f": "boundary F"},
+    "camvid": {"miou": "mIoU", "band_miou": "at edges", "boundary_f": "boundary F"},
     "davis": {"j": "J", "boundary_f": "boundary F"},
 }
 TITLES = {"camvid": "CamVid, train -> val", "davis": "DAVIS, first frame -> the rest"}
@@ -38,9 +39,12 @@ def headings(dataset: str) -> list[str]:
 
 def table(cells: list[dict], dataset: str, names: list[str]) -> Table:
     """For a terminal."""
-    drawn = Table(title=TITLES[dataset])
+    drawn = Table(title=TITLES[dataset], box=SIMPLE_HEAD, title_justify="left")
     for number, title in enumerate(headings(dataset)):
-        drawn.add_column(title, justify="right" if number else "left")
+        # The probe above what is measured: the table fits on 80 columns.
+        drawn.add_column(
+            title.replace(": ", "\n"), justify="right" if number else "left", no_wrap=not number
+        )
     for row in rows(cells, dataset, names):
         drawn.add_row(*row)
     return drawn
