@@ -65,6 +65,20 @@ class Upsampler(nn.Module):
         """
         raise UsageError(f"{self.name} is not linear in its values: it has no kernel weights")
 
+    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
+        """Some pixels of one picture's :meth:`reassemble`: ``[n, V]``.
+
+        Methods whose neighbours are those of :func:`fmupsample.ops.reassemble` override this with
+        one that costs what the chosen pixels cost; here the whole map is made.
+
+        Args:
+            weights: ``[N, H, W]``, any floating dtype.
+            value: ``[V, h, w]``.
+            pixels: int64 ``[n]``, ``row * W + column`` of each.
+        """
+        whole = self.reassemble(weights[None].to(value.dtype), value[None])[0]
+        return whole.flatten(1)[:, pixels].T
+
     def check(
         self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None
     ) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmupsample.ops import reassemble_at
 from fmupsample.ops.grid import plan_axis
 from fmupsample.upsamplers.base import Upsampler
 
@@ -36,6 +37,9 @@ class Nearest(_Interpolation):
         columns = plan_axis(value.shape[3], weights.shape[3], False).base.to(value.device)
         return value.index_select(2, rows).index_select(3, columns)
 
+    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
+        return reassemble_at(value, weights, pixels, fractional=False)
+
 
 class Bilinear(_Interpolation):
     """Bilinear interpolation between cell centres (``align_corners=False``)."""
@@ -44,3 +48,6 @@ class Bilinear(_Interpolation):
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         return F.interpolate(value, size=weights.shape[2:], mode="bilinear", align_corners=False)
+
+    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
+        return reassemble_at(value, weights, pixels, fractional=True)

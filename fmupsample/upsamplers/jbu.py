@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmupsample.errors import UsageError
-from fmupsample.ops import reassemble
+from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import plan_axis
 from fmupsample.upsamplers.base import Upsampler
 
@@ -72,6 +72,9 @@ class JointBilateral(Upsampler):
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted whole cells around the cell a pixel lies in."""
         return reassemble(value, weights, fractional=False)
+
+    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
+        return reassemble_at(value, weights, pixels, fractional=False)
 
     def _axis(
         self, cells: int, pixels: int, like: Tensor

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fmupsample.probing import Confusion
+
 from backbone import FrozenBackbone, load_frozen, random_frozen
 
 CAMVID = [
@@ -143,26 +145,13 @@ def fit_probe(
 
 
 @torch.no_grad()
-def confusion(
-    layer: torch.nn.Conv2d, x: torch.Tensor, y: torch.Tensor, classes: int
-) -> torch.Tensor:
-    """Confusion matrix [true, predicted] at full label resolution."""
-    matrix = torch.zeros(classes * classes, dtype=torch.int64)
-    for i in range(0, len(x), 8):
-        target = y[i : i + 8]
-        logits = F.interpolate(
-            layer(x[i : i + 8]), target.shape[-2:], mode="bilinear", align_corners=False
-        )
-        keep = target != 255
-        pair = target[keep] * classes + logits.argmax(1)[keep]
-        matrix += torch.bincount(pair, minlength=classes * classes)
-    return matrix.view(classes, classes)
-
-
-def iou_of(matrix: torch.Tensor) -> torch.Tensor:
-    """Intersection over union per class; nan for a class that neither occurs nor is predicted."""
-    hit = matrix.diag().double()
-    return hit / (matrix.sum(0) + matrix.sum(1) - hit)
+def judge(layer: torch.nn.Conv2d, x: torch.Tensor, y: torch.Tensor, classes: int) -> Confusion:
+    """Counts of true and predicted classes at full label resolution."""
+    counts = Confusion(classes)
+    for features, target in zip(x.split(1), y, strict=True):
+        logits = F.interpolate(layer(features), target.shape, mode="bilinear", align_corners=False)
+        counts.add(logits[0].argmax(0), target)
+    return counts
 
 
 def probe_camvid(
@@ -173,12 +162,13 @@ def probe_camvid(
     images, labels = read_split(root, "train", short, backbone.patch, limits[0])
     layer = fit_probe(extract(backbone, images), labels, len(CAMVID))
     images, labels = read_split(root, "val", short, backbone.patch, limits[1])
-    matrix = confusion(layer, extract(backbone, images), labels, len(CAMVID))
-    iou = iou_of(matrix)
+    counts = judge(layer, extract(backbone, images), labels, len(CAMVID))
     return {
-        "miou": round(100 * iou.nanmean().item(), 2),
-        "accuracy": round(100 * (matrix.diag().sum() / matrix.sum()).item(), 2),
-        "iou": {name: round(100 * v, 1) for name, v in zip(CAMVID, iou.tolist(), strict=True)},
+        "miou": round(100 * counts.miou(), 2),
+        "accuracy": round(100 * counts.pixel_accuracy(), 2),
+        "iou": {
+            name: round(100 * v, 1) for name, v in zip(CAMVID, counts.iou().tolist(), strict=True)
+        },
         "short_side": short,
         "pictures": [limits[0] or 367, limits[1] or len(labels)],
         "seconds": round(time.time() - start, 1),

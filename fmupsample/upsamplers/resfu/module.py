@@ -23,7 +23,7 @@ from fmupsample.layers.moments import (
     pointwise_after_norm,
     upsampled_group_moments,
 )
-from fmupsample.ops import reassemble
+from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import interpolation_matrix, neighbour_inside
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
@@ -81,6 +81,10 @@ class ReSFU(Upsampler):
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted fine-grained (or coarse) neighbours of ``value`` ``[B, V, h, w]``."""
         return reassemble(value, weights, fractional=self.config.neighbours == "fine")
+
+    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
+        fine = self.config.neighbours == "fine"
+        return reassemble_at(value, weights, pixels, fractional=fine)
 
     def _check_channels(self, x: Tensor, guidance: Tensor) -> None:
         c = self.config

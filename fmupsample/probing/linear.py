@@ -1,0 +1,366 @@
+"""A linear probe on upsampled features, fitted without ever making them.
+
+A 1x1 convolution commutes with reassembly (kernel weights sum to 1): logits are computed at low
+resolution and reassembled, which gives the logits and the gradients of the convolution on the
+upsampled features. Several learning rates are fitted in one pass: they read the same features and
+kernel weights, and their logits are reassembled together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmupsample.errors import FmupsampleError, UsageError
+from fmupsample.probing.cache import EncodedPicture, View
+from fmupsample.probing.metrics import IGNORE, Confusion
+from fmupsample.progress import SILENT, Progress
+from fmupsample.upsamplers.base import Upsampler
+
+# Shares of the mean variance: added to that of every direction before whitening; counted as none.
+_LEAST_VARIANCE = 1e-3
+_NO_VARIANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a probe is fitted."""
+
+    rates: tuple[float, ...] = (5e-4,)  # learning rates to choose from, of AdamW
+    epochs: int = 20  # passes over the training pictures
+    steps: int | None = None  # instead of epochs
+    batch_size: int = 4  # pictures
+    pixels: int | None = 4096  # drawn per picture and step; None: all of them
+    flips: bool = True  # show half of the pictures mirrored left to right
+    holdout: float = 0.1  # share of the pictures by which the rate is chosen, if there are several
+    weight_decay: float = 1e-2
+    ignore: int = IGNORE  # label of pixels that are not used
+    seed: int = 0  # of the start, the order, the flips, the pixels and the held-out pictures
+
+    def __post_init__(self) -> None:
+        if not self.rates or min(self.rates) <= 0:
+            raise UsageError("a probe needs one learning rate or more, above 0")
+        for name in ("epochs", "steps", "batch_size", "pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value} is not possible: it must be at least 1")
+        if not 0 < self.holdout < 1:
+            raise UsageError(f"holdout {self.holdout} is not a share between 0 and 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture with its labels.
+
+    Attributes:
+        labels: integers ``[H, W]``, of any size.
+    """
+
+    picture: EncodedPicture
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A 1x1 convolution: ``weight`` ``[classes, C]``, ``bias`` ``[classes]``, both float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """``[C, h, w]`` -> ``[classes, h, w]``."""
+        return _affine(self.weight, self.bias, features)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted probe, and how its learning rate was chosen.
+
+    Attributes:
+        held_out: mIoU of each rate on the held-out pictures; empty where there was no choice.
+        loss: mean training loss over the last tenth of the steps.
+    """
+
+    probe: LinearProbe
+    rate: float
+    held_out: dict[float, float]
+    loss: float
+
+
+def fit_probe(
+    examples: Sequence[Example],
+    upsampler: Upsampler,
+    classes: int,
+    options: FitOptions | None = None,
+    progress: Progress = SILENT,
+) -> Fit:
+    """Fit a probe on upsampled features with cross-entropy.
+
+    Labels are brought to the size of the upsampled map (nearest). Features are whitened by their
+    mean and covariance over the training pictures, and that is folded into the probe: it does not
+    change what a probe can express, only how soon it gets there. AdamW, with cosine decay over all
+    steps. With ``options.pixels`` each picture of a batch contributes that many pixels, drawn
+    evenly and anew in every step, scaled so that the expected loss and gradient are those of all
+    pixels.
+
+    With several learning rates, all are fitted to the pictures but some that are held out, and the
+    rate with the highest mIoU on those is fitted again, to all pictures.
+
+    Raises:
+        UsageError: no examples, labels that are no classes, or several rates and a single picture.
+        FmupsampleError: the fit diverged at every rate.
+    """
+    options = options or FitOptions()
+    if not examples:
+        raise UsageError("a probe needs at least one picture with labels")
+    scores: dict[float, float] = {}
+    if len(options.rates) > 1:
+        train, held = _split(examples, options)
+        probes, _ = _train(train, upsampler, classes, options, progress)
+        scores = _scores(probes, held, upsampler, classes, options)
+        options = replace(options, rates=(max(options.rates, key=lambda rate: scores[rate]),))
+    probes, losses = _train(examples, upsampler, classes, options, progress)
+    if not _is_finite(probes[0]):
+        raise FmupsampleError(
+            f"the probe on {upsampler.name} diverged at the learning rate {options.rates[0]:g}: "
+            "give a smaller one"
+        )
+    last = losses[-max(1, len(losses) // 10) :].mean().item()
+    return Fit(probes[0], options.rates[0], scores, last)
+
+
+def _train(
+    examples: Sequence[Example],
+    upsampler: Upsampler,
+    classes: int,
+    options: FitOptions,
+    progress: Progress,
+) -> tuple[list[LinearProbe], Tensor]:
+    """The probe of each rate, and the losses ``[steps, rates]``."""
+    generator = torch.Generator().manual_seed(options.seed)
+    batch_size = min(options.batch_size, len(examples))
+    steps = options.steps or math.ceil(options.epochs * len(examples) / batch_size)
+    stack = _Stack(examples, classes, options, generator)
+    data = _TrainingData(examples, upsampler, classes, options, generator)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": rate}
+            for parameters, rate in zip(stack.parameters, options.rates, strict=True)
+        ],
+        weight_decay=options.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+    )
+    losses = []
+    progress.start(steps, f"probe on {upsampler.name}")
+    for _ in range(steps):
+        loss = data.loss(stack, data.draw(batch_size))
+        optimizer.zero_grad()
+        # The rates share no parameter, so the gradient of the sum is that of each.
+        loss.sum().backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+        progress.advance()
+    return stack.probes(), torch.stack(losses)
+
+
+@torch.no_grad()
+def predict(
+    probes: Sequence[LinearProbe], upsampler: Upsampler, view: View, size: tuple[int, int]
+) -> Tensor:
+    """Classes of a picture by several probes at once, int64 ``[probes, H, W]``.
+
+    Logits are reassembled to the map's size and brought to ``size`` bilinearly.
+    """
+    weight = torch.cat([p.weight for p in probes])
+    bias = torch.cat([p.bias for p in probes])
+    low = _affine(weight, bias, view.features)
+    logits = upsampler.reassemble(view.weights.to(low.dtype)[None], low[None])
+    if logits.shape[-2:] != size:
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    return logits[0].unflatten(0, (len(probes), -1)).argmax(1)
+
+
+def _affine(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
+    flat = torch.addmm(bias[:, None], weight, features.flatten(1).to(weight.dtype))
+    return flat.unflatten(1, features.shape[1:])
+
+
+def _split(examples: Sequence[Example], options: FitOptions) -> tuple[list[Example], list[Example]]:
+    """Pictures to fit to, and pictures to choose the learning rate by."""
+    if len(examples) == 1:
+        raise UsageError(
+            "choosing among learning rates needs a second picture with labels: give one rate"
+        )
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    count = min(max(1, round(options.holdout * len(examples))), len(examples) - 1)
+    return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
+
+
+class _Stack:
+    """The classifiers of all learning rates, on whitened features."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        classes: int,
+        options: FitOptions,
+        generator: torch.Generator,
+    ) -> None:
+        self.mean, self.white = _whitening(examples)
+        start = 0.01 * torch.randn(classes, len(self.mean), generator=generator)
+        self.parameters = [
+            [start.clone().requires_grad_(), torch.zeros(classes).requires_grad_()]
+            for _ in options.rates
+        ]
+        self.classes = classes
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight ``[rates * classes, C]`` and bias for features as they are."""
+        weight = torch.cat([w for w, _ in self.parameters]) @ self.white.T
+        bias = torch.cat([b for _, b in self.parameters])
+        return weight, bias - weight @ self.mean
+
+    @torch.no_grad()
+    def probes(self) -> list[LinearProbe]:
+        weight, bias = (t.split(self.classes) for t in self.folded())
+        return [LinearProbe(w.clone(), b.clone()) for w, b in zip(weight, bias, strict=True)]
+
+
+def _whitening(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Mean ``[C]`` and matrix ``[C, C]``: ``(x - mean) @ matrix`` has uncorrelated channels.
+
+    Taken over the features of all pictures, unflipped. Directions in which the features hardly
+    vary are not blown up to a variance of 1, since they may be the effect of few pictures, and
+    those of mere rounding are left out.
+    """
+    count, total, square = 0, 0.0, 0.0
+    for example in examples:
+        flat = example.picture.view().features.flatten(1).double()
+        count += flat.shape[1]
+        total, square = total + flat.sum(1), square + flat @ flat.T
+    mean = total / count
+    covariance = square / count - mean[:, None] * mean
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp(min=0)
+    average = values.mean()
+    scale = (values + _LEAST_VARIANCE * average).rsqrt()
+    scale[values <= _NO_VARIANCE * average] = 0
+    return mean.float(), (vectors * scale).float()
+
+
+class _TrainingData:
+    """Batches of views with labels, and the loss of a batch."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        upsampler: Upsampler,
+        classes: int,
+        options: FitOptions,
+        generator: torch.Generator,
+    ) -> None:
+        self.examples, self.upsampler, self.options = examples, upsampler, options
+        self.classes, self.generator = classes, generator
+        self.labels: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        self.queue: list[int] = []
+
+    def draw(self, count: int) -> list[tuple[int, bool]]:
+        """The next pictures, each with whether it is flipped; every picture once per pass."""
+        while len(self.queue) < count:
+            self.queue += torch.randperm(len(self.examples), generator=self.generator).tolist()
+        chosen, self.queue = self.queue[:count], self.queue[count:]
+        flips = torch.rand(count, generator=self.generator) < 0.5
+        return [(i, self.options.flips and f) for i, f in zip(chosen, flips.tolist(), strict=True)]
+
+    def loss(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
+        """Mean cross-entropy over the labelled pixels of the batch, per rate: ``[rates]``."""
+        weight, bias = stack.folded()
+        rates = len(self.options.rates)
+        logits, targets, scales, labelled = [], [], [], 0
+        for index, flipped in batch:
+            view = self.examples[index].picture.view(flipped)
+            labels = self._labels(index, view.size)
+            labelled += int((labels != self.options.ignore).sum())
+            if flipped:
+                labels = labels.flip(-1)
+            low = _affine(weight, bias, view.features)
+            some, target = self._pixels(view, low, labels.flatten())
+            logits.append(some)
+            targets.append(target)
+            scales.append(torch.full((len(target),), labels.numel() / len(target)))
+        # [n, rates * classes] -> [n * rates, classes]
+        flat = torch.cat(logits).unflatten(1, (rates, -1)).flatten(0, 1)
+        target = torch.cat(targets).long().repeat_interleave(rates)
+        each = F.cross_entropy(
+            flat, target, ignore_index=self.options.ignore, reduction="none"
+        ).view(-1, rates)
+        return (each * torch.cat(scales)[:, None]).sum(0) / max(labelled, 1)
+
+    def _pixels(self, view: View, low: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``[n, V]`` and labels ``[n]`` of drawn pixels, or of all."""
+        count = self.options.pixels
+        if count is None or count >= len(labels):
+            weights = view.weights.to(low.dtype)[None]
+            return self.upsampler.reassemble(weights, low[None])[0].flatten(1).T, labels
+        pixels = torch.randint(len(labels), (count,), generator=self.generator)
+        return self.upsampler.reassemble_at(view.weights, low, pixels), labels[pixels]
+
+    def _labels(self, index: int, size: tuple[int, int]) -> Tensor:
+        key = (index, size)
+        if key not in self.labels:
+            example = self.examples[index]
+            found = example.labels[example.labels != self.options.ignore]
+            if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.classes:
+                raise UsageError(
+                    f"the labels of {example.picture.source} go from {int(found.min())} to "
+                    f"{int(found.max())}, which are not {self.classes} classes from 0 on "
+                    f"(ignored: {self.options.ignore})"
+                )
+            self.labels[key] = labels_at(example.labels, size)
+        return self.labels[key]
+
+
+def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """``labels`` ``[H, W]`` at another size: each pixel takes the label at its centre."""
+    if labels.shape == size:
+        return labels
+    # float32 holds every label exactly.
+    resized = F.interpolate(labels[None, None].float(), size, mode="nearest-exact")[0, 0]
+    return resized.to(labels.dtype)
+
+
+def _scores(
+    probes: list[LinearProbe],
+    held: list[Example],
+    upsampler: Upsampler,
+    classes: int,
+    options: FitOptions,
+) -> dict[float, float]:
+    """mIoU of each rate's probe on held-out pictures; 0 for one that diverged."""
+    counts = [Confusion(classes, options.ignore) for _ in probes]
+    for example in held:
+        view = example.picture.view()
+        found = predict(probes, upsampler, view, tuple(example.labels.shape))
+        for confusion, predicted in zip(counts, found, strict=True):
+            confusion.add(predicted, example.labels)
+    return {
+        rate: confusion.miou() if _is_finite(probe) else 0.0
+        for rate, probe, confusion in zip(options.rates, probes, counts, strict=True)
+    }
+
+
+def _is_finite(probe: LinearProbe) -> bool:
+    return bool(torch.isfinite(probe.weight).all() and torch.isfinite(probe.bias).all())
