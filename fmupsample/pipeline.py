@@ -261,6 +261,14 @@ class Pipeline:
             weights = self._upsampler.kernels(item.features[None], item.image[None], full)
         return Kernels(weights, crop, size, self)
 
+    def kernel_rows(self, item: Item, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
+        """The kernel weights of the picture without its padding, ``[N, rows, W]`` from the top.
+
+        The rows together are the crop that :func:`map_sizes` names.
+        """
+        _, crop, _ = self._sizes(item, size)
+        yield self.kernels(item, size).weights[0, :, : crop[0], : crop[1]]
+
     def upsample_in_slices(
         self, item: Item, size: tuple[int, int] | None = None, value: Tensor | None = None
     ) -> Iterator[Tensor]:
@@ -295,24 +303,27 @@ class Pipeline:
     def _sizes(
         self, item: Item, size: tuple[int, int] | None
     ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """For a map of the picture: the size to upsample the whole canvas to, its crop, the result.
+        return map_sizes(item.frame, item.grid, size)
 
-        With padding, the canvas's size is the one that gives the picture its size, to the nearest
-        pixel. A map smaller than the grid (the original pixels of a thumbnail) is upsampled to the
-        canvas and averaged down; a huge one is made smaller and enlarged.
-        """
-        frame, grid = item.frame, item.grid
-        crop = wanted = frame.placed if size is None else size
-        limit = max(frame.canvas[0] * frame.canvas[1], _DIRECT_PIXELS)
-        if wanted[0] * wanted[1] > limit:
-            scale = (limit / (wanted[0] * wanted[1])) ** 0.5
-            crop = tuple(max(1, int(n * scale)) for n in wanted)
-        full = tuple(
-            _whole(*axis) for axis in zip(crop, frame.placed, frame.canvas, grid, strict=True)
-        )
-        if full[0] < grid[0] or full[1] < grid[1]:
-            return frame.canvas, frame.placed, wanted
-        return full, crop, wanted
+
+def map_sizes(
+    frame: Frame, grid: tuple[int, int], size: tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """For a map of the picture: the size to upsample the whole canvas to, its crop, the result.
+
+    With padding, the canvas's size is the one that gives the picture its size, to the nearest
+    pixel. A map smaller than the grid (the original pixels of a thumbnail) is upsampled to the
+    canvas and averaged down; a huge one is made smaller and enlarged.
+    """
+    crop = wanted = frame.placed if size is None else size
+    limit = max(frame.canvas[0] * frame.canvas[1], _DIRECT_PIXELS)
+    if wanted[0] * wanted[1] > limit:
+        scale = (limit / (wanted[0] * wanted[1])) ** 0.5
+        crop = tuple(max(1, int(n * scale)) for n in wanted)
+    full = tuple(_whole(*axis) for axis in zip(crop, frame.placed, frame.canvas, grid, strict=True))
+    if full[0] < grid[0] or full[1] < grid[1]:
+        return frame.canvas, frame.placed, wanted
+    return full, crop, wanted
 
 
 def _finish(full: Tensor, crop: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -24,6 +24,10 @@ class Upsampler(nn.Module):
             otherwise any map with the channels the module was built for.
         fixed_ratio: the only ratio H/h it can do, or ``None`` for any ratio >= 1.
         linear_in_value: whether ``kernels``/``reassemble`` exist.
+        neighbours: how ``reassemble`` reads values: ``"fine"`` (bilinear samples) or ``"coarse"``
+            (whole cells), K x K of them, as :func:`fmupsample.ops.reassemble` does; or ``None``
+            for a way of its own, of which no compact file can be made.
+        kernel_size: K, where ``neighbours`` says how.
         uses_ops: whether the work is done by the operators of :mod:`fmupsample.ops`, and so
             whether the compiled extension is of use.
     """
@@ -32,6 +36,8 @@ class Upsampler(nn.Module):
     needs_guidance: ClassVar[bool] = False
     fixed_ratio: ClassVar[int | None] = None
     linear_in_value: ClassVar[bool] = True
+    neighbours: str | None = None
+    kernel_size: int | None = None
     uses_ops: ClassVar[bool] = True
     guidance_is_image: bool = True
 

@@ -30,6 +30,7 @@ class JointBilateral(Upsampler):
 
     name: ClassVar[str] = "jbu"
     needs_guidance: ClassVar[bool] = True
+    neighbours: str = "coarse"
 
     def __init__(
         self, kernel_size: int = 5, sigma_space: float = 0.75, sigma_range: float = 0.6

@@ -48,6 +48,7 @@ class ReSFU(Upsampler):
     def __init__(self, config: ReSFUConfig):
         super().__init__()
         self.config = config
+        self.neighbours, self.kernel_size = config.neighbours, config.kernel_size
         self.guidance_is_image = config.stem
         self.stem = GuidanceStem(config.guidance_channels) if config.stem else None
         guidance, channels, e = config.guidance_channels, config.channels, config.embedding
