@@ -109,6 +109,8 @@ def extract(
     precision: o.Precision = o.PrecisionName.fp32,
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
+    window: o.Window = None,
+    max_memory: o.MaxMemory = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -156,6 +158,8 @@ def extract(
         backend=backend.value,
         batch_size=batch_size,
         workers=workers,
+        window=window,
+        max_memory=max_memory,
         quiet=quiet,
         fit_on=sources if fit_head else None,
     )

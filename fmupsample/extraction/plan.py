@@ -137,6 +137,8 @@ def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:
         "dtype": options.dtype,
         "format": options.format,
     }
+    if pipeline.window is not None:
+        described["window"] = pipeline.window
     if options.format == COMPACT:
         described["weight_bits"] = options.weight_bits
     return described

@@ -282,6 +282,8 @@ class _Run:
                 "grid": list(item.grid),
                 "stride": list(backbone.stride),
             }
+            if item.window is not None:
+                record["window"] = list(item.window)
         record |= {"options": plan.described, "options_hash": plan.hash, "version": __version__}
         if basis is not None:
             record["pca_fingerprint"] = basis.fingerprint
@@ -340,6 +342,8 @@ def _meta(record: Record) -> dict[str, str]:
     for key in ("backbone", "backbone_fingerprint", "layer", "upsampler", "upsampler_fingerprint"):
         if options[key] is not None:
             meta[key] = str(options[key])
+    if "window" in record:
+        meta["window"] = json.dumps(record["window"])
     if "pca_fingerprint" in record:
         meta["pca_fingerprint"] = record["pca_fingerprint"]
     return meta
