@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Moments = tuple[Tensor, Tensor]
 # Fewer rows than these would be mostly overlap: then windows are narrower than the map.
+# A window is never smaller, whatever memory there is.
 _FEWEST_ROWS = 192
 _STEM_REACH = 2
 
@@ -76,15 +77,17 @@ class Window:
 
 
 def split(size: tuple[int, int], pixels: int, reach: int) -> list[list[Window]]:
-    """Windows of about ``pixels`` own pixels, a list for each band of rows.
+    """Windows with regions of at most about ``pixels``, a list for each band of rows.
 
     Args:
         reach: pixels around a pixel that it depends on.
     """
     height, width = size
-    rows = min(height, max(pixels // width, _FEWEST_ROWS))
-    bands = -(-height // rows)
-    across = -(-width // max(1, min(width, max(pixels // rows, _FEWEST_ROWS))))
+    rows = min(height, max(pixels // width - 2 * reach, _FEWEST_ROWS))
+    columns = min(width, max(pixels // (rows + 2 * reach) - 2 * reach, _FEWEST_ROWS))
+    if rows > _FEWEST_ROWS:
+        columns = width
+    bands, across = -(-height // rows), -(-width // columns)
 
     def cuts(length: int, count: int) -> list[tuple[slice, slice]]:
         bounds = [length * i // count for i in range(count + 1)]
@@ -119,7 +122,7 @@ class WindowedKernels:
     Args:
         x: features ``[B, C, h, w]``.
         guidance: ``[B, G, H, W]`` at the size of the output, before the stem.
-        pixels: own pixels of a window, about.
+        pixels: of a window's region, about.
         low: multiply in bfloat16 where ReSFU does for bfloat16 features.
     """
 
