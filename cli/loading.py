@@ -116,11 +116,15 @@ def open_pipeline(
     workers: int | None,
     quiet: bool,
     fit_on: Sequence[Source] | None = None,
+    window: int | None = None,
+    max_memory: str | None = None,
 ) -> Pipeline:
     """:func:`load_models`, in a pipeline with the options that commands on pictures share."""
+    from fmupsample.memory import parse_memory
     from fmupsample.ops.backend import check_backend, set_backend
     from fmupsample.pipeline import Pipeline, resolve_device
 
+    allowed = None if max_memory is None else parse_memory(max_memory)
     set_backend(backend)
     check_backend(resolve_device(device))
     # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
@@ -139,6 +143,8 @@ def open_pipeline(
         precision=precision,
         batch_size=batch_size,
         workers=workers,
+        window=window,
+        max_memory=allowed,
     )
     # Now, where a minute of compiling can be shown, and not under the bar of the run.
     with BuildLine(quiet=quiet) as line:

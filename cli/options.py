@@ -209,6 +209,30 @@ Workers = Annotated[
     ),
 ]
 
+Window = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        min=1,
+        metavar="N",
+        help="Show larger pictures to the model in overlapping windows of N pixels. Default: 1024 "
+        "above 2048x2048 pixels.",
+        show_default=False,
+        rich_help_panel=COMPUTE,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Memory that upsampling may take beside models, picture and result, such as 2GB. "
+        "Default: half of what is free.",
+        show_default=False,
+        rich_help_panel=COMPUTE,
+    ),
+]
+
 # --- what comes out -------------------------------------------------------------------------------
 Output = Annotated[
     Path,

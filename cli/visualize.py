@@ -103,6 +103,8 @@ def visualize(
     precision: o.Precision = o.PrecisionName.fp32,
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
+    window: o.Window = None,
+    max_memory: o.MaxMemory = None,
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -154,6 +156,8 @@ def visualize(
         backend=backend.value,
         batch_size=batch_size,
         workers=workers,
+        window=window,
+        max_memory=max_memory,
         quiet=quiet,
         fit_on=sources if fit_head else None,
     )

@@ -3,6 +3,7 @@
     backbone = fmupsample.load_backbone("dinov2-s")     # any timm name or alias
     up = fmupsample.load_upsampler(backbone)            # its head, or a file, or "bilinear", "jbu"
     features = up(backbone(images), images)             # [B, C, H, W]
+    crop = fmupsample.open("cat.safetensors")[:, :64, :64]      # of what `fmupsample extract` wrote
 
 Names resolve on first use, so that importing the package costs nothing.
 """
@@ -18,6 +19,8 @@ from fmupsample.errors import FmupsampleError
 if TYPE_CHECKING:
     from fmupsample.analysis.pca import PCABasis
     from fmupsample.backbones import Backbone, load_backbone
+    from fmupsample.features import CompactFeatures, FeatureArray
+    from fmupsample.features import open_features as open  # noqa: F401 - as in _HOMES
     from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers import (
         ReSFU,
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Backbone": "backbones",
+    "CompactFeatures": "features",
+    "FeatureArray": "features",
     "PCABasis": "analysis",
     "Pipeline": "pipeline",
     "ReSFU": "upsamplers",
@@ -38,11 +43,15 @@ _HOMES = {
     "load_backbone": "backbones",
     "load_official": "upsamplers",
     "load_upsampler": "upsamplers",
+    "open": "features",
     "save_head": "upsamplers",
 }
 
+# Without "open": it is written `fmupsample.open`, and a star import shall not hide Python's own.
 __all__ = [
     "Backbone",
+    "CompactFeatures",
+    "FeatureArray",
     "FmupsampleError",
     "PCABasis",
     "Pipeline",
@@ -59,9 +68,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f"fmupsample.{_HOMES[name]}"), name)
+        inside = "open_features" if name == "open" else name
+        return getattr(import_module(f"fmupsample.{_HOMES[name]}"), inside)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | set(_HOMES))

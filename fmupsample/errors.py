@@ -36,6 +36,10 @@ class HeadError(FmupsampleError):
     """A head file that is missing, damaged, or made for another backbone."""
 
 
+class FeaturesError(FmupsampleError):
+    """A file of features that is missing, damaged, or of another version."""
+
+
 class OutputError(FmupsampleError):
     """Results that cannot be written: no space, no permission, a folder in the way."""
 

@@ -24,16 +24,30 @@ from fmupsample.images.find import Source
 from fmupsample.images.prepare import fit_to_frame, normalise
 from fmupsample.images.read import read_picture
 from fmupsample.images.size import Frame, ImageSize, check_image_size, parse_output_size, plan_frame
+from fmupsample.memory import available_memory
+from fmupsample.ops import reassemble_window
+from fmupsample.ops.memory import empty_map
 from fmupsample.prefetch import prefetch
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.windows import (
+    features_in_windows,
+    overview_size,
+    window_side,
+    with_coarse_part,
+)
 
 __all__ = ["Item", "Kernels", "Pipeline", "parse_output_size", "resolve_device"]
 
 # A float32 map larger than this is reassembled in slices of channels.
 _CHUNK_BYTES = 384 * 2**20
-# Kernels take about 2 kB a pixel on the way. The guidance shows no more detail than the canvas has,
-# so maps of more pixels than that, and than these, are made at this size and enlarged bilinearly.
+# The guidance shows no more detail than the canvas has, so maps of more pixels than that, and than
+# these, are made at this size and enlarged bilinearly.
 _DIRECT_PIXELS = 2**21
+# Kernel weights take a kilobyte a pixel on the way. On a CPU, maps of up to so many pixels are made
+# at once; larger ones, which costs twice the time, in windows of so many.
+_WHOLE_PIXELS, _WINDOW_PIXELS, _FEWEST_PIXELS = 2**21, 2**20, 2**16
+# Canvases of more pixels are shown to the backbone in windows of this side, unless told otherwise.
+_BACKBONE_PIXELS, _BACKBONE_WINDOW, _LEAST_WINDOW = 2048**2, 1024, 224
 
 OnError = Callable[[Source, FmupsampleError], None]
 
@@ -46,6 +60,7 @@ class Item:
         canvas: what the backbone saw, uint8 ``[H, W, 3]``.
         features: float32 ``[C, h, w]`` of the whole canvas, on the pipeline's device.
         image: the canvas normalised for the backbone, float32 ``[3, H, W]``, on the device.
+        window: ``(H, W)`` of the windows in which the backbone saw the canvas; ``None``: whole.
     """
 
     source: Source
@@ -53,6 +68,7 @@ class Item:
     canvas: np.ndarray
     features: Tensor
     image: Tensor
+    window: tuple[int, int] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -89,6 +105,11 @@ class Pipeline:
             weights; values given in another dtype are reassembled in it.
         batch_size: pictures of equal canvas size computed together; ``None``: 1 on the CPU (where
             more costs memory and gains nothing), 8 elsewhere. Halved when memory runs out.
+        window: side of the overlapping windows in which larger canvases are shown to the backbone.
+            ``None``: 1024 for canvases of more than 2048 x 2048 pixels. Where memory runs out,
+            windows are halved.
+        max_memory: bytes that making one picture's map may take, beside models, picture and result;
+            ``None``: half of what is free. Changes results by rounding only.
         workers: threads that decode ahead; ``None``: up to 4 (half the cores
             when these also compute); 0: decode in the caller's thread.
 
@@ -107,6 +128,8 @@ class Pipeline:
         precision: str = "fp32",
         batch_size: int | None = None,
         workers: int | None = None,
+        window: int | None = None,
+        max_memory: int | None = None,
     ) -> None:
         self.device = resolve_device(device)
         self.dtype = check_precision(precision, self.device)
@@ -114,6 +137,8 @@ class Pipeline:
             raise UsageError(f"batch size {batch_size} is not possible: it must be at least 1")
         if workers is not None and workers < 0:
             raise UsageError(f"{workers} workers are not possible: give 0 or more")
+        if window is not None and window < 1:
+            raise UsageError(f"a window of {window} pixels is not possible: give its side")
         if fit not in ("resize", "pad"):
             raise UsageError(f"--fit {fit} is unknown: use resize or pad")
         check_image_size(image_size, backbone)
@@ -124,6 +149,9 @@ class Pipeline:
         self.precision = precision
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
         self.workers = _default_workers(self.device) if workers is None else workers
+        self.window = window
+        self.max_memory = max_memory
+        self._most_pixels: int | None = None  # of kernels at once, after memory ran out
 
     # -- pictures -> features -----------------------------------------------------------------
 
@@ -193,37 +221,85 @@ class Pipeline:
             loaded.close()
 
     def _batch(self, batch: list[_Loaded], on_error: OnError) -> list[Item | None]:
-        """Features of pictures of equal canvas size; a batch too large for memory is halved."""
-        try:
-            return self._features(batch)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(batch) == 1:
-            height, width = batch[0].frame.canvas
-            source = batch[0].source
-            message = (
-                f"{source}: at {height}x{width} the backbone needs more memory than "
-                f"{self.device} has; use a smaller --image-size"
-            )
-            on_error(source, ImageError(message))
-            return [None]
-        half = len(batch) // 2
-        return self._batch(batch[:half], on_error) + self._batch(batch[half:], on_error)
+        """Features of pictures of equal canvas size.
+
+        A batch too large for memory is halved; a single picture is shown in windows, and those are
+        halved.
+        """
+        canvas = batch[0].frame.canvas
+        window = self._backbone_window(canvas)
+        while True:
+            try:
+                return self._features(batch, window)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(batch) > 1:
+                half = len(batch) // 2
+                return self._batch(batch[:half], on_error) + self._batch(batch[half:], on_error)
+            window = self._smaller_window(canvas, window)
+            if window is None:
+                break
+        height, width = canvas
+        source = batch[0].source
+        message = (
+            f"{source}: at {height}x{width} the backbone needs more memory than "
+            f"{self.device} has; use a smaller --image-size"
+        )
+        on_error(source, ImageError(message))
+        return [None]
+
+    def _backbone_window(self, canvas: tuple[int, int]) -> tuple[int, int] | None:
+        """``(H, W)`` of the windows for a canvas; ``None``: it is shown whole."""
+        if self.backbone.fixed_size is not None:
+            return None
+        side = self.window
+        if side is None:
+            side = _BACKBONE_WINDOW if canvas[0] * canvas[1] > _BACKBONE_PIXELS else max(canvas)
+        window = window_side(canvas, side, self.backbone.size_multiple)
+        return None if window == canvas else window
+
+    def _smaller_window(
+        self, canvas: tuple[int, int], window: tuple[int, int] | None
+    ) -> tuple[int, int] | None:
+        """The next one to try where memory ran out; ``None``: there is none."""
+        side = max(window or canvas) // 2
+        if self.backbone.fixed_size is not None or side < _LEAST_WINDOW:
+            return None
+        return window_side(canvas, side, self.backbone.size_multiple)
 
     @torch.no_grad()
-    def _features(self, batch: list[_Loaded]) -> list[Item | None]:
-        backbone = self.backbone
-        images = torch.stack([normalise(p.canvas, backbone.mean, backbone.std) for p in batch])
-        images = images.to(self.device)  # [B, 3, H, W]
-        with autocast(self.device, self.dtype):
-            features = backbone(images)  # [B, C, h, w]
-        features = features.float()
+    def _features(self, batch: list[_Loaded], window: tuple[int, int] | None) -> list[Item]:
+        mean, std = self.backbone.mean, self.backbone.std
+        images = [normalise(p.canvas, mean, std).to(self.device) for p in batch]  # [3, H, W]
+        if window is None:
+            features = self._run_backbone(torch.stack(images)).float()  # [B, C, h, w]
+        else:
+            features = [self._windowed(image, window) for image in images]
         return [
-            Item(p.source, p.frame, p.canvas, features[i], images[i]) for i, p in enumerate(batch)
+            Item(p.source, p.frame, p.canvas, features[i], images[i], window)
+            for i, p in enumerate(batch)
         ]
+
+    def _windowed(self, image: Tensor, window: tuple[int, int]) -> Tensor:
+        """Features ``[C, h, w]`` of a picture shown in windows, and once whole, made small."""
+        multiple = self.backbone.size_multiple
+        found = features_in_windows(self._run_backbone, image, window, multiple, self.batch_size)
+        size = tuple(image.shape[1:])
+        small = F.interpolate(
+            image[None],
+            overview_size(size, window, multiple),
+            mode="bicubic",
+            align_corners=False,
+            antialias=True,
+        )
+        return with_coarse_part(found, self._run_backbone(small)[0], size, window)
+
+    def _run_backbone(self, images: Tensor) -> Tensor:
+        with autocast(self.device, self.dtype):
+            return self.backbone(images)
 
     # -- features -> maps ---------------------------------------------------------------------
 
@@ -243,7 +319,11 @@ class Pipeline:
             UsageError: without an upsampler, or ``value`` with one that is not linear.
         """
         if self._upsampler.linear_in_value:
-            return self.kernels(item, size).apply(item.features if value is None else value)
+            value = item.features if value is None else value
+            full, crop, final = self._sizes(item, size)
+            if self._upsampler.neighbours is None or self._at_once(full):
+                return self.kernels(item, size).apply(value)
+            return _finish(self._by_rows(item, size, value, full, crop), crop, final)
         if value is not None:
             raise UsageError(
                 f"upsampler {self._upsampler.name} is not linear in its values: "
@@ -257,9 +337,87 @@ class Pipeline:
     def kernels(self, item: Item, size: tuple[int, int] | None = None) -> Kernels:
         """The first half of :meth:`upsample`, for several values of one picture."""
         full, crop, size = self._sizes(item, size)
-        with torch.no_grad():
-            weights = self._upsampler.kernels(item.features[None], item.image[None], full)
+        bands = list(self._bands(item, full))
+        weights = bands[0] if len(bands) == 1 else torch.cat(bands, 2)
         return Kernels(weights, crop, size, self)
+
+    def kernel_rows(self, item: Item, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
+        """The kernel weights of the picture without its padding, ``[N, rows, W]`` from the top.
+
+        In bounded memory. The rows together are the crop that :func:`map_sizes` names.
+        """
+        full, crop, _ = self._sizes(item, size)
+        y = 0
+        for band in self._bands(item, full):
+            rows = band[0, :, : max(0, crop[0] - y), : crop[1]]
+            if rows.shape[1] > 0:
+                yield rows
+            y += band.shape[2]
+
+    def _by_rows(
+        self,
+        item: Item,
+        size: tuple[int, int] | None,
+        value: Tensor,
+        full: tuple[int, int],
+        crop: tuple[int, int],
+    ) -> Tensor:
+        """The map ``[V, H, W]`` at the size of the crop, without all kernel weights at once."""
+        out = empty_map(value[None], *crop)[0]
+        fractional = self._upsampler.neighbours == "fine"
+        y = 0
+        for rows in self.kernel_rows(item, size):
+            part = reassemble_window(value[None], rows[None], full, (y, 0), fractional=fractional)
+            out[:, y : y + rows.shape[1]] = part[0]
+            y += rows.shape[1]
+        return out
+
+    @torch.no_grad()
+    def _bands(self, item: Item, full: tuple[int, int]) -> Iterator[Tensor]:
+        """Kernel weights ``[1, N, rows, W]`` of the whole canvas from the top.
+
+        All at once where that fits. Where memory runs out, half as many pixels at a time go on from
+        the row that was reached.
+        """
+        upsampler, x, image = self._upsampler, item.features[None], item.image[None]
+        done = 0
+        while True:
+            pixels = self._pixels_at_once()
+            try:
+                if self._at_once(full):
+                    bands = iter([upsampler.kernels(x, image, full)])
+                else:
+                    bands = upsampler.kernels_in_rows(x, image, full, pixels)
+                y = 0
+                for band in bands:
+                    y += band.shape[2]
+                    if y > done:
+                        new, done = y - done, y
+                        yield band[:, :, band.shape[2] - new :]
+                return
+            except Exception as error:
+                most = min(pixels, full[0] * full[1])
+                if not is_out_of_memory(error) or most <= _FEWEST_PIXELS:
+                    raise
+            self._most_pixels = most // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _at_once(self, full: tuple[int, int]) -> bool:
+        """Whether kernels for a map of this size are made in one piece."""
+        most = self._most_pixels or self._allowed_pixels()
+        if self.device.type == "cpu":
+            most = min(most, _WHOLE_PIXELS)
+        return full[0] * full[1] <= most
+
+    def _pixels_at_once(self) -> int:
+        return min(self._most_pixels or self._allowed_pixels(), _WINDOW_PIXELS)
+
+    def _allowed_pixels(self) -> int:
+        memory = self.max_memory
+        if memory is None:
+            memory = (available_memory(self.device) or 2**34) // 2
+        return max(_FEWEST_PIXELS, memory // self._upsampler.bytes_per_pixel)
 
     def upsample_in_slices(
         self, item: Item, size: tuple[int, int] | None = None, value: Tensor | None = None
@@ -267,13 +425,23 @@ class Pipeline:
         """:meth:`upsample` in slices of channels ``[v, H, W]``, so that memory stays bounded."""
         values = item.features if value is None else value
         full, _, final = self._sizes(item, size)
-        step = max(1, _CHUNK_BYTES // (4 * max(full[0] * full[1], final[0] * final[1])))
+        chunk = min(_CHUNK_BYTES, (self.max_memory or 2**62) // 4)
+        step = max(1, chunk // (4 * max(full[0] * full[1], final[0] * final[1])))
         if not self._upsampler.linear_in_value or step >= values.shape[0]:
             yield self.upsample(item, size, value)
             return
         kernels = self.kernels(item, size)
-        for start in range(0, values.shape[0], step):
-            yield kernels.apply(values[start : start + step])
+        start = 0
+        while start < values.shape[0]:
+            try:
+                part = kernels.apply(values[start : start + step])
+            except Exception as error:
+                if not is_out_of_memory(error) or step == 1:
+                    raise
+                step = -(-step // 2)
+                continue
+            yield part
+            start += len(part)
 
     def tokens(self, item: Item, value: Tensor | None = None) -> Tensor:
         """The low-resolution map ``[V, h, w]`` without the cells that lie in the padding only."""
@@ -295,24 +463,27 @@ class Pipeline:
     def _sizes(
         self, item: Item, size: tuple[int, int] | None
     ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """For a map of the picture: the size to upsample the whole canvas to, its crop, the result.
+        return map_sizes(item.frame, item.grid, size)
 
-        With padding, the canvas's size is the one that gives the picture its size, to the nearest
-        pixel. A map smaller than the grid (the original pixels of a thumbnail) is upsampled to the
-        canvas and averaged down; a huge one is made smaller and enlarged.
-        """
-        frame, grid = item.frame, item.grid
-        crop = wanted = frame.placed if size is None else size
-        limit = max(frame.canvas[0] * frame.canvas[1], _DIRECT_PIXELS)
-        if wanted[0] * wanted[1] > limit:
-            scale = (limit / (wanted[0] * wanted[1])) ** 0.5
-            crop = tuple(max(1, int(n * scale)) for n in wanted)
-        full = tuple(
-            _whole(*axis) for axis in zip(crop, frame.placed, frame.canvas, grid, strict=True)
-        )
-        if full[0] < grid[0] or full[1] < grid[1]:
-            return frame.canvas, frame.placed, wanted
-        return full, crop, wanted
+
+def map_sizes(
+    frame: Frame, grid: tuple[int, int], size: tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """For a map of the picture: the size to upsample the whole canvas to, its crop, the result.
+
+    With padding, the canvas's size is the one that gives the picture its size, to the nearest
+    pixel. A map smaller than the grid (the original pixels of a thumbnail) is upsampled to the
+    canvas and averaged down; a huge one is made smaller and enlarged.
+    """
+    crop = wanted = frame.placed if size is None else size
+    limit = max(frame.canvas[0] * frame.canvas[1], _DIRECT_PIXELS)
+    if wanted[0] * wanted[1] > limit:
+        scale = (limit / (wanted[0] * wanted[1])) ** 0.5
+        crop = tuple(max(1, int(n * scale)) for n in wanted)
+    full = tuple(_whole(*axis) for axis in zip(crop, frame.placed, frame.canvas, grid, strict=True))
+    if full[0] < grid[0] or full[1] < grid[1]:
+        return frame.canvas, frame.placed, wanted
+    return full, crop, wanted
 
 
 def _finish(full: Tensor, crop: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -17,6 +17,8 @@ from drawn import Blocks, PatchMeans, draw
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import fmupsample
+from fmupsample.upsamplers import load_upsampler
 from fmupsample_cli import loading
 from fmupsample_cli.main import build_app, main
 
@@ -50,7 +52,8 @@ def test_help_speaks_of_every_option() -> None:
     assert result.exit_code == 0
     for option in (
         "--output", "--list", "--backbone", "--layer", "--backbone-weights", "--upsampler",
-        "--head", "--fit-head", "--image-size", "--fit", "--format", "--dtype", "--output-size",
+        "--head", "--fit-head", "--image-size", "--fit", "--format", "--dtype", "--weight-bits",
+        "--output-size",
         "--tokens-only", "--pca", "--device", "--backend", "--precision", "--batch-size",
         "--workers", "--overwrite", "--json", "--quiet",
     ):  # fmt: skip
@@ -98,6 +101,7 @@ def test_exit_codes_of_failures(photos: Path, tmp_path: Path, capsys) -> None:
         (["photos", "-o", "out", "--output-size", "big"], "output size 'big' is not understood"),
         (["photos", "-o", "out", "--format", "npy", "--dtype", "bf16"], "npy has no bf16"),
         (["photos", "-o", "out", "--pca", "7"], "give 1 to 6"),
+        (["photos", "-o", "out", "--format", "compact"], "no kernel weights that a compact file"),
         (["photos", "-o", "out", "--precision", "fp16"], "fp16 needs a GPU"),
         (["photos", "-o", "out", "--format", "hdf5"], "hdf5"),
         (["photos"], "--output"),
@@ -121,6 +125,18 @@ def test_options_reach_the_library(photos: Path, tmp_path: Path, small_models) -
     array = np.load(out / "a.npy")
     assert array.shape == (6, 6, 16) and array.dtype == np.float32
     assert small_models == [{"upsampler": "jbu", "head": None, "image_size": (24, 64)}]
+
+
+def test_compact_files(photos: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    models = PatchMeans(), load_upsampler(PatchMeans(), "jbu")
+    monkeypatch.setattr(loading, "load_models", lambda *a, **k: models)
+    out = tmp_path / "out"
+    assert call(photos, "-o", out, "--format", "compact", "--weight-bits", 8, "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["shapes"] == [[6, 32, 48]] and summary["options"]["weight_bits"] == 8
+    assert fmupsample.open(out / "sub/b.safetensors")[:, :4, :4].shape == (6, 4, 4)
+    assert call(photos, "-o", out, "--format", "compact") == 2
+    assert "weight bits 8 (now 16)" in capsys.readouterr().err
 
 
 def test_tokens_only_asks_for_no_head(photos: Path, tmp_path: Path, small_models, capsys) -> None:

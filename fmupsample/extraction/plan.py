@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fmupsample.errors import ImageError, OutputError, UsageError
+from fmupsample.features.layout import WEIGHT_BITS, Layout, compact_bytes
 from fmupsample.images import (
     Source,
     check_output_size,
@@ -20,8 +21,10 @@ from fmupsample.images import (
     read_size,
     storable,
 )
-from fmupsample.pipeline import Pipeline
-from fmupsample.writers import FORMATS, Manifest, check_format, file_bytes, output_names
+from fmupsample.pipeline import Pipeline, map_sizes
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.writers import Manifest, check_format, file_bytes, output_names
+from fmupsample.writers.formats import COMPACT, DTYPES, suffix_of
 from fmupsample.writers.manifest import NAME as MANIFEST_NAME
 from fmupsample.writers.manifest import Record
 
@@ -35,8 +38,10 @@ class ExtractOptions:
     """What is written for each picture.
 
     Attributes:
-        format: ``"safetensors"``, ``"npy"`` or ``"pt"``.
+        format: ``"safetensors"``, ``"npy"``, ``"pt"``, or ``"compact"``: low-resolution values and
+            kernel weights, of which :func:`fmupsample.open` makes the map.
         dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``, of the numbers in the file.
+        weight_bits: of kernel weights in compact files: 8, 16 or 32.
         output_size: ``"image"``, ``"original"``, ``"HxW"`` or ``"x4"``.
         tokens_only: the low-resolution features, nothing upsampled.
         pca: keep this many principal components instead of all channels.
@@ -47,6 +52,7 @@ class ExtractOptions:
     output_size: str = "image"
     tokens_only: bool = False
     pca: int | None = None
+    weight_bits: int = 16
 
     def checked(self, pipeline: Pipeline) -> ExtractOptions:
         """The same in normal form.
@@ -66,7 +72,33 @@ class ExtractOptions:
             raise UsageError("--tokens-only and --output-size exclude each other")
         if not self.tokens_only and pipeline.upsampler is None:
             raise UsageError("no upsampler was given: name one, or ask for --tokens-only")
+        if self.format == COMPACT:
+            self._check_compact(pipeline)
         return replace(self, output_size=size)
+
+    def _check_compact(self, pipeline: Pipeline) -> None:
+        if self.tokens_only:
+            raise UsageError("--tokens-only has no kernel weights to store: leave one of it and "
+                             "--format compact away")  # fmt: skip
+        if self.weight_bits not in WEIGHT_BITS:
+            raise UsageError(f"--weight-bits {self.weight_bits} is not possible: use 8, 16 or 32")
+        upsampler = pipeline.upsampler
+        if not upsampler.linear_in_value or upsampler.neighbours is None:
+            raise UsageError(
+                f"upsampler {upsampler.name} has no kernel weights that a compact file could hold: "
+                "leave --format compact away (whole maps), or name another upsampler"
+            )
+
+    def file_bytes(self, pipeline: Pipeline, original: tuple[int, int]) -> int:
+        """About how large the file of a picture of ``original`` pixels is; errors as in shape."""
+        shape = self.shape(pipeline, original)
+        if self.format != COMPACT:
+            return file_bytes(shape, self.dtype)
+        frame = pipeline.frame(original)
+        grid = pipeline.backbone.grid(frame.canvas)
+        layout = compact_layout(pipeline.upsampler, *map_sizes(frame, grid, shape[1:]))
+        values = (shape[0], *grid)
+        return compact_bytes(values, DTYPES[self.dtype].itemsize, layout, self.weight_bits)
 
     def shape(self, pipeline: Pipeline, original: tuple[int, int]) -> tuple[int, int, int]:
         """``(C, H, W)`` of the file of a picture of ``original`` pixels; ImageError as in frame."""
@@ -74,6 +106,13 @@ class ExtractOptions:
         grid = pipeline.backbone.grid(frame.canvas)
         size = grid if self.tokens_only else parse_output_size(self.output_size, frame, grid)
         return (self.pca or pipeline.backbone.channels, *size)
+
+
+def compact_layout(
+    upsampler: Upsampler, full: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]
+) -> Layout:
+    """How a compact file of maps by ``upsampler`` is read."""
+    return Layout(upsampler.neighbours, upsampler.kernel_size, full, crop, size)
 
 
 def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:
@@ -84,7 +123,7 @@ def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:
         size = f"{backbone.fixed_size[0]}x{backbone.fixed_size[1]}"
     else:
         size = str(pipeline.image_size or backbone.default_image_size)
-    return {
+    described = {
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
         "layer": str(backbone.layer),
@@ -98,6 +137,11 @@ def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:
         "dtype": options.dtype,
         "format": options.format,
     }
+    if pipeline.window is not None:
+        described["window"] = pipeline.window
+    if options.format == COMPACT:
+        described["weight_bits"] = options.weight_bits
+    return described
 
 
 def options_hash(described: dict[str, Any]) -> str:
@@ -156,9 +200,7 @@ def make_plan(
     """
     described = describe(pipeline, options)
     plan = Plan(options, described, options_hash(described))
-    names = output_names(
-        sources, FORMATS[options.format].suffix, reserved=(MANIFEST_NAME, PCA_NAME)
-    )
+    names = output_names(sources, suffix_of(options.format), reserved=(MANIFEST_NAME, PCA_NAME))
     if not overwrite:
         _check_options(out, manifest, plan)
     owner = {r["output"]: r["source"] for r in manifest.records.values() if r.get("output")}
@@ -257,7 +299,7 @@ def _estimate(plan: Plan, pipeline: Pipeline, out: Path, replaced: int) -> None:
         total, count = 0, 0
         for size in sizes:
             try:
-                total += file_bytes(options.shape(pipeline, size), options.dtype)
+                total += options.file_bytes(pipeline, size)
                 count += 1
             except ImageError:
                 continue
@@ -288,7 +330,11 @@ def _estimate(plan: Plan, pipeline: Pipeline, out: Path, replaced: int) -> None:
 def _smaller(plan: Plan, pipeline: Pipeline) -> dict[str, ExtractOptions]:
     """Options that take less space, by what to type for them."""
     options = plan.options
-    ways = {}
+    ways: dict[str, ExtractOptions] = {}
+    if options.format != COMPACT and not options.tokens_only and pipeline.upsampler.neighbours:
+        ways["--format compact"] = replace(options, format=COMPACT)
+    if options.format == COMPACT and options.weight_bits > 8:
+        ways["--weight-bits 8"] = replace(options, weight_bits=8)
     if options.dtype == "fp32":
         ways["--dtype fp16"] = replace(options, dtype="fp16")
     if (options.pca or pipeline.backbone.channels) > 32:
@@ -296,7 +342,12 @@ def _smaller(plan: Plan, pipeline: Pipeline) -> dict[str, ExtractOptions]:
     if not options.tokens_only:
         if not options.output_size.startswith("x"):
             ways["--output-size x4"] = replace(options, output_size="x4")
-        ways["--tokens-only"] = replace(options, tokens_only=True, output_size="image")
+        ways["--tokens-only"] = replace(
+            options,
+            tokens_only=True,
+            output_size="image",
+            format="safetensors" if options.format == COMPACT else options.format,
+        )
     return ways
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from fmupsample.extraction.plan import (
     ExtractOptions,
     Plan,
     Task,
+    compact_layout,
     make_plan,
     source_stat,
 )
 from fmupsample.extraction.projection import Projection
+from fmupsample.features.layout import encode_weights
 from fmupsample.images import Source, parse_output_size, storable
-from fmupsample.pipeline import Item, Pipeline
+from fmupsample.pipeline import Item, Pipeline, map_sizes
 from fmupsample.progress import SILENT, Progress
 from fmupsample.writers import FORMATS, Manifest
 from fmupsample.writers.background import BackgroundWriter, Output
-from fmupsample.writers.formats import DTYPES
+from fmupsample.writers.compact import CompactFile
+from fmupsample.writers.formats import COMPACT, DTYPES
 from fmupsample.writers.lock import FolderLock
 from fmupsample.writers.manifest import Record
 
@@ -188,13 +192,11 @@ class _Run:
             record = self.record(item.source, item, basis)
             value = item.features if basis is None else basis.apply(item.features)
             _check_range(item.source, value, options.dtype)
-            for rows in self.slices(item, value, basis):
-                rows = rows.to(dtype).cpu()
+            for rows in self.parts(item, value, basis):
                 if not started:
-                    record["shape"] = [value.shape[0], *rows.shape[1:]]
+                    kind, shape = self.kind(item, value, rows)
+                    record["shape"] = [value.shape[0], *self.size(item)]
                     path = self.out / self.tasks[item.source].output
-                    kind = FORMATS[options.format]
-                    shape = tuple(record["shape"])
                     writer.begin(Output(path, kind, shape, dtype, _meta(record), record))
                     started = True
                 writer.add(rows)
@@ -216,13 +218,44 @@ class _Run:
             else:
                 self.fail(item.source, reason)
 
+    def size(self, item: Item) -> tuple[int, int]:
+        """``(H, W)`` of the map of a picture."""
+        options = self.plan.options
+        if options.tokens_only:
+            return tuple(self.pipeline.tokens(item).shape[1:])
+        return parse_output_size(options.output_size, item.frame, item.grid)
+
+    def kind(self, item: Item, value: Tensor, first: Tensor) -> tuple[Any, tuple[int, ...]]:
+        """What makes the file, and the shape it is told, given the first part for it."""
+        options = self.plan.options
+        if options.format != COMPACT:
+            return FORMATS[options.format], (value.shape[0], *first.shape[1:])
+        sizes = map_sizes(item.frame, item.grid, self.size(item))
+        layout = compact_layout(self.pipeline.upsampler, *sizes)
+        made = partial(CompactFile, layout=layout, weight_bits=options.weight_bits)
+        return made, tuple(value.shape)
+
+    def parts(self, item: Item, value: Tensor, basis: Projection | None) -> Iterator[Tensor]:
+        """What the writer is given, on the CPU, in the numbers of the file."""
+        options = self.plan.options
+        dtype = DTYPES[options.dtype]
+        if options.format != COMPACT:
+            for rows in self.slices(item, value, basis):
+                yield rows.to(dtype).cpu()
+            return
+        yield value.to(dtype).cpu()
+        if self.pipeline.upsampler.kernel_size == 1:
+            return
+        for rows in self.pipeline.kernel_rows(item, self.size(item)):
+            yield encode_weights(rows, options.weight_bits).cpu()
+
     def slices(self, item: Item, value: Tensor, basis: Projection | None) -> Iterator[Tensor]:
         """The map of the file, ``[c, H, W]`` at a time."""
         pipeline, options = self.pipeline, self.plan.options
         if options.tokens_only:
             yield pipeline.tokens(item, value)
             return
-        size = parse_output_size(options.output_size, item.frame, item.grid)
+        size = self.size(item)
         if pipeline.upsampler is not None and pipeline.upsampler.linear_in_value:
             if options.dtype != "fp32":
                 # A lower precision, where it was asked for, also reassembles in half the bytes.
@@ -249,6 +282,8 @@ class _Run:
                 "grid": list(item.grid),
                 "stride": list(backbone.stride),
             }
+            if item.window is not None:
+                record["window"] = list(item.window)
         record |= {"options": plan.described, "options_hash": plan.hash, "version": __version__}
         if basis is not None:
             record["pca_fingerprint"] = basis.fingerprint
@@ -307,6 +342,8 @@ def _meta(record: Record) -> dict[str, str]:
     for key in ("backbone", "backbone_fingerprint", "layer", "upsampler", "upsampler_fingerprint"):
         if options[key] is not None:
             meta[key] = str(options[key])
+    if "window" in record:
+        meta["window"] = json.dumps(record["window"])
     if "pca_fingerprint" in record:
         meta["pca_fingerprint"] = record["pca_fingerprint"]
     return meta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import exp
 
 import torch
@@ -73,14 +74,22 @@ def half_grid(size: int) -> slice:
     return slice(0, max(1, size // 2) * 2, 2)
 
 
-def upsampled_on_half_grid(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """``x`` upsampled bilinearly to ``size``, evaluated on the half grid of ``size`` only."""
-    uy = interpolation_matrix(x.shape[2], size[0])[half_grid(size[0])].to(x)
-    ux = interpolation_matrix(x.shape[3], size[1])[half_grid(size[1])].to(x)
+def upsampled_on_half_grid(
+    x: Tensor, size: tuple[int, int], part: tuple[slice, slice] = (slice(None), slice(None))
+) -> Tensor:
+    """``x`` upsampled bilinearly to ``size``, evaluated on (a part of) the half grid only."""
+    uy = interpolation_matrix(x.shape[2], size[0])[half_grid(size[0])][part[0]].to(x)
+    ux = interpolation_matrix(x.shape[3], size[1])[half_grid(size[1])][part[1]].to(x)
     return uy @ x @ ux.T
 
 
-def fast_guided_filter(guide: Tensor, target_half: Tensor, radius: int, eps: float) -> Tensor:
+def fast_guided_filter(
+    guide: Tensor,
+    target_half: Tensor,
+    radius: int,
+    eps: float,
+    resize: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Per-channel guided filter with coefficients computed at half resolution.
 
     He & Sun, "Fast Guided Filter" (2015). In each window the target is fitted as ``a guide + b``;
@@ -91,16 +100,25 @@ def fast_guided_filter(guide: Tensor, target_half: Tensor, radius: int, eps: flo
         target_half: ``[B, C, H', W']``, the target on the guide's half grid.
         radius: of the windows, in pixels of the half grid.
         eps: added to the guide's variance, in squared units of the guide.
+        resize: from the half grid to the guide's, where the guide is a part of a larger map.
 
     Returns:
         the filtered target, ``[B, C, H, W]``.
     """
     return over_channels(
-        lambda some, of_target: _guided_filter(some, of_target, radius, eps), guide, target_half
+        lambda some, of_target: _guided_filter(some, of_target, radius, eps, resize),
+        guide,
+        target_half,
     )
 
 
-def _guided_filter(guide: Tensor, target_half: Tensor, radius: int, eps: float) -> Tensor:
+def _guided_filter(
+    guide: Tensor,
+    target_half: Tensor,
+    radius: int,
+    eps: float,
+    resize: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
     guide_half = guide[:, :, half_grid(guide.shape[2]), half_grid(guide.shape[3])]
     # Centring by one constant per channel changes nothing but the rounding of the moments.
     centre_g = guide_half.mean((2, 3), keepdim=True)
@@ -112,6 +130,9 @@ def _guided_filter(guide: Tensor, target_half: Tensor, radius: int, eps: float) 
     a = (mean_gt - mean_g * mean_t) / (mean_gg - mean_g * mean_g + eps)
     b = mean_t - a * mean_g + centre_t - a * centre_g
     ab = box_mean(torch.cat([a, b], 1), radius)
-    ab = F.interpolate(ab, size=guide.shape[2:], mode="bilinear", align_corners=False)
+    if resize is not None:
+        ab = resize(ab)
+    else:
+        ab = F.interpolate(ab, size=guide.shape[2:], mode="bilinear", align_corners=False)
     a, b = ab.chunk(2, 1)
     return torch.addcmul(b, a, guide)

@@ -82,12 +82,21 @@ def apply_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * scale[:, :, None, None] + shift[:, :, None, None]
 
 
-def pointwise_after_norm(x: Tensor, norm: nn.GroupNorm, weight: Tensor, bias: Tensor) -> Tensor:
+def pointwise_after_norm(
+    x: Tensor,
+    norm: nn.GroupNorm,
+    weight: Tensor,
+    bias: Tensor,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """``conv1x1(GroupNorm(x))`` as one product: ``[B, C, H, W]`` -> ``[B, O, H, W]``.
 
-    ``weight`` is ``[O, C]``, ``bias`` ``[O]``.
+    ``weight`` is ``[O, C]``, ``bias`` ``[O]``; ``moments`` those of ``x``, where it is only a part
+    of what is normalised.
     """
-    scale, shift = affine(norm, *group_moments(x, norm.num_groups))
+    if moments is None:
+        moments = group_moments(x, norm.num_groups)
+    scale, shift = affine(norm, *moments)
     folded = weight.to(x) * scale[:, None, :]
     offset = bias.to(x) + shift @ weight.to(x).T
     flat = x.flatten(2)

@@ -46,6 +46,10 @@ class AxisPlan:
     def groups(self) -> int:
         return len(self.starts) - 1
 
+    def part(self, first: int, last: int) -> AxisPlan:
+        """The plan of pixels ``first .. last`` alone, on the same cells."""
+        return _plan(self.cells, self.base[first:last], self.fraction[first:last])
+
     def runs(self, g0: int, g1: int) -> list[tuple[int, int, int]]:
         """The groups ``g0 .. g1`` as runs of equally long ones: ``(first, last + 1, length)``."""
         found: list[tuple[int, int, int]] = []
@@ -73,15 +77,19 @@ def plan_axis(cells: int, pixels: int, fractional: bool) -> AxisPlan:
     base = torch.div(numerator, 2 * pixels, rounding_mode="floor")
     remainder = numerator - base * (2 * pixels)
     fraction = remainder.double() / (2 * pixels) if fractional else torch.zeros(pixels).double()
+    return _plan(cells, base, fraction)
+
+
+def _plan(cells: int, base: Tensor, fraction: Tensor) -> AxisPlan:
     counts = torch.bincount(base - base[0])
     starts = torch.cumsum(counts, 0) - counts
     return AxisPlan(
         cells=cells,
-        pixels=pixels,
+        pixels=len(base),
         base=base,
         fraction=fraction,
         first=int(base[0]),
-        starts=(*starts.tolist(), pixels),
+        starts=(*starts.tolist(), len(base)),
         slots=int(counts.max()),
     )
 

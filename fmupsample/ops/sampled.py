@@ -48,9 +48,33 @@ def reassemble_at(
         raise ShapeError(
             f"weights {list(weights.shape)} are smaller than the value map {list(value.shape)}"
         )
-    rows, columns = pixels // width, pixels % width
     shares = weights.detach().flatten(1)[:, pixels].to(value.dtype)  # [K*K, n]
-    down, across = plan_axis(h, height, fractional), plan_axis(w, width, fractional)
+    rows, columns = pixels // width, pixels % width
+    return reassemble_points(value, shares, rows, columns, (height, width), fractional=fractional)
+
+
+def reassemble_points(
+    value: Tensor,
+    shares: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    size: tuple[int, int],
+    *,
+    fractional: bool = True,
+) -> Tensor:
+    """:func:`reassemble_at` for weights that have been looked up.
+
+    Args:
+        value: ``[V, h, w]``, float32 or float64. Gradients go to it.
+        shares: ``[K*K, n]``, the weights of each pixel, in the dtype of ``value``.
+        rows, columns: int64 ``[n]``, the pixels.
+        size: ``(H, W)`` of the whole map.
+
+    Returns:
+        ``[n, V]``.
+    """
+    k, (h, w) = isqrt(shares.shape[0]), value.shape[1:]
+    down, across = plan_axis(h, size[0], fractional), plan_axis(w, size[1], fractional)
     if fractional:
         shares = _merged(
             shares.unflatten(0, (k, k)), _of(down.fraction, rows), _of(across.fraction, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ class Upsampler(nn.Module):
             otherwise any map with the channels the module was built for.
         fixed_ratio: the only ratio H/h it can do, or ``None`` for any ratio >= 1.
         linear_in_value: whether ``kernels``/``reassemble`` exist.
+        neighbours: how ``reassemble`` reads values: ``"fine"`` (bilinear samples) or ``"coarse"``
+            (whole cells), K x K of them, as :func:`fmupsample.ops.reassemble` does; or ``None``
+            for a way of its own, of which no compact file can be made.
+        kernel_size: K, where ``neighbours`` says how.
+        bytes_per_pixel: about what ``kernels`` takes on its way, per output pixel.
         uses_ops: whether the work is done by the operators of :mod:`fmupsample.ops`, and so
             whether the compiled extension is of use.
     """
@@ -32,6 +38,9 @@ class Upsampler(nn.Module):
     needs_guidance: ClassVar[bool] = False
     fixed_ratio: ClassVar[int | None] = None
     linear_in_value: ClassVar[bool] = True
+    neighbours: str | None = None
+    kernel_size: int | None = None
+    bytes_per_pixel: ClassVar[int] = 1200
     uses_ops: ClassVar[bool] = True
     guidance_is_image: bool = True
 
@@ -57,6 +66,16 @@ class Upsampler(nn.Module):
     ) -> Tensor:
         """Kernel weights ``[B, N, H, W]``, each pixel's N neighbour weights summing to 1."""
         raise UsageError(f"{self.name} is not linear in its values: it has no kernel weights")
+
+    def kernels_in_rows(
+        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int], pixels: int
+    ) -> Iterator[Tensor]:
+        """:meth:`kernels` in bands of rows ``[B, N, rows, W]`` from the top, in bounded memory.
+
+        The same numbers up to rounding, without gradients. Methods that can do so work on about
+        ``pixels`` output pixels at a time; this one makes all of them at once.
+        """
+        yield self.kernels(x, guidance, size)
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted neighbours of ``value`` ``[B, V, h, w]`` -> ``[B, V, H, W]``.

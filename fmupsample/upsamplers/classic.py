@@ -16,6 +16,7 @@ from fmupsample.upsamplers.base import Upsampler
 class _Interpolation(Upsampler):
     """One neighbour of weight 1 per pixel; the kind of neighbour is the method."""
 
+    kernel_size: int = 1
     uses_ops: ClassVar[bool] = False
 
     def kernels(
@@ -31,6 +32,7 @@ class Nearest(_Interpolation):
     """Every pixel takes the features of the cell it lies in."""
 
     name: ClassVar[str] = "nearest"
+    neighbours: str = "coarse"
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         rows = plan_axis(value.shape[2], weights.shape[2], False).base.to(value.device)
@@ -45,6 +47,7 @@ class Bilinear(_Interpolation):
     """Bilinear interpolation between cell centres (``align_corners=False``)."""
 
     name: ClassVar[str] = "bilinear"
+    neighbours: str = "fine"
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         return F.interpolate(value, size=weights.shape[2:], mode="bilinear", align_corners=False)

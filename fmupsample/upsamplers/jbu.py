@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,8 @@ from fmupsample.errors import UsageError
 from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import plan_axis
 from fmupsample.upsamplers.base import Upsampler
+
+_Axis = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 class JointBilateral(Upsampler):
@@ -30,6 +33,8 @@ class JointBilateral(Upsampler):
 
     name: ClassVar[str] = "jbu"
     needs_guidance: ClassVar[bool] = True
+    neighbours: str = "coarse"
+    bytes_per_pixel: ClassVar[int] = 500
 
     def __init__(
         self, kernel_size: int = 5, sigma_space: float = 0.75, sigma_range: float = 0.6
@@ -47,17 +52,44 @@ class JointBilateral(Upsampler):
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
     ) -> Tensor:
         """Weights ``[B, K*K, H, W]``; zero where a neighbour lies outside the picture."""
-        height, width = self.check(x, guidance, size)
-        assert guidance is not None  # checked above: needs_guidance
+        size = self.check(x, guidance, size)
+        guidance, low = self._maps(x, guidance, size)
+        down, across = (
+            self._axis(n, pixels, guidance) for n, pixels in zip(x.shape[-2:], size, strict=True)
+        )
+        return self._weights(guidance, low, down, across)
+
+    @torch.no_grad()
+    def kernels_in_rows(
+        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int], pixels: int
+    ) -> Iterator[Tensor]:
+        size = self.check(x, guidance, size)
+        guidance, low = self._maps(x, guidance, size)
+        down, across = (
+            self._axis(n, pixels, guidance) for n, pixels in zip(x.shape[-2:], size, strict=True)
+        )
+        step = max(1, pixels // (len(x) * size[1]))
+        for y in range(0, size[0], step):
+            rows = tuple([t[y : y + step] for t in part] for part in down)
+            yield self._weights(guidance[:, :, y : y + step], low, rows, across)
+
+    def _maps(
+        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The guidance at the output's size, and its mean over each cell."""
+        assert guidance is not None  # checked before: needs_guidance
         guidance = guidance.to(torch.promote_types(x.dtype, torch.float32))
-        h, w = x.shape[-2:]
-        low = F.adaptive_avg_pool2d(guidance, (h, w))
-        if guidance.shape[-2:] != (height, width):
+        low = F.adaptive_avg_pool2d(guidance, x.shape[-2:])
+        if guidance.shape[-2:] != size:
             guidance = F.interpolate(
-                guidance, (height, width), mode="bilinear", align_corners=False, antialias=True
+                guidance, size, mode="bilinear", align_corners=False, antialias=True
             )
-        rows, row_logits, row_inside = self._axis(h, height, guidance)
-        columns, column_logits, column_inside = self._axis(w, width, guidance)
+        return guidance, low
+
+    def _weights(self, guidance: Tensor, low: Tensor, down: _Axis, across: _Axis) -> Tensor:
+        """Of the rows that ``guidance`` and ``down`` hold."""
+        rows, row_logits, row_inside = down
+        columns, column_logits, column_inside = across
         scores = []
         for i in range(self.kernel_size):
             band = low.index_select(2, rows[i])
@@ -76,13 +108,11 @@ class JointBilateral(Upsampler):
     def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
         return reassemble_at(value, weights, pixels, fractional=False)
 
-    def _axis(
-        self, cells: int, pixels: int, like: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _axis(self, cells: int, pixels: int, like: Tensor) -> _Axis:
         """Per offset, for every pixel of an axis: the cell, its spatial logit, is it inside."""
         base = plan_axis(cells, pixels, False).base
         centre = (torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels - 0.5
-        found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        found: _Axis = ([], [], [])
         reach = self.kernel_size // 2
         for offset in range(-reach, reach + 1):
             cell = base + offset

@@ -188,7 +188,9 @@ class _Run:
     def _model(self) -> dict[str, str]:
         """What the features, and so a basis, depend on."""
         backbone, pipeline = self.pipeline.backbone, self.pipeline
+        windows = {} if pipeline.window is None else {"window": str(pipeline.window)}
         return {
+            **windows,
             "backbone": backbone.name,
             "layer": str(backbone.layer),
             "backbone_fingerprint": backbone.fingerprint,

@@ -11,7 +11,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -70,33 +70,43 @@ class TensorFile:
         """Write what comes before the numbers."""
 
     def _add(self, rows: Tensor) -> None:
-        # numpy has no bfloat16; the bytes are what counts. Flat first: a contiguous [64, 1, 1] may
-        # have any strides.
-        self._file.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+        self._file.write(raw_bytes(rows))
 
     def _end(self) -> None:
         """Write what comes after the numbers."""
+
+
+def raw_bytes(rows: Tensor) -> memoryview:
+    """The numbers of a contiguous tensor as they lie in memory; numpy has no bfloat16."""
+    # Flat first: a contiguous [64, 1, 1] may have any strides.
+    return rows.reshape(-1).view(torch.uint8).numpy().data
 
 
 class SafetensorsFile(TensorFile):
     """https://github.com/huggingface/safetensors#format: header length, JSON header, raw data."""
 
     suffix = ".safetensors"
-    _NAMES: ClassVar = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    _NAMES: ClassVar = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.uint8: "U8",
+    }
 
     def _begin(self) -> None:
-        size = math.prod(self.shape) * self.dtype.itemsize
-        header = {
-            "__metadata__": self.meta,
-            "features": {
-                "dtype": self._NAMES[self.dtype],
-                "shape": list(self.shape),
-                "data_offsets": [0, size],
-            },
-        }
+        entry = self._entry(self.dtype, self.shape, 0)
+        self._write_header({"__metadata__": self.meta, "features": entry})
+
+    def _entry(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
+        end = start + math.prod(shape) * dtype.itemsize
+        return {"dtype": self._NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+
+    def _write_header(self, header: dict[str, Any]) -> int:
+        """Write it; where the data begins."""
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the data is aligned for memory mapping
         self._file.write(len(text).to_bytes(8, "little") + text)
+        return 8 + len(text)
 
 
 class NpyFile(TensorFile):
@@ -137,15 +147,22 @@ FORMATS: dict[str, type[TensorFile]] = {
     "npy": NpyFile,
     "pt": PtFile,
 }
+# Values and kernel weights in place of the map, see fmupsample.features.layout.
+COMPACT = "compact"
+
+
+def suffix_of(name: str) -> str:
+    """Of the files of a format, with its dot."""
+    return SafetensorsFile.suffix if name == COMPACT else FORMATS[name].suffix
 
 
 def check_format(name: str, dtype: str) -> None:
     """Raise UsageError for an unknown format or dtype, or a pair that cannot be written."""
-    if name not in FORMATS:
-        raise UsageError(f"format {name!r} is unknown: use {', '.join(FORMATS)}")
+    if name != COMPACT and name not in FORMATS:
+        raise UsageError(f"format {name!r} is unknown: use {', '.join([*FORMATS, COMPACT])}")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
-    if dtype not in FORMATS[name].dtypes:
+    if name != COMPACT and dtype not in FORMATS[name].dtypes:
         raise UsageError(
             f"format {name} has no {dtype}: use --dtype {' or '.join(FORMATS[name].dtypes)}, "
             "or --format safetensors"

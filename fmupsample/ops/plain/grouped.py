@@ -29,9 +29,30 @@ _MAX_BLOCKS = 64
 def reassemble(value: Tensor, weights: Tensor, fractional: bool) -> Tensor:
     """See :func:`fmupsample.ops.reassembly.reassemble`."""
     out = empty_map(value, *weights.shape[2:])
+    return out if out.numel() == 0 else _fill(out, _Job(value, weights, fractional))
+
+
+def reassemble_window(
+    value: Tensor,
+    weights: Tensor,
+    size: tuple[int, int],
+    corner: tuple[int, int],
+    fractional: bool,
+) -> Tensor:
+    """See :func:`fmupsample.ops.window.reassemble_window`."""
+    out = empty_map(value, *weights.shape[2:])
     if out.numel() == 0:
         return out
-    job = _Job(value, weights, fractional)
+    rows, columns = (
+        plan_axis(cells, pixels, fractional).part(first, first + length)
+        for cells, pixels, first, length in zip(
+            value.shape[2:], size, corner, weights.shape[2:], strict=True
+        )
+    )
+    return _fill(out, _Job(value, weights, fractional, rows, columns))
+
+
+def _fill(out: Tensor, job: _Job) -> Tensor:
     for b, tile in job.tiles():
         product = torch.bmm(job.patches(b, tile), job.merged_weights(b, tile))
         job.from_groups(tile, product, job.rows_of(out[b], tile))
@@ -74,7 +95,14 @@ class _Job:
     ``T`` the number of cells it reads.
     """
 
-    def __init__(self, value: Tensor, weights: Tensor, fractional: bool):
+    def __init__(
+        self,
+        value: Tensor,
+        weights: Tensor,
+        fractional: bool,
+        rows: AxisPlan | None = None,
+        columns: AxisPlan | None = None,
+    ):
         self.weights = weights
         self.dtype, self.device = value.dtype, value.device
         # Arithmetic on weights happens in at least float32, whatever the value's dtype.
@@ -82,8 +110,9 @@ class _Job:
         self.fractional = fractional
         self.k = isqrt(weights.shape[1])
         self.taps = self.k + 1 if fractional else self.k  # cells read along one axis
-        self.rows = plan_axis(value.shape[2], weights.shape[2], fractional)
-        self.columns = plan_axis(value.shape[3], weights.shape[3], fractional)
+        # Plans of a part of the pixels: then no more cells are read than that part needs.
+        self.rows = rows or plan_axis(value.shape[2], weights.shape[2], fractional)
+        self.columns = columns or plan_axis(value.shape[3], weights.shape[3], fractional)
         self.pad_y, self.pad_x = self._padding(self.rows), self._padding(self.columns)
         self.padded = _replicate_pad(value, self.pad_y, self.pad_x)
         if fractional:
@@ -91,7 +120,10 @@ class _Job:
             self.fx = self.columns.fraction.to(self.device, self.weight_dtype)
 
     def _padding(self, axis: AxisPlan) -> tuple[int, int]:
-        """Cells to add before and after, so that every group reads inside the padded map."""
+        """Cells to add before and after, so that every group reads inside the padded map.
+
+        Negative where cells there are not read at all.
+        """
         first = axis.first - self.k // 2
         last = first + axis.groups - 1 + self.taps - 1
         return -first, last - (axis.cells - 1)

@@ -23,6 +23,7 @@ def serves(pair: PairedCDC, keys: Keys, query: Tensor) -> bool:
     """Whether the kernel can take this case; may compile the extension."""
     return (
         query.device.type == "cuda"
+        and not keys.windowed
         and fits(pair, query)
         and not recorded(query, keys.source, *pair.parameters())
         and backend.compiled(query.device)

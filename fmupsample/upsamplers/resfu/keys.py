@@ -26,25 +26,36 @@ class UpsampledKeys:
     Attributes:
         low: ``[B, M, h+2, w+2]``, the convolution on a map larger by one cell on every side.
         size: ``(H, W)`` of the output.
+        window: the rows and columns of it that are wanted; ``None``: all.
     """
 
     low: Tensor
     size: tuple[int, int]
+    window: tuple[slice, slice] | None = None
 
     @property
     def source(self) -> Tensor:
         """The tensor that the terms are made from."""
         return self.low
 
+    @property
+    def windowed(self) -> bool:
+        """Whether this is a part of the output."""
+        return self.window is not None
+
     def term(self, constant: Tensor, dtype: torch.dtype) -> KeyTerm:
         """The convolution plus ``constant`` ``[B, M]``, in ``dtype``."""
         low, (height, width) = self.low, self.size
         h, w = (n - 2 for n in low.shape[2:])
+        rows, columns = self.window or (slice(0, height), slice(0, width))
+        base = plan_axis(h, height, True).base[rows] + 1
+        top, bottom = int(base[0]), int(base[-1]) + 2
+        base = base - top
         # Rows of interpolation matrices sum to 1: what is added here is added to every pixel.
-        across = (low + constant[:, :, None, None]) @ interpolation_matrix(w, width, 1).to(low).T
+        ux = interpolation_matrix(w, width, 1)[columns].to(low)
+        across = (low[:, :, top:bottom] + constant[:, :, None, None]) @ ux.T
         across = across.flatten(0, 1).to(dtype)
-        down = interpolation_matrix(h, height, 1).to(across)
-        base = plan_axis(h, height, True).base + 1
+        down = interpolation_matrix(h, height, 1)[rows, top:bottom].to(across)
 
         def term(y0: int, y1: int, out: Tensor | None) -> Tensor:
             first, last = int(base[y0]), int(base[y1 - 1]) + 2
@@ -63,6 +74,7 @@ class FullKeys:
         weight: ``[B, M, E/groups, K, K]``, the key's normalisation folded in.
         offset: ``[B, M]``, what that leaves to add.
         groups: of the convolution.
+        windowed: the key holds the neighbours around the output's pixels already.
     """
 
     key: Tensor
@@ -70,6 +82,7 @@ class FullKeys:
     offset: Tensor
     groups: int
     stride: tuple[int, int]
+    windowed: bool = False
 
     @property
     def source(self) -> Tensor:
@@ -80,7 +93,9 @@ class FullKeys:
         """The convolution plus ``constant`` ``[B, M]``, in ``dtype``."""
         batch, reach = self.key.shape[0], self.weight.shape[-1] // 2
         pad_y, pad_x = (s * reach for s in self.stride)
-        padded = F.pad(self.key.to(dtype), (pad_x, pad_x, pad_y, pad_y), mode="replicate")
+        padded = self.key.to(dtype)
+        if not self.windowed:
+            padded = F.pad(padded, (pad_x, pad_x, pad_y, pad_y), mode="replicate")
         weight = self.weight.flatten(0, 1).to(dtype)
         bias = (self.offset + constant).flatten().to(dtype)
 

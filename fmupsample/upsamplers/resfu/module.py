@@ -7,6 +7,7 @@ and averages their features with the softmax of those scores.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,11 @@ from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
 from fmupsample.upsamplers.resfu.scores import PairedCDC, Workspace
 from fmupsample.upsamplers.resfu.stem import GuidanceStem
+from fmupsample.upsamplers.resfu.windows import (
+    WindowedKernels,
+    neighbour_stride,
+    resized_guidance,
+)
 
 
 class ReSFU(Upsampler):
@@ -48,6 +54,7 @@ class ReSFU(Upsampler):
     def __init__(self, config: ReSFUConfig):
         super().__init__()
         self.config = config
+        self.neighbours, self.kernel_size = config.neighbours, config.kernel_size
         self.guidance_is_image = config.stem
         self.stem = GuidanceStem(config.guidance_channels) if config.stem else None
         guidance, channels, e = config.guidance_channels, config.channels, config.embedding
@@ -78,6 +85,24 @@ class ReSFU(Upsampler):
             guidance = self._guidance_map(guidance.to(dtype), size)
             return self._kernels(x.to(dtype), guidance, size, low=x.dtype == torch.bfloat16)
 
+    @torch.no_grad()
+    def kernels_in_rows(
+        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int], pixels: int
+    ) -> Iterator[Tensor]:
+        if self.config.similarity != "pcdc" or len(x) * size[0] * size[1] <= pixels:
+            yield self.kernels(x, guidance, size)
+            return
+        size = self.check(x, guidance, size)
+        self._check_channels(x, guidance)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        guidance = resized_guidance(guidance.to(dtype), size)
+        low = x.dtype == torch.bfloat16
+        job = WindowedKernels(self, x.to(dtype), guidance, size, pixels // len(x), low)
+        with torch.autocast(x.device.type, enabled=False):
+            job.measure()
+            for band in job.windows:
+                yield job.band(band)
+
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted fine-grained (or coarse) neighbours of ``value`` ``[B, V, h, w]``."""
         return reassemble(value, weights, fractional=self.config.neighbours == "fine")
@@ -98,10 +123,7 @@ class ReSFU(Upsampler):
             )
 
     def _guidance_map(self, guidance: Tensor, size: tuple[int, int]) -> Tensor:
-        if guidance.shape[-2:] != size:
-            guidance = F.interpolate(
-                guidance, size=size, mode="bilinear", align_corners=False, antialias=True
-            )
+        guidance = resized_guidance(guidance, size)
         return guidance if self.stem is None else self.stem(guidance)
 
     def _kernels(self, x: Tensor, guidance: Tensor, size: tuple[int, int], low: bool) -> Tensor:
@@ -138,9 +160,7 @@ class ReSFU(Upsampler):
         c = self.config
         key = gaussian3(query) if c.align else query
         moments = group_moments(key, c.norm_groups)
-        # At ratios that are not whole, neighbours on the output grid are the nearest whole step
-        # apart.
-        stride = tuple(max(1, round(n / m)) for n, m in zip(query.shape[-2:], cells, strict=True))
+        stride = neighbour_stride(query.shape[-2:], cells)
         if c.similarity == "inner":
             key = apply_affine(key, *affine(self.detail_scores, *moments))
             return self._inner(query, self.detail_scores, self._neighbours(key, stride))
@@ -177,12 +197,21 @@ class ReSFU(Upsampler):
             uy @ padded[:, :, i : i + h + 2, j : j + w + 2] @ ux.T for i in steps for j in steps
         ]
 
-    def _mask_outside(self, scores: Tensor, cells: tuple[int, int]) -> Tensor:
-        """-inf, in place, for neighbours whose centre is outside the picture."""
+    def _mask_outside(
+        self,
+        scores: Tensor,
+        cells: tuple[int, int],
+        size: tuple[int, int] | None = None,
+        window: tuple[slice, slice] = (slice(None), slice(None)),
+    ) -> Tensor:
+        """-inf, in place, for neighbours whose centre is outside the picture.
+
+        ``size`` and ``window``: where the scores are a part of a larger map.
+        """
         reach = self.config.kernel_size // 2
         rows, columns = (
-            torch.stack([~neighbour_inside(n, pixels, d) for d in range(-reach, reach + 1)])
-            for n, pixels in zip(cells, scores.shape[-2:], strict=True)
+            torch.stack([~neighbour_inside(n, pixels, d)[part] for d in range(-reach, reach + 1)])
+            for n, pixels, part in zip(cells, size or scores.shape[-2:], window, strict=True)
         )  # [K, H], [K, W]
         grid = scores.unflatten(1, (self.config.kernel_size, -1))
         grid.masked_fill_(rows[:, None, :, None].to(scores.device), float("-inf"))

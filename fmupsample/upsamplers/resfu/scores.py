@@ -121,19 +121,36 @@ class PairedCDC(nn.Module):
 
         ``low_precision``: on a CPU, without gradients, multiply in bfloat16 up to the last norm.
         """
+        moments = group_moments(query, self.norm.num_groups)
+        parts = self.partial(keys, query, moments, workspace, low_precision=low_precision)
+        return self.complete(*parts)
+
+    def partial(
+        self,
+        keys: Keys,
+        query: Tensor,
+        query_moments: tuple[Tensor, Tensor],
+        workspace: Workspace,
+        *,
+        low_precision: bool = False,
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        """Everything before the last norm: its input's shares of the scores, and its moments.
+
+        :meth:`complete` makes scores of them, with these moments or, where this is a window of a
+        larger map, with those of the whole.
+        """
         total = self.difference.weight.to(query).flatten(2).sum(2, keepdim=True)  # [M, E/g, 1]
-        query_moments = group_moments(query, self.norm.num_groups)
         weight, offset = self._fold(total, *affine(self.norm, *query_moments))
         weight, constant = -weight.squeeze(3), self.difference.bias.to(query) - offset
         if fused.serves(self, keys, query):
             part, moments = fused.partial_scores(self, keys, query, weight, constant)
-            return self._normalise([part], moments)
+            return [part], moments
         # Where nobody looks on, strips reuse their memory.
         reuse = not recorded(query, keys.source, *self.parameters())
         low = low_precision and reuse and query.device.type == "cpu"
         strips = self._strips(keys, query, weight, constant, workspace, reuse, low)
         parts, moments, counts = zip(*strips, strict=True)
-        return self._normalise(list(parts), pooled_moments(list(moments), list(counts)))
+        return list(parts), pooled_moments(list(moments), list(counts))
 
     def _strips(
         self,
@@ -195,7 +212,7 @@ class PairedCDC(nn.Module):
         score = score.unflatten(1, (groups, -1)).transpose(0, 1)  # [G, KK, M/G]
         return mix.repeat(batch, 1, 1), bias.repeat(batch, 1, 1), score.repeat(batch, 1, 1)
 
-    def _normalise(self, parts: list[Tensor], moments: tuple[Tensor, Tensor]) -> Tensor:
+    def complete(self, parts: list[Tensor], moments: tuple[Tensor, Tensor]) -> Tensor:
         """Complete the GroupNorm between ``mix`` and ``score`` on its partial scores."""
         mean, variance = moments  # [B, G]
         groups = self.mix_norm.num_groups

@@ -1,0 +1,154 @@
+"""How much memory upsampling takes, against the size of the picture.
+
+    python benchmarks/memory.py -o benchmarks/results/memory-cpu.json
+
+Kernel weights of larger and larger square pictures, by the shipped head: all at once, and as the
+pipeline makes them, in windows beyond two million pixels. Each case in a process of its own; the
+number is by how much one call raises the memory in use, on top of the picture, its features and the
+model. In windows it must stay flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fmupsample.pipeline
+from fmupsample.backbones import load_backbone
+from fmupsample.images.find import Source
+from fmupsample.images.size import Frame, ImageSize
+from fmupsample.memory import parse_memory
+from fmupsample.pipeline import Item, Pipeline
+from fmupsample.upsamplers import load_upsampler
+
+import reports
+from machine import describe
+from measuring import Apart, OutOfMemory
+
+SIZES = (560, 1120, 1680, 2240, 3360, 4480)
+# Whole pictures are measured up to here; larger ones take gigabytes.
+MOST_WHOLE = 2240
+# "Flat": the largest picture takes at most so many times what the first windowed one takes.
+FLAT = 1.25
+
+
+def prepare(method: str, size: int, way: str, allowed: int | None) -> Callable[[], int]:
+    """A case: the kernels of one picture, row by row, and nothing kept."""
+    backbone = load_backbone("embedded")
+    upsampler = load_upsampler(backbone, None if method == "resfu" else method)
+    pipeline = Pipeline(
+        backbone, upsampler, image_size=ImageSize(exact=(size, size)), max_memory=allowed
+    )
+    if way == "whole":
+        fmupsample.pipeline._WHOLE_PIXELS = 2**62
+        pipeline.max_memory = 2**62
+    generator = torch.Generator().manual_seed(0)
+    grid = backbone.grid((size, size))
+    item = Item(
+        Source(Path("drawn"), Path("drawn")),
+        Frame((size, size), (size, size), (size, size)),
+        np.empty((0, 0, 3), dtype=np.uint8),
+        torch.randn(backbone.channels, *grid, generator=generator),
+        torch.randn(3, size, size, generator=generator),
+    )
+    list(pipeline.kernel_rows(_corner(item, backbone)))  # libraries are loaded by now
+    return lambda: sum(rows.shape[1] for rows in pipeline.kernel_rows(item))
+
+
+def _corner(item: Item, backbone) -> Item:
+    size = (8 * backbone.stride[0], 8 * backbone.stride[1])
+    frame = Frame(size, size, size)
+    return Item(
+        item.source,
+        frame,
+        item.canvas,
+        item.features[:, :8, :8],
+        item.image[:, : size[0], : size[1]],
+    )
+
+
+def measure(method: str, size: int, way: str, allowed: int | None) -> dict:
+    result = {
+        "setting": {"method": method, "size": size, "way": way},
+        "device": "cpu",
+        "backend": "torch",
+        "max_memory": allowed,
+    }
+    try:
+        with Apart(prepare, method, size, way, allowed) as runner:
+            result["peak_bytes"] = runner.peak()
+    except OutOfMemory as error:
+        result["skipped"] = str(error)
+    return result
+
+
+def flatness(results: list[dict]) -> dict[str, float]:
+    """Per method: the peak of the largest picture over that of the first one in windows."""
+    found = {}
+    for method in {r["setting"]["method"] for r in results}:
+        rows = [
+            (r["setting"]["size"], r["peak_bytes"])
+            for r in results
+            if r["setting"]["method"] == method
+            and r["setting"]["way"] == "windows"
+            and "peak_bytes" in r
+            and r["setting"]["size"] ** 2 > fmupsample.pipeline._WHOLE_PIXELS
+        ]
+        if len(rows) > 1:
+            found[method] = max(rows)[1] / min(rows)[1]
+    return found
+
+
+def table(results: list[dict]) -> str:
+    lines = ["| picture | method | at once | as the pipeline does |", "|---|---|---|---|"]
+    cells: dict[tuple[int, str], dict[str, str]] = {}
+    for r in results:
+        s = r["setting"]
+        text = f"{r['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in r else r["skipped"]
+        cells.setdefault((s["size"], s["method"]), {})[s["way"]] = text
+    for (size, method), ways in sorted(cells.items(), key=lambda c: (c[0][1], c[0][0])):
+        lines.append(
+            f"| {size} x {size} | {method} | {ways.get('whole', '')} | {ways.get('windows', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=list(SIZES), help="sides, multiples of 14")
+    add("--methods", nargs="+", default=["resfu", "jbu"])
+    add("--max-memory", type=parse_memory, help="as of the command line")
+    add("--threads", type=int, default=0)
+    add("-o", "--output", type=Path, help="JSON; other cases already in it are kept")
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    machine = describe(torch.device("cpu"))
+    results = reports.read(args.output, machine)
+    for method in args.methods:
+        for size in args.sizes:
+            for way in ("whole", "windows"):
+                if way == "whole" and size > MOST_WHOLE:
+                    continue
+                result = measure(method, size, way, args.max_memory)
+                results = reports.add(results, result)
+                flat = flatness(results)
+                reports.write(args.output, machine, results, flat=flat)
+                print(
+                    size, method, way, result.get("peak_bytes", result.get("skipped")), flush=True
+                )
+    print("\n" + table(results))
+    for method, ratio in flatness(results).items():
+        verdict = "flat" if ratio <= FLAT else "NOT flat"
+        print(f"{method}: the largest takes {ratio:.2f} times the first in windows: {verdict}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""Feature files as arrays: ``fmupsample.open``, the compact format, and what both stand on."""
+
+from fmupsample.features.array import FeatureArray
+from fmupsample.features.compact import CompactFeatures
+from fmupsample.features.dense import DenseFeatures
+from fmupsample.features.opening import open_features
+
+__all__ = ["CompactFeatures", "DenseFeatures", "FeatureArray", "open_features"]
