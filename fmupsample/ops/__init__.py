@@ -1,6 +1,6 @@
 """Operators: reassembly and the coordinates it works on. Depends on torch alone."""
 
-from fmupsample.ops.reassembly import reassemble
+from fmupsample.ops.reassembly import reassemble, similarity
 from fmupsample.ops.sampled import reassemble_at
 
-__all__ = ["reassemble", "reassemble_at"]
+__all__ = ["reassemble", "reassemble_at", "similarity"]

@@ -11,9 +11,15 @@ from typing import Any
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.lda_aqu import LDAAQU, LDAAQUConfig
 from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
+from fmupsample.upsamplers.sapa import SAPA, SAPAConfig
 
-LEARNED: dict[str, tuple[type[Upsampler], type]] = {ReSFU.name: (ReSFU, ReSFUConfig)}
+LEARNED: dict[str, tuple[type[Upsampler], type]] = {
+    ReSFU.name: (ReSFU, ReSFUConfig),
+    SAPA.name: (SAPA, SAPAConfig),
+    LDAAQU.name: (LDAAQU, LDAAQUConfig),
+}
 
 
 def build_learned(name: str, config: Mapping[str, Any]) -> Upsampler:
