@@ -15,6 +15,14 @@ from torch import Tensor
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.official.attention import load_lda_aqu, load_sapa
+from fmupsample.upsamplers.official.operators import (
+    load_a2u,
+    load_carafe,
+    load_dysample,
+    load_fade,
+    load_featup,
+    load_indexnet,
+)
 from fmupsample.upsamplers.official.resfu import load_resfu
 
 _BUILDERS: dict[str, Callable[..., Upsampler]] = {
@@ -23,6 +31,12 @@ _BUILDERS: dict[str, Callable[..., Upsampler]] = {
     "sapa-b": partial(load_sapa, similarity="bilinear"),
     "sapa-g": partial(load_sapa, similarity="gated"),
     "lda-aqu": load_lda_aqu,
+    "dysample": load_dysample,
+    "carafe": load_carafe,
+    "fade": load_fade,
+    "featup": load_featup,
+    "indexnet": load_indexnet,
+    "a2u": load_a2u,
 }
 KINDS = tuple(_BUILDERS)
 
@@ -40,6 +54,12 @@ def load_official(kind: str, state_dict: Mapping[str, Tensor], **config) -> Upsa
             * ``resfu``: ``ratio``, ``groups``, ``embedding_dim``, ``kernel_size``;
             * ``sapa``, ``sapa-b``, ``sapa-g``: ``ratio``, ``kernel_size``, ``embedding_dim``;
             * ``lda-aqu``: ``ratio``, ``nh``, ``n_groups``, ``range_factor``, ``k_u``;
+            * ``dysample``: ``scale``, ``style``, ``groups``, ``dyscope``;
+            * ``carafe`` (mmcv's ``CARAFEPack``): ``scale_factor``, ``up_kernel``;
+            * ``fade`` (its ``L2H`` form, with or without the gate);
+            * ``featup`` (``JBUStack``);
+            * ``indexnet`` (holistic, or depthwise many-to-one): ``channels`` of the features;
+            * ``a2u``: ``up_kernel_size``, ``encode_kernel_size``, ``channels`` of the features.
 
     Returns:
         the module, in evaluation mode, with the dtype of the given parameters. Call it as

@@ -52,6 +52,6 @@ def fill(module: Upsampler, state: Mapping[str, Tensor], what: str) -> Upsampler
                 f"{list(expected[name].shape)}"
             )
         fitted[name] = tensor.reshape(expected[name].shape)
-    module.to(next(iter(fitted.values())).dtype)
+    module.to(next(t for t in fitted.values() if t.is_floating_point()).dtype)
     module.load_state_dict(fitted)
     return module.eval()
