@@ -10,6 +10,7 @@ from fmupsample.upsamplers.convolution import (
     PixelShuffle,
     PixelShuffleConfig,
 )
+from fmupsample.upsamplers.decoders import DECODER_UPSAMPLERS, build_for_decoder
 from fmupsample.upsamplers.dysample import DySample, DySampleConfig
 from fmupsample.upsamplers.fade import FADE, FADEConfig
 from fmupsample.upsamplers.featup import LearnedBilateral, LearnedBilateralConfig
@@ -36,6 +37,7 @@ from fmupsample.upsamplers.unpooling import MaxUnpooling
 __all__ = [
     "A2U",
     "CARAFE",
+    "DECODER_UPSAMPLERS",
     "FADE",
     "LDAAQU",
     "SAPA",
@@ -71,6 +73,7 @@ __all__ = [
     "Stack",
     "StackConfig",
     "Upsampler",
+    "build_for_decoder",
     "load_head",
     "load_official",
     "load_upsampler",
