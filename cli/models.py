@@ -27,13 +27,21 @@ def models(
         bool,
         typer.Option("--all", help="Every pretrained model of timm, not only those with an alias."),
     ] = False,
+    upsamplers: Annotated[
+        bool,
+        typer.Option("--upsamplers", help="Upsamplers instead: what they need and what they cost."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List backbones: shipped, cached, or downloaded at first use.
 
     Any of these names goes to --backbone: an alias, a tag, or a timm name. Sizes are those of
-    the weights as they are shipped, cached or downloaded.
+    the weights as they are shipped, cached or downloaded. With --upsamplers, the names that go to
+    --upsampler, and those for decoders of your own.
     """
+    if upsamplers:
+        _list_upsamplers(pattern, as_json)
+        return
     found = [row for row in _rows() if _matches(row, pattern)]
     if everything:
         listed = {row["tag"] for row in found}
@@ -73,6 +81,57 @@ def models(
         [columns[i] for i in used],
         [[row[i] for i in used] for row in rows],
         right=("channels", "stride", "params"),
+    )
+
+
+# Costs are given for a small ViT: its channels, patches of 14 pixels, a picture of 224.
+_CHANNELS, _CELLS, _PIXELS = 384, (16, 16), (224, 224)
+_KINDS = {"free": "none", "head": "per backbone", "decoder": "in a decoder"}
+
+
+def _list_upsamplers(pattern: str | None, as_json: bool) -> None:
+    from fmupsample.upsamplers.catalogue import catalogue
+
+    rows = [
+        {
+            "name": entry.name,
+            "kind": entry.kind,
+            "guidance": entry.guidance,
+            "ratio": entry.ratio,
+            "linear_in_value": entry.linear,
+            "parameters": entry.cost.parameters,
+            "macs": entry.cost.macs,
+            "description": entry.description,
+            "channels": _CHANNELS,
+            "cells": _CELLS,
+            "pixels": [2 * n for n in _CELLS] if entry.kind == "decoder" else _PIXELS,
+        }
+        for entry in catalogue(_CHANNELS, _CELLS, _PIXELS)
+    ]
+    rows = [row for row in rows if _matches({**row, "tag": ""}, pattern)]
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        note(f"no upsampler matches {pattern!r}")
+        raise typer.Exit(1)
+    columns = ["name", "training", "guidance", "ratio", "params", "GMACs", "what it is"]
+    table = [
+        [
+            row["name"],
+            _KINDS[row["kind"]],
+            row["guidance"] or "none",
+            row["ratio"],
+            f"{row['parameters'] / 1e6:.3f}M" if row["parameters"] else "0",
+            f"{row['macs'] / 1e9:.3f}",
+            row["description"],
+        ]
+        for row in rows
+    ]
+    print_table(columns, table, right=("params", "GMACs"))
+    note(
+        f"for {_CHANNELS} channels, {_CELLS[0]}x{_CELLS[1]} cells to {_PIXELS[0]}x{_PIXELS[1]} "
+        "pixels (in a decoder: to twice the cells)"
     )
 
 

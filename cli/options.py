@@ -42,14 +42,21 @@ class BackendName(StrEnum):
     torch = "torch"
 
 
+# As in fmupsample.upsamplers.UPSAMPLERS, which imports torch.
+UPSAMPLER_NAMES = (
+    "nearest", "bilinear", "bicubic", "jbu", "guided", "resfu", "sapa", "lda-aqu", "fade", "carafe",
+    "dysample", "featup", "deconvolution", "pixel-shuffle",
+)  # fmt: skip
+
+
 def _complete_backbone(incomplete: str) -> list[str]:
     from fmupsample.backbones.aliases import ALIASES
 
     return [name for name in ("embedded", *ALIASES) if name.startswith(incomplete)]
 
 
-def _complete_upsampler(incomplete: str) -> list[str]:
-    return [name for name in ("nearest", "bilinear", "jbu", "resfu") if name.startswith(incomplete)]
+def complete_upsampler(incomplete: str) -> list[str]:
+    return [name for name in UPSAMPLER_NAMES if name.startswith(incomplete)]
 
 
 # --- what goes in ---------------------------------------------------------------------------------
@@ -130,9 +137,10 @@ UpsamplerName = Annotated[
     typer.Option(
         "--upsampler",
         metavar="NAME",
-        help="Method: nearest, bilinear, jbu (edge-aware, needs no training), or resfu, the "
-        "backbone's trained head and the default.",
-        autocompletion=_complete_upsampler,
+        help="Method: nearest, bilinear, bicubic, jbu or guided (edge-aware, need no training), or "
+        "one with a trained head for the backbone: resfu (the default), sapa, lda-aqu, ... "
+        "(`fmupsample models --upsamplers`).",
+        autocompletion=complete_upsampler,
         show_default=False,
         rich_help_panel=MODEL,
     ),

@@ -32,7 +32,9 @@ Upsampler = Annotated[
     typer.Option(
         "--upsampler",
         metavar="NAME",
-        help="Which upsampler to train. Default: resfu.",
+        help="Which upsampler to train: resfu, sapa, lda-aqu, fade, carafe, dysample, featup, "
+        "deconvolution or pixel-shuffle. Default: resfu.",
+        autocompletion=o.complete_upsampler,
         show_default=False,
         rich_help_panel=o.MODEL,
     ),

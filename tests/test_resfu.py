@@ -260,8 +260,8 @@ def test_load_official_names_what_is_wrong():
     state["extra"] = torch.zeros(1)
     with pytest.raises(HeadError, match=r"missing \['query.bias'\], unexpected \['extra'\]"):
         load_official("resfu", state)
-    with pytest.raises(UsageError, match="carafe"):
-        load_official("carafe", state)
+    with pytest.raises(UsageError, match="sorcery"):
+        load_official("sorcery", state)
     state = official_state(8, 8)
     state["k.weight"] = torch.zeros(32, 9, 1, 1)
     with pytest.raises(HeadError, match=r"key\.weight"):

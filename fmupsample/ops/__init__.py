@@ -1,7 +1,7 @@
 """Operators: reassembly and the coordinates it works on. Depends on torch alone."""
 
-from fmupsample.ops.reassembly import reassemble
+from fmupsample.ops.reassembly import reassemble, similarity
 from fmupsample.ops.sampled import reassemble_at, reassemble_points
 from fmupsample.ops.window import reassemble_window
 
-__all__ = ["reassemble", "reassemble_at", "reassemble_points", "reassemble_window"]
+__all__ = ["reassemble", "reassemble_at", "reassemble_points", "reassemble_window", "similarity"]

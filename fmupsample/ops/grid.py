@@ -105,6 +105,13 @@ def neighbour_inside(cells: int, pixels: int, offset: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+def cell_inside(cells: int, pixels: int, offset: int) -> Tensor:
+    """Bool ``[N]``: does the cell ``offset`` cells from the one that holds a pixel exist?"""
+    cell = plan_axis(cells, pixels, False).base + offset
+    return (cell >= 0) & (cell < cells)
+
+
+@lru_cache(maxsize=256)
 def interpolation_matrix(cells: int, pixels: int, padding: int = 0) -> Tensor:
     """Bilinear interpolation as a float64 matrix ``U`` ``[N, n]``, rows summing to 1.
 

@@ -56,6 +56,35 @@ def reassemble(value: Tensor, weights: Tensor, *, fractional: bool = True) -> Te
     return torch.ops.fmupsample.reassemble(value, weights, fractional)
 
 
+def similarity(query: Tensor, key: Tensor, kernel_size: int, *, fractional: bool = True) -> Tensor:
+    """Inner products of every output pixel's query with the keys of its neighbours.
+
+    The adjoint of :func:`reassemble` in its weights, and so the same operator serves it; the
+    neighbours are the same ones. Neighbours outside the map are the cells at its border.
+
+    Args:
+        query: ``[B, E, H, W]``, any floating dtype.
+        key: ``[B, E, h, w]``, H >= h, W >= w.
+        kernel_size: K, odd.
+
+    Returns:
+        ``[B, K*K, H, W]``, in at least float32.
+
+    Raises:
+        ShapeError: the shapes do not fit.
+    """
+    if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2]:
+        raise ShapeError(
+            "similarity needs query [B, E, H, W] and key [B, E, h, w] of one batch and width, got "
+            f"{list(query.shape)} and {list(key.shape)}"
+        )
+    if query.shape[2] < key.shape[2] or query.shape[3] < key.shape[3]:
+        raise ShapeError(f"queries {list(query.shape)} are fewer than the keys {list(key.shape)}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ShapeError(f"kernel_size must be odd and positive, not {kernel_size}")
+    return torch.ops.fmupsample.reassemble_grad_weights(query, key, kernel_size, fractional)
+
+
 @torch.library.custom_op("fmupsample::reassemble", mutates_args=())
 def _reassemble(value: Tensor, weights: Tensor, fractional: bool) -> Tensor:
     return implementation(value.device).reassemble(value, weights, fractional)

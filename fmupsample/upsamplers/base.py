@@ -23,8 +23,13 @@ class Upsampler(nn.Module):
         needs_guidance: whether ``guidance`` must be given.
         guidance_is_image: guidance is the normalised picture ``[B, 3, H, W]`` (end-to-end form);
             otherwise any map with the channels the module was built for.
-        fixed_ratio: the only ratio H/h it can do, or ``None`` for any ratio >= 1.
-        linear_in_value: whether ``kernels``/``reassemble`` exist.
+        fixed_ratio: the only ratio r it can do, or ``None`` for any ratio >= 1. Sizes that are not
+            multiples of r come about when an encoder halves odd ones; they are allowed as long as
+            ``ceil(H / r)`` is h.
+        linear_in_value: whether :meth:`forward` is :meth:`kernels` and then :meth:`reassemble`, and
+            weights sum to 1, so that any per-pixel affine map may be applied first.
+        fuses_skip: whether the guidance is not only looked at, but flows into the result (the skip
+            connection of a decoder).
         neighbours: how ``reassemble`` reads values: ``"fine"`` (bilinear samples) or ``"coarse"``
             (whole cells), K x K of them, as :func:`fmupsample.ops.reassemble` does; or ``None``
             for a way of its own, of which no compact file can be made.
@@ -36,8 +41,9 @@ class Upsampler(nn.Module):
 
     name: ClassVar[str]
     needs_guidance: ClassVar[bool] = False
-    fixed_ratio: ClassVar[int | None] = None
-    linear_in_value: ClassVar[bool] = True
+    fixed_ratio: int | None = None
+    linear_in_value: bool = True
+    fuses_skip: bool = False
     neighbours: str | None = None
     kernel_size: int | None = None
     bytes_per_pixel: ClassVar[int] = 1200
@@ -52,7 +58,8 @@ class Upsampler(nn.Module):
         Args:
             x: features, any floating dtype.
             guidance: ``[B, G, H, W]``; required where ``needs_guidance``.
-            size: ``(H, W)`` of the output; by default the size of the guidance.
+            size: ``(H, W)`` of the output; by default the size of the guidance, or what the only
+                ratio of the method gives.
 
         Raises:
             ShapeError: wrong ranks, batches that differ, guidance or size smaller than ``x``
@@ -64,7 +71,11 @@ class Upsampler(nn.Module):
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
     ) -> Tensor:
-        """Kernel weights ``[B, N, H, W]``, each pixel's N neighbour weights summing to 1."""
+        """Kernel weights ``[B, N, H, W]``, each pixel's N neighbour weights summing to 1.
+
+        Methods whose neighbours are not on the grid return what makes them up (weights and
+        positions, or a guide): to be passed on to :meth:`reassemble` as it is.
+        """
         raise UsageError(f"{self.name} is not linear in its values: it has no kernel weights")
 
     def kernels_in_rows(
@@ -112,6 +123,8 @@ class Upsampler(nn.Module):
             raise ShapeError(f"{self.name}: features {list(x.shape)} have no pixels")
         if guidance is None and self.needs_guidance:
             raise ShapeError(f"{self.name} needs a guidance map [B, G, H, W]; none was given")
+        if guidance is None and size is None and self.fixed_ratio is not None:
+            size = (h * self.fixed_ratio, w * self.fixed_ratio)
         if guidance is None and size is None:
             raise ShapeError(f"{self.name}: give a guidance map or size=(H, W)")
         if guidance is not None:
@@ -135,12 +148,10 @@ class Upsampler(nn.Module):
                 f"{self.name}: output size {height}x{width} is smaller than the features {h}x{w}; "
                 "ratios below 1 are not upsampling"
             )
-        if self.fixed_ratio is not None and (height, width) != (
-            h * self.fixed_ratio,
-            w * self.fixed_ratio,
-        ):
+        ratio = self.fixed_ratio
+        if ratio is not None and (-(-height // ratio), -(-width // ratio)) != (h, w):
             raise ShapeError(
-                f"{self.name} upsamples exactly {self.fixed_ratio} times: features {h}x{w} give "
-                f"{h * self.fixed_ratio}x{w * self.fixed_ratio}, not {height}x{width}"
+                f"{self.name} upsamples exactly {ratio} times: features {h}x{w} give "
+                f"{h * ratio}x{w * ratio}, not {height}x{width}"
             )
         return height, width

@@ -54,3 +54,15 @@ class Bilinear(_Interpolation):
 
     def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
         return reassemble_at(value, weights, pixels, fractional=True)
+
+
+class Bicubic(_Interpolation):
+    """Bicubic interpolation between cell centres (``align_corners=False``).
+
+    Its weights sum to 1, but some are negative: results may leave the range of the features.
+    """
+
+    name: ClassVar[str] = "bicubic"
+
+    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
+        return F.interpolate(value, size=weights.shape[2:], mode="bicubic", align_corners=False)

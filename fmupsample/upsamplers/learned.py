@@ -11,9 +11,31 @@ from typing import Any
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.config import Config
+from fmupsample.upsamplers.fade import FADE, FADEConfig
+from fmupsample.upsamplers.lda_aqu import LDAAQU, LDAAQUConfig
 from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
+from fmupsample.upsamplers.sapa import SAPA, SAPAConfig
+from fmupsample.upsamplers.stack import (
+    CARAFEStack,
+    DeconvolutionStack,
+    DySampleStack,
+    LearnedBilateralStack,
+    PixelShuffleStack,
+    StackConfig,
+)
 
-LEARNED: dict[str, tuple[type[Upsampler], type]] = {ReSFU.name: (ReSFU, ReSFUConfig)}
+LEARNED: dict[str, tuple[type[Upsampler], type[Config]]] = {
+    ReSFU.name: (ReSFU, ReSFUConfig),
+    SAPA.name: (SAPA, SAPAConfig),
+    LDAAQU.name: (LDAAQU, LDAAQUConfig),
+    FADE.name: (FADE, FADEConfig),
+    CARAFEStack.name: (CARAFEStack, StackConfig),
+    DySampleStack.name: (DySampleStack, StackConfig),
+    LearnedBilateralStack.name: (LearnedBilateralStack, StackConfig),
+    DeconvolutionStack.name: (DeconvolutionStack, StackConfig),
+    PixelShuffleStack.name: (PixelShuffleStack, StackConfig),
+}
 
 
 def build_learned(name: str, config: Mapping[str, Any]) -> Upsampler:

@@ -7,7 +7,8 @@ from pathlib import Path
 from fmupsample.errors import HeadError, UsageError
 from fmupsample.folders import cache_folder
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.classic import Bilinear, Nearest
+from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
+from fmupsample.upsamplers.guided import GuidedFilter
 from fmupsample.upsamplers.heads import (
     BackboneLike,
     load_head,
@@ -18,7 +19,7 @@ from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.learned import LEARNED
 
 TRAINING_FREE: dict[str, type[Upsampler]] = {
-    method.name: method for method in (Nearest, Bilinear, JointBilateral)
+    method.name: method for method in (Nearest, Bilinear, Bicubic, JointBilateral, GuidedFilter)
 }
 UPSAMPLERS = (*TRAINING_FREE, *LEARNED)
 
@@ -28,7 +29,7 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
 
     Args:
         source: ``None`` for the shipped or cached head of this backbone; a method's name
-            (``"nearest"``, ``"bilinear"``, ``"jbu"``, or ``"resfu"`` for its head); or a head file.
+            (one of :data:`TRAINING_FREE`, or of the trained ones for its head); or a head file.
 
     Raises:
         HeadError: the head does not exist, is damaged, or belongs to another backbone.

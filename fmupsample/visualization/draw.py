@@ -37,6 +37,16 @@ _TITLES = {
     "jbu": "Joint bilateral",
     "bilinear": "Bilinear",
     "nearest": "Nearest",
+    "bicubic": "Bicubic",
+    "guided": "Guided filter",
+    "sapa": "SAPA",
+    "lda-aqu": "LDA-AQU",
+    "fade": "FADE",
+    "carafe": "CARAFE",
+    "dysample": "DySample",
+    "featup": "FeatUp",
+    "deconvolution": "Deconvolution",
+    "pixel-shuffle": "Pixel shuffle",
 }
 _HEAT_OPACITY = 0.72
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from fmupsample.errors import UsageError
+from fmupsample.upsamplers.config import Config
 
 
 @dataclass(frozen=True)
-class ReSFUConfig:
+class ReSFUConfig(Config):
     """Shape and switches of a ReSFU; the defaults are the paper's.
 
     The switches exist for ablation: each turns one part of the method into its plain counterpart.
     """
 
-    channels: int  # C, of the features
     guidance_channels: int = 16  # G, of the guidance map (of the stem's output, where there is one)
     stem: bool = True  # make the guidance from the picture (end-to-end form); else it is given
     kernel_size: int = 3  # K: K x K neighbours per pixel, odd
@@ -47,15 +46,3 @@ class ReSFUConfig:
                         f"ReSFU: {name}={getattr(self, name)} must be a multiple of groups="
                         f"{self.groups} and of norm_groups={self.norm_groups}"
                     )
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ReSFUConfig:
-        """Build from a stored mapping; unknown keys are refused by name."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UsageError(f"ReSFU has no option {', '.join(unknown)}; it has {sorted(known)}")
-        return cls(**values)

@@ -1,0 +1,88 @@
+"""CARAFE, content-aware reassembly of features.
+
+Wang et al., "CARAFE: Content-Aware ReAssembly of FEatures" (ICCV 2019). A 1x1 convolution
+compresses the features, a k x k convolution predicts K x K scores for each of the r x r pixels of a
+cell, and their softmax weighs the cells around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmupsample.errors import ShapeError
+from fmupsample.layers.norms import convolved
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.config import Config
+from fmupsample.upsamplers.neighbours import (
+    BORDERS,
+    neighbour_softmax,
+    reassemble_cropped,
+    reassemble_cropped_at,
+)
+
+
+@dataclass(frozen=True)
+class CARAFEConfig(Config):
+    """Shape of a CARAFE; the defaults are the paper's."""
+
+    ratio: int = 2  # r
+    kernel_size: int = 5  # K, odd
+    compressed: int = 64  # channels that the scores are predicted from
+    encoder_kernel_size: int = 3  # k, odd
+    border: str = "masked"  # "masked", or "zeros" as in the official code
+
+    def __post_init__(self) -> None:
+        self.require_odd("kernel_size")
+        self.require_odd("encoder_kernel_size")
+        self.require_positive("ratio", "compressed")
+        self.require_one_of("border", BORDERS)
+
+
+class CARAFE(Upsampler):
+    """Upsample ``[B, C, h, w]`` exactly r times, without guidance.
+
+    Args:
+        config: see there. With ``border="zeros"`` weights do not sum to 1 at the border.
+    """
+
+    name: ClassVar[str] = "carafe"
+    fixed_ratio = 2
+
+    def __init__(self, config: CARAFEConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.fixed_ratio = c.ratio
+        self.linear_in_value = c.border == "masked"
+        self.compress = nn.Conv2d(c.channels, c.compressed, 1)
+        k, scores = c.encoder_kernel_size, c.ratio**2 * c.kernel_size**2
+        self.encode = nn.Conv2d(c.compressed, scores, k, padding=k // 2)
+        nn.init.xavier_uniform_(self.compress.weight)
+        nn.init.normal_(self.encode.weight, std=0.001)
+        nn.init.zeros_(self.compress.bias)
+        nn.init.zeros_(self.encode.bias)
+
+    def kernels(
+        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Kernel weights ``[B, K*K, H, W]``."""
+        height, width = self.check(x, guidance, size)
+        c = self.config
+        if x.shape[1] != c.channels:
+            raise ShapeError(f"this {self.name} was built for {c.channels} channels")
+        with torch.autocast(x.device.type, enabled=False):
+            compressed = convolved(x.to(torch.promote_types(x.dtype, torch.float32)), self.compress)
+            scores = F.pixel_shuffle(convolved(compressed, self.encode), c.ratio)
+            weights = neighbour_softmax(scores, tuple(x.shape[2:]), c.border)
+            return weights[:, :, :height, :width]
+
+    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
+        """Weighted whole cells around the cell a pixel lies in."""
+        return reassemble_cropped(value, weights, self.config.ratio)
+
+    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
+        return reassemble_cropped_at(value, weights, pixels, self.config.ratio)

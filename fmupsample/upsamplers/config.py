@@ -1,0 +1,52 @@
+"""What the configurations of the learned upsamplers share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from fmupsample.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Turns into a mapping and back; a subclass adds its fields and checks them."""
+
+    channels: int  # C, of the features
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a stored mapping; unknown keys are refused by name."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UsageError(
+                f"{cls.__name__} has no option {', '.join(unknown)}; it has {sorted(known)}"
+            )
+        return cls(**values)
+
+    def require_odd(self, name: str) -> None:
+        """Raise a UsageError unless the field is an odd positive number."""
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < 1 or value % 2 == 0:
+            raise UsageError(f"{type(self).__name__}: {name} must be odd and positive, not {value}")
+
+    def require_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        """Raise a UsageError unless the field is one of these words."""
+        value = getattr(self, name)
+        if value not in allowed:
+            raise UsageError(
+                f"{type(self).__name__}: {name} is one of {', '.join(allowed)}, not {value!r}"
+            )
+
+    def require_positive(self, *names: str) -> None:
+        """Raise a UsageError unless each field is a number above 0."""
+        for name in names:
+            value = getattr(self, name)
+            if not value > 0:
+                raise UsageError(
+                    f"{type(self).__name__}: {name} must be more than 0, not {value!r}"
+                )

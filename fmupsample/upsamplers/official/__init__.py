@@ -1,0 +1,80 @@
+"""Modules with the parameters of the authors' own code.
+
+Researchers have checkpoints trained with the official implementations; these load them under their
+own parameter names and reproduce their outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from torch import Tensor
+
+from fmupsample.errors import UsageError
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.official.attention import load_lda_aqu, load_sapa
+from fmupsample.upsamplers.official.operators import (
+    load_a2u,
+    load_carafe,
+    load_dysample,
+    load_fade,
+    load_featup,
+    load_indexnet,
+)
+from fmupsample.upsamplers.official.resfu import load_resfu
+
+_BUILDERS: dict[str, Callable[..., Upsampler]] = {
+    "resfu": load_resfu,
+    "sapa": load_sapa,
+    "sapa-b": partial(load_sapa, similarity="bilinear"),
+    "sapa-g": partial(load_sapa, similarity="gated"),
+    "lda-aqu": load_lda_aqu,
+    "dysample": load_dysample,
+    "carafe": load_carafe,
+    "fade": load_fade,
+    "featup": load_featup,
+    "indexnet": load_indexnet,
+    "a2u": load_a2u,
+}
+KINDS = tuple(_BUILDERS)
+
+
+def load_official(kind: str, state_dict: Mapping[str, Tensor], **config) -> Upsampler:
+    """Build an upsampler from an official implementation's parameters.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        state_dict: the official parameter names and tensors.
+        config: the official configuration, by its names there; what follows from the parameters'
+            shapes need not be given, and ``ratio`` is ignored where the method does any (it comes
+            from the sizes). Official border modes are used.
+
+            * ``resfu``: ``ratio``, ``groups``, ``embedding_dim``, ``kernel_size``;
+            * ``sapa``, ``sapa-b``, ``sapa-g``: ``ratio``, ``kernel_size``, ``embedding_dim``;
+            * ``lda-aqu``: ``ratio``, ``nh``, ``n_groups``, ``range_factor``, ``k_u``;
+            * ``dysample``: ``scale``, ``style``, ``groups``, ``dyscope``;
+            * ``carafe`` (mmcv's ``CARAFEPack``): ``scale_factor``, ``up_kernel``;
+            * ``fade`` (its ``L2H`` form, with or without the gate);
+            * ``featup`` (``JBUStack``);
+            * ``indexnet`` (holistic, or depthwise many-to-one): ``channels`` of the features;
+            * ``a2u``: ``up_kernel_size``, ``encode_kernel_size``, ``channels`` of the features.
+
+    Returns:
+        the module, in evaluation mode, with the dtype of the given parameters. Call it as
+        ``up(features, guidance)``.
+
+    Raises:
+        UsageError: an unknown kind or configuration key.
+        HeadError: parameters missing, left over, or of other shapes.
+    """
+    if kind not in _BUILDERS:
+        raise UsageError(f"load_official knows {sorted(_BUILDERS)}, not {kind!r}")
+    builder = _BUILDERS[kind]
+    bound = builder.keywords if isinstance(builder, partial) else {}
+    known = [name for name in list(inspect.signature(builder).parameters)[1:] if name not in bound]
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise UsageError(f"official {kind} has no option {', '.join(unknown)}; it has {known}")
+    return builder(dict(state_dict), **config)

@@ -1,0 +1,174 @@
+"""Costs by formula: against real modules, against a counter, against published tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fmupsample.errors import UsageError
+from fmupsample.upsamplers import (
+    A2U,
+    CARAFE,
+    FADE,
+    LDAAQU,
+    SAPA,
+    A2UConfig,
+    CARAFEConfig,
+    Deconvolution,
+    DeconvolutionConfig,
+    DySample,
+    DySampleConfig,
+    FADEConfig,
+    IndexNet,
+    IndexNetConfig,
+    LDAAQUConfig,
+    LearnedBilateral,
+    LearnedBilateralConfig,
+    PixelShuffle,
+    PixelShuffleConfig,
+    ReSFU,
+    ReSFUConfig,
+    SAPAConfig,
+    StackConfig,
+)
+from fmupsample.upsamplers.catalogue import catalogue
+from fmupsample.upsamplers.complexity import cost, stack_cost
+from fmupsample.upsamplers.learned import LEARNED
+from fmupsample.upsamplers.stack import Stack
+from fmupsample_cli.main import main
+
+# Module, configuration, channels of the guidance.
+OPERATORS = [
+    (ReSFU, ReSFUConfig(24), 3),
+    (ReSFU, ReSFUConfig(24, 8, stem=False, detail=False, kernel_size=5), 8),
+    (ReSFU, ReSFUConfig(24, similarity="inner"), 3),
+    (SAPA, SAPAConfig(24), 3),
+    (SAPA, SAPAConfig(24, 20, stem=False, similarity="bilinear", embedding=16), 20),
+    (SAPA, SAPAConfig(24, 20, stem=False, similarity="addition", norm=False), 20),
+    (SAPA, SAPAConfig(24, stem=False, similarity="inner"), 24),
+    (LDAAQU, LDAAQUConfig(24), 0),
+    (LDAAQU, LDAAQUConfig(24, groups=2, heads=3, bias=False, kernel_size=5), 0),
+    (FADE, FADEConfig(24), 3),
+    (FADE, FADEConfig(24, 24, stem=False, gate=True), 24),
+    (FADE, FADEConfig(24, 10, stem=False, lite=True), 10),
+    (CARAFE, CARAFEConfig(24), 0),
+    (CARAFE, CARAFEConfig(24, 4, kernel_size=3, encoder_kernel_size=1), 0),
+    (DySample, DySampleConfig(24), 0),
+    (DySample, DySampleConfig(24, style="pl", dynamic_scope=True), 0),
+    (LearnedBilateral, LearnedBilateralConfig(24), 3),
+    (LearnedBilateral, LearnedBilateralConfig(24, correction=False), 3),
+    (Deconvolution, DeconvolutionConfig(24, groups=4), 0),
+    (PixelShuffle, PixelShuffleConfig(24), 0),
+    (IndexNet, IndexNetConfig(24, 10), 10),
+    (IndexNet, IndexNetConfig(24, kind="m2o", context=False, nonlinear=False), 24),
+    (A2U, A2UConfig(24, 10), 10),
+    (A2U, A2UConfig(24, 10, shared=False, kernel_size=5), 10),
+]  # fmt: skip
+IDS = [f"{kind.__name__}-{n}" for n, (kind, _, _) in enumerate(OPERATORS)]
+
+
+def parameters(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("kind", "config", "guidance"), OPERATORS, ids=IDS)
+def test_parameters_are_those_of_the_module(kind, config, guidance):
+    assert cost(config, (4, 4), (8, 8)).parameters == parameters(kind(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "guidance"),
+    # ReSFU's shortcuts do less than its formula says.
+    [case for case in OPERATORS if case[0] is not ReSFU],
+    ids=[name for name in IDS if "ReSFU" not in name],
+)
+def test_multiply_adds_of_layers_are_what_a_counter_sees(kind, config, guidance):
+    up = kind(config).eval()
+    size = (6 * getattr(config, "ratio", 2), 8 * getattr(config, "ratio", 2))
+    image = torch.randn(1, guidance, *size) if guidance else None
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        up(torch.randn(1, 24, 6, 8), image, size=size)
+    seen = counter.get_total_flops() / 2
+    expected = cost(config, (6, 8), size).convolution
+    # Borders are extended by some pixels in a few places (the stem, convolutions by replication).
+    assert expected <= seen <= 1.75 * expected
+    if kind in (LDAAQU, CARAFE, DySample, LearnedBilateral, IndexNet, A2U):
+        assert seen == expected
+    if kind in (SAPA, FADE) and not config.stem:
+        assert seen == expected
+
+
+@pytest.mark.parametrize("name", [n for n, (kind, _) in LEARNED.items() if issubclass(kind, Stack)])
+def test_stacks(name):
+    kind, config_class = LEARNED[name]
+    config = config_class(24, stages=3)
+    assert isinstance(config, StackConfig)
+    whole = stack_cost(kind, config, (4, 4), (32, 32))
+    assert whole.parameters == parameters(kind(config))
+    less = stack_cost(kind, config, (4, 4), (16, 16))
+    assert less.parameters == whole.parameters and less.macs < whole.macs / 2
+    with pytest.raises(UsageError, match="no formula for StackConfig"):
+        cost(config, (4, 4), (8, 8))
+
+
+# The tables of the SAPA paper: what upsamplers add to a SegFormer-B1 at 512 x 512. Its head has 256
+# channels and brings levels of 1/32, 1/16 and 1/8 to 1/4 by three, two and one upsamplers of ratio
+# 2; d is 32, K is 5 (A2U: 3).
+SEGFORMER = [16, 32, 64, 32, 64, 64]
+PUBLISHED = [
+    (SAPAConfig(256, stem=False, similarity="inner"), 0.75, 0.00),
+    (SAPAConfig(256, 256, stem=False, similarity="bilinear"), 1.02, 0.10),
+    (CARAFEConfig(256), 1.45, 0.44),
+    (IndexNetConfig(256), 30.65, 12.60),
+]
+
+
+@pytest.mark.parametrize(("config", "gmacs", "millions"), PUBLISHED)
+def test_published_costs(config, gmacs, millions):
+    total = sum((cost(config, (n, n), (2 * n, 2 * n)).macs for n in SEGFORMER), 0)
+    assert total / 1e9 == pytest.approx(gmacs, abs=0.0051)
+    count = len(SEGFORMER) * cost(config, (1, 1), (2, 2)).parameters
+    assert count / 1e6 == pytest.approx(millions, abs=0.0051)
+
+
+def test_published_costs_that_differ():
+    """SAPA-G and A2U are given with less than their published code has."""
+
+    def all_six(config):
+        one = cost(config, (1, 1), (2, 2)).parameters
+        return 6 * one / 1e6, sum(cost(config, (n, n), (2 * n,) * 2).macs for n in SEGFORMER) / 1e9
+
+    # 0.10 M and 1.02 G in the paper, as SAPA-B: the decoder's own query is not counted.
+    millions, gmacs = all_six(SAPAConfig(256, 256, stem=False, similarity="gated"))
+    assert (round(millions, 2), round(gmacs, 2)) == (0.16, 1.15)
+    # 0.06 M in the paper: the vector of downsampling is not counted.
+    millions, _ = all_six(A2UConfig(256))
+    assert round(millions - 6 * 257 * 36 / 1e6, 2) == 0.06
+
+
+def test_the_catalogue_is_whole():
+    entries = {entry.name: entry for entry in catalogue(384, (16, 16), (224, 224))}
+    assert set(LEARNED) < set(entries)
+    for name, (kind, config_class) in LEARNED.items():
+        module = kind(config_class(384))
+        assert entries[name].cost.parameters == parameters(module)
+        assert entries[name].linear == module.linear_in_value
+    assert entries["bilinear"].cost.parameters == 0 and entries["nearest"].cost.macs == 0
+    assert [entries[n].guidance for n in ("sapa", "a2u", "carafe")] == ["picture", "encoder", ""]
+    assert entries["indexnet"].kind == "decoder" and entries["indexnet"].ratio == "2"
+
+
+def test_models_lists_upsamplers(capsys):
+    assert main(["models", "--upsamplers", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    sapa = next(row for row in rows if row["name"] == "sapa")
+    assert sapa["kind"] == "head" and sapa["parameters"] == parameters(SAPA(SAPAConfig(384)))
+    assert sapa["channels"] == 384 and sapa["cells"] == [16, 16] and sapa["pixels"] == [224, 224]
+    assert main(["models", "--upsamplers", "dys*"]) == 0
+    said = capsys.readouterr().out
+    assert "dysample" in said and "carafe" not in said
+    assert main(["models", "--upsamplers", "sorcery"]) == 1
