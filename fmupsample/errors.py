@@ -36,6 +36,10 @@ class HeadError(FmupsampleError):
     """A head file that is missing, damaged, or made for another backbone."""
 
 
+class ProbeError(FmupsampleError):
+    """A probe file that is missing, damaged, or made for another backbone or upsampler."""
+
+
 class OutputError(FmupsampleError):
     """Results that cannot be written: no space, no permission, a folder in the way."""
 
