@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from fmupsample_cli.probe_eval import evaluate
 from fmupsample_cli.probe_fit import fit
+from fmupsample_cli.probe_predict import predict
 
 probe = typer.Typer(
     help="Fit, judge and use a linear probe on frozen, upsampled features: segmentation or depth.\n"
@@ -18,3 +20,5 @@ probe = typer.Typer(
     rich_markup_mode="markdown",
 )
 probe.command(name="fit")(fit)
+probe.command(name="eval")(evaluate)
+probe.command(name="predict")(predict)

@@ -26,6 +26,7 @@ from fmupsample.labels.classes import (
 from fmupsample.labels.layouts import LAYOUTS, Found, Pair
 from fmupsample.labels.values import read_palette, read_values
 
+_BLACK = ("background", "void", "other", "none", "unlabeled", "unlabelled", "0")
 _MOST_COLOURS = 4096  # distinct ones in a file: more is a photograph
 
 
@@ -258,6 +259,9 @@ def _from_given(
         start = 1 if 0 in away and all(g.value is None for g in given) else 0
         values = [start + n if g.value is None else g.value for n, g in enumerate(given)]
     palette = _colours(dataset, values)
+    if given[0].name.lower() not in _BLACK and palette[0] == (0, 0, 0):
+        # Black is for what is nothing in particular.
+        palette = (default_colour(len(given)), *palette[1:])
     colours = tuple(g.colour or c for g, c in zip(given, palette, strict=True))
     return ClassTable(tuple(g.name for g in given), tuple(values), colours, away)
 

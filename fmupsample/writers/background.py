@@ -6,6 +6,7 @@ import contextlib
 import errno
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Output:
     """One file to be written."""
 
     path: Path
-    kind: type[TensorFile]
+    kind: Callable[..., TensorFile]
     shape: tuple[int, ...]
     dtype: torch.dtype
     meta: dict[str, str]
