@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,24 +71,31 @@ def evaluate(
     matches contours within --tolerance, per picture and class, as DAVIS does.
     """
     from fmupsample.labels import open_dataset, parse_ignore, survey
+    from fmupsample.labels.depth import survey_depth
     from fmupsample.probing.probe import load_probe
     from fmupsample_cli.progress import RichProgress
 
     ignored = parse_ignore(ignore)
     fitted = load_probe(probe)
+    depth = fitted.task == "depth"
     dataset = open_dataset(
         images,
         labels,
-        layout=None if layout is None else layout.value,
+        layout="folders" if layout is None and depth else layout and layout.value,
         split=split,
         allow_missing=allow_missing,
     )
     from fmupsample.probing.evaluate import evaluate as judge_classes
+    from fmupsample.probing.evaluate import evaluate_depth as judge_depth
     from fmupsample.probing.evaluate import report, table_for
+    from fmupsample_cli.report import print_json, print_summary
 
-    table = table_for(fitted, dataset)
-    found = survey(dataset, table, ignored=ignored)
-    p.show_survey(dataset, found, what="judging", quiet=quiet)
+    if depth:
+        scale = depth_scale or fitted.depth["scale"]
+        p.show_depths(dataset, survey_depth(dataset.pairs, scale), what="judging", quiet=quiet)
+    else:
+        found = survey(dataset, table_for(fitted, dataset), ignored=ignored)
+        p.show_survey(dataset, found, what="judging", quiet=quiet)
     pipeline = p.open_for_probe(
         fitted,
         backbone=backbone,
@@ -101,44 +109,56 @@ def evaluate(
         workers=workers,
         quiet=quiet,
     )
-    with RichProgress(quiet=quiet) as progress:
-        judge = judge_classes(
-            fitted, pipeline, dataset, found.table, tolerance=tolerance, progress=progress
-        )
     payload = {
         "probe": str(probe),
+        "task": fitted.task,
         "pictures": len(dataset.pairs),
         "layout": dataset.layout,
         "image_size": str(pipeline.image_size),
         "backbone": fitted.backbone["name"],
         "upsampler": fitted.upsampler["name"],
-        **report(judge, found.table),
     }
+    if depth:
+        with RichProgress(quiet=quiet) as progress:
+            errors = judge_depth(fitted, pipeline, dataset, scale, progress)
+        payload |= {k: round(v, 6) for k, v in errors.summary().items()}
+        if output is not None:
+            _save(output, {"metrics.json": (dumps(payload, indent=1) + "\n").encode()})
+        rows = {name: f"{payload[name]:.4f}" for name in errors.summary()}
+        print_summary("probe eval", rows, as_json=json, payload=payload)
+        return
+    with RichProgress(quiet=quiet) as progress:
+        judge = judge_classes(
+            fitted, pipeline, dataset, found.table, tolerance=tolerance, progress=progress
+        )
+    payload |= report(judge, found.table)
     if output is not None:
         payload["confusion_picture"] = str(_write(output, judge, fitted, payload))
     if json:
-        from fmupsample_cli.report import print_json
-
         print_json(payload)
     else:
         _show(payload, judge)
 
 
 def _write(output: Path, judge: Segmentation, probe: Probe, payload: dict[str, Any]) -> Path:
-    import json
-
-    from fmupsample.atomic import replacing
-    from fmupsample.errors import OutputError
-    from fmupsample.images import printable
     from fmupsample.render.classes import draw_confusion
     from fmupsample.visualization.album import encode
 
     assert probe.classes is not None
     picture = draw_confusion(judge.whole.matrix.numpy(), probe.classes.names)
     files = {
-        "metrics.json": (json.dumps(payload, indent=1) + "\n").encode(),
+        "metrics.json": (dumps(payload, indent=1) + "\n").encode(),
         "confusion.png": encode(picture, ".png"),
     }
+    _save(output, files)
+    return output / "confusion.png"
+
+
+def _save(output: Path, files: dict[str, bytes]) -> None:
+    from fmupsample.atomic import replacing
+    from fmupsample.errors import OutputError
+    from fmupsample.images import printable
+
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -146,7 +166,6 @@ def _write(output: Path, judge: Segmentation, probe: Probe, payload: dict[str, A
                 temporary.write_bytes(data)
     except OSError as error:
         raise OutputError(f"{printable(output)} cannot be written: {error.strerror}") from error
-    return output / "confusion.png"
 
 
 def _show(payload: dict[str, Any], judge: Segmentation) -> None:

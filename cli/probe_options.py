@@ -12,6 +12,7 @@ from fmupsample_cli import options as o
 
 if TYPE_CHECKING:
     from fmupsample.labels import Dataset, Survey
+    from fmupsample.labels.depth import DepthSurvey
     from fmupsample.pipeline import Pipeline
     from fmupsample.probing.probe import Probe
 
@@ -164,6 +165,19 @@ def show_survey(dataset: Dataset, found: Survey, *, what: str, quiet: bool) -> N
     console.print(table)
     if len(shown) < len(rows):
         console.print(Text(f"and {len(rows) - len(shown)} classes in fewer pictures"))
+
+
+def show_depths(dataset: Dataset, found: DepthSurvey, *, what: str, quiet: bool) -> None:
+    """The same for depth files."""
+    from fmupsample_cli.progress import note
+
+    sizes = ", ".join(f"{w}x{h} ({n})" for (h, w), n in list(found.sizes.items())[:3])
+    note(
+        f"{what}: {len(dataset.pairs)} pairs, {len(dataset.missing)} pictures without depths; "
+        f"sizes {sizes}; {found.low:.3g} to {found.high:.3g} m, median {found.median:.3g} m, known "
+        f"at {found.known:.1%} of the pixels",
+        quiet=quiet,
+    )
 
 
 def open_for_probe(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.labels.classes import ClassTable
 from fmupsample.labels.dataset import Dataset, read_pair
+from fmupsample.labels.depth import read_depth
 from fmupsample.labels.layouts import Pair
 from fmupsample.pipeline import Pipeline
 from fmupsample.probing.metrics import Segmentation
@@ -57,16 +57,12 @@ def evaluate_depth(
     probe: Probe,
     pipeline: Pipeline,
     dataset: Dataset,
-    read: Callable[[Path], Tensor],
+    scale: float,
     progress: Progress = SILENT,
 ) -> DepthErrors:
-    """The same for depth.
-
-    Args:
-        read: gives metres ``[H, W]`` of a label file.
-    """
+    """The same for depth; ``scale``: units a metre in 16-bit files."""
     errors = DepthErrors(probe.depth_task())
-    reader = _reader(dataset, lambda pair: read(pair.labels))
+    reader = _reader(dataset, lambda pair: torch.from_numpy(read_depth(pair.labels, scale)))
     for decided, labels in _decisions(probe, pipeline, dataset, reader, progress):
         errors.add(decided, labels)
     return errors

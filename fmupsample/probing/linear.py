@@ -42,6 +42,7 @@ class FitOptions:
     flips: bool = True  # show half of the pictures mirrored left to right
     holdout: float = 0.1  # share of the pictures by which the rate is chosen, if there are several
     weight_decay: float = 1e-2
+    whiten: float = 1.0  # 1: all directions of the features have the same variance; 0: their own
     ignore: int = IGNORE  # label of pixels that are not used
     seed: int = 0  # of the start, the order, the flips, the pixels and the held-out pictures
 
@@ -52,6 +53,8 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} is not possible: it must be at least 1")
+        if not 0 <= self.whiten <= 1:
+            raise UsageError(f"whiten {self.whiten} is not a share from 0 to 1")
         if not 0 < self.holdout < 1:
             raise UsageError(f"holdout {self.holdout} is not a share between 0 and 1")
 
@@ -247,7 +250,7 @@ class _Stack:
         options: FitOptions,
         generator: torch.Generator,
     ) -> None:
-        self.mean, self.white = _whitening(examples)
+        self.mean, self.white = _whitening(examples, options.whiten)
         start = 0.01 * torch.randn(classes, len(self.mean), generator=generator)
         self.parameters = [
             [start.clone().requires_grad_(), torch.zeros(classes).requires_grad_()]
@@ -267,8 +270,11 @@ class _Stack:
         return [LinearProbe(w.clone(), b.clone()) for w, b in zip(weight, bias, strict=True)]
 
 
-def _whitening(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def _whitening(examples: Sequence[Example], share: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean ``[C]`` and matrix ``[C, C]``: ``(x - mean) @ matrix`` has uncorrelated channels.
+
+    With a ``share`` of 1 all have a variance of 1, with 0 they keep the ratios of their variances
+    (and the mean is 1): a few labels then decide by what the features differ in most.
 
     Taken over the features of all pictures, unflipped. Directions in which the features hardly
     vary are not blown up to a variance of 1, since they may be the effect of few pictures, and
@@ -284,7 +290,7 @@ def _whitening(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp(min=0)
     average = values.mean()
-    scale = (values + _LEAST_VARIANCE * average).rsqrt()
+    scale = (values + _LEAST_VARIANCE * average) ** (-share / 2) * average ** ((share - 1) / 2)
     scale[values <= _NO_VARIANCE * average] = 0
     return mean.float(), (vectors * scale).float()
 
