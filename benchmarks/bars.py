@@ -110,10 +110,14 @@ BARS = [
 ]
 
 
-def evaluate(results: list[dict]) -> list[dict]:
-    """Every bar with its value and ``PASS``, ``MISS`` or ``not measured``."""
+def evaluate(results: list[dict], bars: list[Bar] | None = None) -> list[dict]:
+    """Every bar with its value and ``PASS``, ``MISS`` or ``not measured``.
+
+    Args:
+        bars: others than those of upsampling.
+    """
     rows = []
-    for bar in BARS:
+    for bar in BARS if bars is None else bars:
         value = None
         for result in results:
             if bar.applies_to(result):

@@ -18,11 +18,12 @@ from fmupsample_cli.errors import run
 FEATURES = "Features"
 TOOLS = "Tools"
 
-# (module in this package, function = name of the command, panel of the help page)
+# (module in this package, function or group = name of the command, panel of the help page)
 COMMANDS = (
     ("visualize", "visualize", FEATURES),
     ("extract", "extract", FEATURES),
     ("train", "train", FEATURES),
+    ("probe", "probe", FEATURES),
     ("models", "models", TOOLS),
     ("build", "build", TOOLS),
     ("doctor", "doctor", TOOLS),
@@ -64,7 +65,10 @@ def build_app() -> typer.Typer:
     app.callback()(_root)
     for module, function, panel in COMMANDS:
         command = getattr(import_module(f"fmupsample_cli.{module}"), function)
-        app.command(name=function, rich_help_panel=panel)(command)
+        if isinstance(command, typer.Typer):  # a group of commands
+            app.add_typer(command, name=function, rich_help_panel=panel)
+        else:
+            app.command(name=function, rich_help_panel=panel)(command)
     return app
 
 

@@ -40,6 +40,10 @@ class FeaturesError(FmupsampleError):
     """A file of features that is missing, damaged, or of another version."""
 
 
+class ProbeError(FmupsampleError):
+    """A probe file that is missing, damaged, or made for another backbone or upsampler."""
+
+
 class OutputError(FmupsampleError):
     """Results that cannot be written: no space, no permission, a folder in the way."""
 

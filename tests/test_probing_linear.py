@@ -307,8 +307,6 @@ def test_the_cache_refuses_what_it_cannot_serve(tmp_path):
     sources, _ = draw(tmp_path, 1)
     with pytest.raises(UsageError, match="linear in its values"):
         encode(Pipeline(ToyBackbone(), NotLinear(), workers=0), sources, MemoryStore())
-    with pytest.raises(UsageError, match="without padding"):
-        encode(Pipeline(ToyBackbone(), Nearest(), fit="pad", workers=0), sources, MemoryStore())
     (tmp_path / "bad.png").write_bytes(b"nothing")
     bad = [Source(tmp_path / "bad.png", PurePosixPath("bad.png"))]
     with pytest.raises(ImageError, match=r"bad\.png"):

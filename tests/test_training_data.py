@@ -11,6 +11,8 @@ from toy import ToyBackbone
 
 from fmupsample.errors import ImageError, UsageError
 from fmupsample.images import find_images
+from fmupsample.labels import count_classes, read_labels
+from fmupsample.labels.layouts.folders import find_labels
 from fmupsample.training.cache import VIEWS, Features, plan_views
 from fmupsample.training.config import TrainConfig, parse_objective
 from fmupsample.training.crops import Cropper, change_colours
@@ -23,7 +25,6 @@ from fmupsample.training.data import (
     list_squares,
     split_squares,
 )
-from fmupsample.training.labels import count_classes, find_labels, read_labels
 from fmupsample.training.regions import find_regions, merge_regions
 
 # --- regions --------------------------------------------------------------------------------------
@@ -231,8 +232,8 @@ def test_labels(tmp_path) -> None:
     squares = list_squares(sources, 32, labels=found)
     loaded = Pictures(squares, 48, regions=False, keep_bytes=0).load(0)
     assert loaded.labels.shape == (48, 48) and set(np.unique(loaded.labels)) == {0, 1}
-    Image.new("RGB", (4, 4)).save(tmp_path / "l/00.png")
-    with pytest.raises(UsageError, match="one byte a pixel; their mode is RGB"):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "l/00.png")
+    with pytest.raises(UsageError, match="one byte a pixel; their values reach colours"):
         count_classes(list(found.values()))
     (tmp_path / "m").mkdir()
     (tmp_path / "l/01.png").rename(tmp_path / "m/01.png")

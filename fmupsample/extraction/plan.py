@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -201,6 +201,41 @@ def make_plan(
     described = describe(pipeline, options)
     plan = Plan(options, described, options_hash(described))
     names = output_names(sources, suffix_of(options.format), reserved=(MANIFEST_NAME, PCA_NAME))
+    replaced = sort_out(
+        plan,
+        sources,
+        names,
+        out,
+        manifest,
+        overwrite=overwrite,
+        current=lambda record: record.get("pca_fingerprint") == pca_fingerprint,
+    )
+    _estimate(plan, pipeline, out, replaced)
+    return plan
+
+
+def sort_out(
+    plan: Plan,
+    sources: Sequence[Source],
+    names: Sequence[PurePosixPath],
+    out: Path,
+    manifest: Manifest,
+    *,
+    overwrite: bool,
+    current: Callable[[Record], bool] = lambda record: True,
+) -> int:
+    """Fill the lists of ``plan``: what is to be done, is done, or only needs another name.
+
+    Args:
+        names: of the results, relative to ``out``, in the order of ``sources``.
+        current: whether a finished record of the same options still counts as finished.
+
+    Returns:
+        The bytes of the files that will be replaced.
+
+    Raises:
+        UsageError: as :func:`make_plan`.
+    """
     if not overwrite:
         _check_options(out, manifest, plan)
     owner = {r["output"]: r["source"] for r in manifest.records.values() if r.get("output")}
@@ -211,7 +246,7 @@ def make_plan(
         if (
             not overwrite
             and record is not None
-            and record.get("pca_fingerprint") == pca_fingerprint
+            and current(record)
             and _is_done(out, source, record, plan.hash)
         ):
             if record["output"] == name:
@@ -225,8 +260,7 @@ def make_plan(
         plan.tasks.append(Task(source, output))
         with contextlib.suppress(OSError):
             replaced += (out / output).stat().st_size
-    _estimate(plan, pipeline, out, replaced)
-    return plan
+    return replaced
 
 
 def source_stat(source: Source) -> dict[str, int]:

@@ -104,7 +104,7 @@ def extract(
         )
         say(plan.estimate)
         report = ExtractReport(manifest.path, plan.described, plan.estimate, skipped=plan.skipped)
-        run = _Run(pipeline, out, plan, manifest, report, progress)
+        run = Run(pipeline, out, plan, manifest, report, progress)
         try:
             run.tidy()
             if options.pca is not None:
@@ -125,8 +125,14 @@ def extract(
     return report
 
 
-class _Run:
-    """The state of one run; ``all`` does the work."""
+class Run:
+    """The state of one run; ``all`` does the work.
+
+    Runs that write something else for each picture override :meth:`parts` and :meth:`record`.
+    """
+
+    label = "extracting"
+    smaller = "use a smaller --output-size or --pca"  # where a result does not fit into memory
 
     def __init__(
         self,
@@ -163,7 +169,7 @@ class _Run:
 
     def all(self, basis: Projection | None) -> None:
         """Every task of the plan."""
-        self.progress.start(len(self.tasks), "extracting")
+        self.progress.start(len(self.tasks), self.label)
         items = self.pipeline.items([task.source for task in self.plan.tasks], on_error=self.fail)
         writer = BackgroundWriter(self.manifest)
         try:
@@ -183,32 +189,20 @@ class _Run:
         self, item: Item, basis: Projection | None, writer: BackgroundWriter, began: float
     ) -> None:
         """Upsample one picture and hand it to the writer, slice by slice."""
-        options = self.plan.options
-        dtype = DTYPES[options.dtype]
         started = False
         try:
-            if basis is None and options.pca is not None:
-                raise FmupsampleError(f"{item.source}: there is no PCA basis to project it on")
-            record = self.record(item.source, item, basis)
-            value = item.features if basis is None else basis.apply(item.features)
-            _check_range(item.source, value, options.dtype)
-            for rows in self.parts(item, value, basis):
-                if not started:
-                    kind, shape = self.kind(item, value, rows)
-                    record["shape"] = [value.shape[0], *self.size(item)]
-                    path = self.out / self.tasks[item.source].output
-                    writer.begin(Output(path, kind, shape, dtype, _meta(record), record))
+            for part in self.parts(item, basis):
+                if isinstance(part, Output):
+                    writer.begin(part)
                     started = True
-                writer.add(rows)
+                else:
+                    writer.add(part)
             writer.end(time.perf_counter() - began)
         except Exception as error:
             if not isinstance(error, OutputError) and isinstance(error, FmupsampleError):
                 reason = str(error)
             elif is_out_of_memory(error):
-                reason = (
-                    f"{item.source}: the result does not fit into memory; use a smaller "
-                    "--output-size or --pca"
-                )
+                reason = f"{item.source}: the result does not fit into memory; {self.smaller}"
             elif isinstance(error, OSError):
                 reason = f"{item.source} cannot be read: {error.strerror or error}"
             else:
@@ -235,8 +229,26 @@ class _Run:
         made = partial(CompactFile, layout=layout, weight_bits=options.weight_bits)
         return made, tuple(value.shape)
 
-    def parts(self, item: Item, value: Tensor, basis: Projection | None) -> Iterator[Tensor]:
-        """What the writer is given, on the CPU, in the numbers of the file."""
+    def parts(self, item: Item, basis: Projection | None) -> Iterator[Output | Tensor]:
+        """The file, and then what goes into it, on the CPU, in its numbers."""
+        options = self.plan.options
+        if basis is None and options.pca is not None:
+            raise FmupsampleError(f"{item.source}: there is no PCA basis to project it on")
+        record = self.record(item.source, item, basis)
+        value = item.features if basis is None else basis.apply(item.features)
+        _check_range(item.source, value, options.dtype)
+        dtype, started = DTYPES[options.dtype], False
+        for rows in self.contents(item, value, basis):
+            if not started:
+                kind, shape = self.kind(item, value, rows)
+                record["shape"] = [value.shape[0], *self.size(item)]
+                path = self.out / self.tasks[item.source].output
+                yield Output(path, kind, shape, dtype, _meta(record), record)
+                started = True
+            yield rows
+
+    def contents(self, item: Item, value: Tensor, basis: Projection | None) -> Iterator[Tensor]:
+        """The parts of the file: slices of the map, or the features and their kernel weights."""
         options = self.plan.options
         dtype = DTYPES[options.dtype]
         if options.format != COMPACT:

@@ -10,7 +10,10 @@ the backbone, and for kernel weights the upsampler. All of it is kept in half pr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -27,6 +30,8 @@ from fmupsample.device import autocast
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import Source
 from fmupsample.images.prepare import normalise
+from fmupsample.images.read import read_size
+from fmupsample.images.size import Frame
 from fmupsample.pipeline import Pipeline
 from fmupsample.prefetch import prefetch
 from fmupsample.progress import SILENT, Progress
@@ -83,20 +88,29 @@ class DiskStore:
     """Keeps each tensor in a safetensors file of a folder, mapped into memory when read.
 
     A file is there whole or not at all. The folder may be shared by runs, and deleted at any time
-    between them; it grows with every picture, size, backbone and upsampler.
+    between them; it grows with every picture, size, backbone and upsampler, up to ``limit`` bytes:
+    then what has not been used for longest goes, and what this object has read or written stays.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, limit: int | None = None) -> None:
+        self.folder, self.limit = Path(folder), limit
+        self._ours: set[str] = set()
 
     def get(self, key: str) -> Tensor | None:
+        path = self._path(key)
         try:
-            return load_file(self._path(key))["tensor"]
+            tensor = load_file(path)["tensor"]
         except (OSError, SafetensorError, KeyError):
             return None  # missing, or damaged: it is made again
+        if key not in self._ours:
+            self._ours.add(key)
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return tensor
 
     def put(self, key: str, tensor: Tensor) -> None:
         path = self._path(key)
+        self._ours.add(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
@@ -105,7 +119,35 @@ class DiskStore:
             raise OutputError(f"the cache {self.folder} cannot be written: {error}") from error
 
     def room_for(self, size: int) -> None:
-        pass  # the disk says so itself
+        """Make room for ``size`` more bytes among what other runs left."""
+        if self.limit is not None:
+            kept, others = 0, []
+            for path in self.folder.glob("*.safetensors"):
+                with contextlib.suppress(OSError):
+                    stat = path.stat()
+                    if path.stem in self._ours:
+                        kept += stat.st_size
+                    else:
+                        others.append((stat.st_mtime, stat.st_size, path))
+            if kept + size > self.limit:
+                raise UsageError(
+                    f"features and kernel weights need {(kept + size) / 1e9:.1f} GB on disk, more "
+                    f"than the limit of {self.limit / 1e9:.1f} GB: raise --cache-limit, show the "
+                    "pictures smaller, or take fewer"
+                )
+            there = sum(entry[1] for entry in others)
+            for _, own, path in sorted(others):
+                if kept + there + size <= self.limit:
+                    break
+                path.unlink(missing_ok=True)
+                there -= own
+        existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if size > free:
+            raise OutputError(
+                f"features and kernel weights need {size / 1e9:.1f} GB, but {self.folder} has "
+                f"{free / 1e9:.1f} GB free: show the pictures smaller, or take fewer"
+            )
 
     def forget(self, prefix: str) -> None:
         for path in self.folder.glob(f"{escape(prefix)}*.safetensors"):
@@ -115,6 +157,36 @@ class DiskStore:
         return self.folder / f"{key}.safetensors"
 
 
+class SpillingStore:
+    """In memory what fits there, the rest on disk.
+
+    A set of pictures goes to one of the two as a whole, by :meth:`room_for`.
+    """
+
+    def __init__(self, memory: MemoryStore, disk: DiskStore) -> None:
+        self.memory, self.disk = memory, disk
+        self._to_disk = False
+
+    def get(self, key: str) -> Tensor | None:
+        found = self.memory.get(key)
+        return self.disk.get(key) if found is None else found
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        (self.disk if self._to_disk else self.memory).put(key, tensor)
+
+    def room_for(self, size: int) -> None:
+        try:
+            self.memory.room_for(size)
+            self._to_disk = False
+        except UsageError:
+            self.disk.room_for(size)
+            self._to_disk = True
+
+    def forget(self, prefix: str) -> None:
+        self.memory.forget(prefix)
+        self.disk.forget(prefix)
+
+
 @dataclass(frozen=True)
 class View:
     """What a probe sees of a picture.
@@ -122,10 +194,12 @@ class View:
     Attributes:
         features: ``[C, h, w]``, float16 (float32 if they exceed its range).
         weights: ``[N, H, W]``, float16.
+        placed: ``(H, W)`` that the picture takes at the top left, where the rest is padding.
     """
 
     features: Tensor
     weights: Tensor
+    placed: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -140,13 +214,15 @@ class EncodedPicture:
     source: Source
     keys: tuple[tuple[str, str], ...]  # of features and weights: as it is, and flipped
     store: Store
+    frame: Frame | None = None  # ``None``: without padding
 
     def view(self, flipped: bool = False) -> View:
         """As it is, or mirrored left to right (if it was encoded with flips)."""
         found = [self.store.get(key) for key in self.keys[int(flipped)]]
         if found[0] is None or found[1] is None:
             raise OutputError(f"the cached features of {self.source} are gone; start again")
-        return View(*found)
+        placed = self.frame.placed if self.frame and self.frame.padded else None
+        return View(*found, placed)
 
 
 def encode(
@@ -170,11 +246,14 @@ def encode(
     if upsampler is None or not upsampler.linear_in_value:
         name = "no upsampler" if upsampler is None else upsampler.name
         raise UsageError(f"probes need an upsampler that is linear in its values, not {name}")
-    if pipeline.fit != "resize":
-        raise UsageError("probes need pictures without padding: use --fit resize")
     views = (False, True) if flips else (False,)
     found = [
-        EncodedPicture(s, tuple(_keys(pipeline, _digest(s), v) for v in views), store)
+        EncodedPicture(
+            s,
+            tuple(_keys(pipeline, _digest(s), v) for v in views),
+            store,
+            pipeline.frame(read_size(s.path)),
+        )
         for s in sources
     ]
     missing = [p for p in found if any(store.get(key) is None for pair in p.keys for key in pair)]
@@ -214,9 +293,10 @@ def _make(
     backbone, upsampler = pipeline.backbone, pipeline.upsampler
     assert upsampler is not None
     image = normalise(canvas, backbone.mean, backbone.std)[None].to(pipeline.device)
+    placed = picture.frame.placed if picture.frame else canvas.shape[:2]
     made: dict[str, Tensor] = {}
     for flipped, (features_key, weights_key) in zip(views, picture.keys, strict=True):
-        shown = image.flip(-1) if flipped else image
+        shown = _flipped(image, placed) if flipped else image
         features = picture.store.get(features_key)
         if features is None:
             with autocast(pipeline.device, pipeline.dtype):
@@ -226,6 +306,14 @@ def _make(
             x = features.to(pipeline.device, torch.float32)[None]
             made[weights_key] = upsampler.kernels(x, shown)[0].half().contiguous().cpu()
     return made
+
+
+def _flipped(image: Tensor, placed: tuple[int, int]) -> Tensor:
+    """The picture mirrored in its place; the padding repeats the new last column."""
+    width = placed[1]
+    picture = image[..., :width].flip(-1)
+    rest = image.shape[-1] - width
+    return torch.cat([picture, picture[..., -1:].expand(*picture.shape[:-1], rest)], -1)
 
 
 def _halved(features: Tensor) -> Tensor:
@@ -244,6 +332,8 @@ def _keys(pipeline: Pipeline, picture: str, flipped: bool) -> tuple[str, str]:
     backbone = pipeline.backbone
     size = pipeline.image_size or f"default{backbone.default_image_size}"
     shown = (picture, str(size), backbone.fingerprint, str(backbone.layer), pipeline.precision)
+    if pipeline.fit != "resize":
+        shown += (pipeline.fit,)
     view = hashlib.sha256(repr((shown, flipped)).encode()).hexdigest()[:32]
     return f"features-{view}", f"{kernels_prefix(pipeline)}{view}"
 

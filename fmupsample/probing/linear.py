@@ -19,13 +19,15 @@ from torch import Tensor
 
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.probing.cache import EncodedPicture, View
-from fmupsample.probing.metrics import IGNORE, Confusion
+from fmupsample.probing.metrics import IGNORE
+from fmupsample.probing.tasks import Classes, Task
 from fmupsample.progress import SILENT, Progress
 from fmupsample.upsamplers.base import Upsampler
 
 # Shares of the mean variance: added to that of every direction before whitening; counted as none.
 _LEAST_VARIANCE = 1e-3
 _NO_VARIANCE = 1e-6
+_LOGITS_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class FitOptions:
     flips: bool = True  # show half of the pictures mirrored left to right
     holdout: float = 0.1  # share of the pictures by which the rate is chosen, if there are several
     weight_decay: float = 1e-2
+    whiten: float = 1.0  # 1: all directions of the features have the same variance; 0: their own
     ignore: int = IGNORE  # label of pixels that are not used
     seed: int = 0  # of the start, the order, the flips, the pixels and the held-out pictures
 
@@ -50,6 +53,8 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} is not possible: it must be at least 1")
+        if not 0 <= self.whiten <= 1:
+            raise UsageError(f"whiten {self.whiten} is not a share from 0 to 1")
         if not 0 < self.holdout < 1:
             raise UsageError(f"holdout {self.holdout} is not a share between 0 and 1")
 
@@ -62,7 +67,7 @@ class Example:
     """A picture with its labels.
 
     Attributes:
-        labels: integers ``[H, W]``, of any size.
+        labels: integers ``[H, W]``, of any size; of other tasks than classes: what the task asks.
     """
 
     picture: EncodedPicture
@@ -71,13 +76,13 @@ class Example:
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A 1x1 convolution: ``weight`` ``[classes, C]``, ``bias`` ``[classes]``, both float32."""
+    """A 1x1 convolution: ``weight`` ``[outputs, C]``, ``bias`` ``[outputs]``, both float32."""
 
     weight: Tensor
     bias: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
-        """``[C, h, w]`` -> ``[classes, h, w]``."""
+        """``[C, h, w]`` -> ``[outputs, h, w]``."""
         return _affine(self.weight, self.bias, features)
 
 
@@ -86,7 +91,8 @@ class Fit:
     """A fitted probe, and how its learning rate was chosen.
 
     Attributes:
-        held_out: mIoU of each rate on the held-out pictures; empty where there was no choice.
+        held_out: what the task judges by (mIoU; for depth the negative relative error), of each
+            rate, on the held-out or validation pictures; empty where there was no choice.
         loss: mean training loss over the last tenth of the steps.
     """
 
@@ -99,11 +105,13 @@ class Fit:
 def fit_probe(
     examples: Sequence[Example],
     upsampler: Upsampler,
-    classes: int,
+    classes: int | Task,
     options: FitOptions | None = None,
     progress: Progress = SILENT,
+    *,
+    validation: Sequence[Example] = (),
 ) -> Fit:
-    """Fit a probe on upsampled features with cross-entropy.
+    """Fit a probe on upsampled features, for classes with cross-entropy.
 
     Labels are brought to the size of the upsampled map (nearest). Features are whitened by their
     mean and covariance over the training pictures, and that is folded into the probe: it does not
@@ -113,7 +121,8 @@ def fit_probe(
     pixels.
 
     With several learning rates, all are fitted to the pictures but some that are held out, and the
-    rate with the highest mIoU on those is fitted again, to all pictures.
+    rate with the highest mIoU on those is fitted again, to all pictures. With ``validation``
+    pictures these choose, and nothing is held out or fitted again.
 
     Raises:
         UsageError: no examples, labels that are no classes, or several rates and a single picture.
@@ -122,26 +131,37 @@ def fit_probe(
     options = options or FitOptions()
     if not examples:
         raise UsageError("a probe needs at least one picture with labels")
+    task = _task(classes, options)
     scores: dict[float, float] = {}
-    if len(options.rates) > 1:
-        train, held = _split(examples, options)
-        probes, _ = _train(train, upsampler, classes, options, progress)
-        scores = _scores(probes, held, upsampler, classes, options)
-        options = replace(options, rates=(max(options.rates, key=lambda rate: scores[rate]),))
-    probes, losses = _train(examples, upsampler, classes, options, progress)
-    if not _is_finite(probes[0]):
+    chosen = 0
+    if validation:
+        probes, losses = _train(examples, upsampler, task, options, progress)
+        scores = _scores(probes, validation, upsampler, task, options)
+        chosen = max(range(len(probes)), key=lambda i: scores[options.rates[i]])
+    else:
+        if len(options.rates) > 1:
+            train, held = _split(examples, options)
+            probes, _ = _train(train, upsampler, task, options, progress)
+            scores = _scores(probes, held, upsampler, task, options)
+            options = replace(options, rates=(max(options.rates, key=lambda rate: scores[rate]),))
+        probes, losses = _train(examples, upsampler, task, options, progress)
+    if not _is_finite(probes[chosen]):
         raise FmupsampleError(
-            f"the probe on {upsampler.name} diverged at the learning rate {options.rates[0]:g}: "
-            "give a smaller one"
+            f"the probe on {upsampler.name} diverged at the learning rate "
+            f"{options.rates[chosen]:g}: give a smaller one"
         )
-    last = losses[-max(1, len(losses) // 10) :].mean().item()
-    return Fit(probes[0], options.rates[0], scores, last)
+    last = losses[-max(1, len(losses) // 10) :, chosen].mean().item()
+    return Fit(probes[chosen], options.rates[chosen], scores, last)
+
+
+def _task(classes: int | Task, options: FitOptions) -> Task:
+    return Classes(classes, options.ignore) if isinstance(classes, int) else classes
 
 
 def _train(
     examples: Sequence[Example],
     upsampler: Upsampler,
-    classes: int,
+    classes: int | Task,
     options: FitOptions,
     progress: Progress,
 ) -> tuple[list[LinearProbe], Tensor]:
@@ -149,8 +169,9 @@ def _train(
     generator = torch.Generator().manual_seed(options.seed)
     batch_size = min(options.batch_size, len(examples))
     steps = options.steps or math.ceil(options.epochs * len(examples) / batch_size)
-    stack = _Stack(examples, classes, options, generator)
-    data = _TrainingData(examples, upsampler, classes, options, generator)
+    task = _task(classes, options)
+    stack = _Stack(examples, task.outputs, options, generator)
+    data = _TrainingData(examples, upsampler, task, options, generator)
     optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "lr": rate}
@@ -183,13 +204,23 @@ def predict(
 
     Logits are reassembled to the map's size and brought to ``size`` bilinearly.
     """
+    return predict_logits(probes, upsampler, view, size).argmax(1)
+
+
+@torch.no_grad()
+def predict_logits(
+    probes: Sequence[LinearProbe], upsampler: Upsampler, view: View, size: tuple[int, int]
+) -> Tensor:
+    """What :func:`predict` takes the largest of, ``[probes, outputs, H, W]``."""
     weight = torch.cat([p.weight for p in probes])
     bias = torch.cat([p.bias for p in probes])
     low = _affine(weight, bias, view.features)
     logits = upsampler.reassemble(view.weights.to(low.dtype)[None], low[None])
+    if view.placed is not None:
+        logits = logits[..., : view.placed[0], : view.placed[1]]
     if logits.shape[-2:] != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-    return logits[0].unflatten(0, (len(probes), -1)).argmax(1)
+    return logits[0].unflatten(0, (len(probes), -1))
 
 
 def _affine(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
@@ -219,7 +250,7 @@ class _Stack:
         options: FitOptions,
         generator: torch.Generator,
     ) -> None:
-        self.mean, self.white = _whitening(examples)
+        self.mean, self.white = _whitening(examples, options.whiten)
         start = 0.01 * torch.randn(classes, len(self.mean), generator=generator)
         self.parameters = [
             [start.clone().requires_grad_(), torch.zeros(classes).requires_grad_()]
@@ -239,8 +270,11 @@ class _Stack:
         return [LinearProbe(w.clone(), b.clone()) for w, b in zip(weight, bias, strict=True)]
 
 
-def _whitening(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def _whitening(examples: Sequence[Example], share: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean ``[C]`` and matrix ``[C, C]``: ``(x - mean) @ matrix`` has uncorrelated channels.
+
+    With a ``share`` of 1 all have a variance of 1, with 0 they keep the ratios of their variances
+    (and the mean is 1): a few labels then decide by what the features differ in most.
 
     Taken over the features of all pictures, unflipped. Directions in which the features hardly
     vary are not blown up to a variance of 1, since they may be the effect of few pictures, and
@@ -256,7 +290,7 @@ def _whitening(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp(min=0)
     average = values.mean()
-    scale = (values + _LEAST_VARIANCE * average).rsqrt()
+    scale = (values + _LEAST_VARIANCE * average) ** (-share / 2) * average ** ((share - 1) / 2)
     scale[values <= _NO_VARIANCE * average] = 0
     return mean.float(), (vectors * scale).float()
 
@@ -268,12 +302,12 @@ class _TrainingData:
         self,
         examples: Sequence[Example],
         upsampler: Upsampler,
-        classes: int,
+        classes: int | Task,
         options: FitOptions,
         generator: torch.Generator,
     ) -> None:
         self.examples, self.upsampler, self.options = examples, upsampler, options
-        self.classes, self.generator = classes, generator
+        self.task, self.generator = _task(classes, options), generator
         self.labels: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self.queue: list[int] = []
 
@@ -286,51 +320,61 @@ class _TrainingData:
         return [(i, self.options.flips and f) for i, f in zip(chosen, flips.tolist(), strict=True)]
 
     def loss(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
-        """Mean cross-entropy over the labelled pixels of the batch, per rate: ``[rates]``."""
+        """The task's loss over the labelled pixels of the batch, per rate: ``[rates]``."""
         weight, bias = stack.folded()
         rates = len(self.options.rates)
         logits, targets, scales, labelled = [], [], [], 0
         for index, flipped in batch:
             view = self.examples[index].picture.view(flipped)
-            labels = self._labels(index, view.size)
-            labelled += int((labels != self.options.ignore).sum())
+            labels = self._labels(index, view)
             if flipped:
-                labels = labels.flip(-1)
+                labels = _mirrored(labels, view.placed)
+            judged = self.task.judged(labels).flatten()
+            count = int(judged.sum())
+            labelled += count
             low = _affine(weight, bias, view.features)
-            some, target = self._pixels(view, low, labels.flatten())
+            some, target, scale = self._pixels(view, low, labels.flatten(), judged, count)
             logits.append(some)
             targets.append(target)
-            scales.append(torch.full((len(target),), labels.numel() / len(target)))
-        # [n, rates * classes] -> [n * rates, classes]
-        flat = torch.cat(logits).unflatten(1, (rates, -1)).flatten(0, 1)
-        target = torch.cat(targets).long().repeat_interleave(rates)
-        each = F.cross_entropy(
-            flat, target, ignore_index=self.options.ignore, reduction="none"
-        ).view(-1, rates)
-        return (each * torch.cat(scales)[:, None]).sum(0) / max(labelled, 1)
+            scales.append(torch.full((len(target),), scale))
+        each = torch.cat(logits).unflatten(1, (rates, -1))  # [n, rates, outputs]
+        return self.task.loss(each, torch.cat(targets), torch.cat(scales), max(labelled, 1))
 
-    def _pixels(self, view: View, low: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``[n, V]`` and labels ``[n]`` of drawn pixels, or of all."""
+    def _pixels(
+        self, view: View, low: Tensor, labels: Tensor, judged: Tensor, labelled: int
+    ) -> tuple[Tensor, Tensor, float]:
+        """Logits ``[n, V]`` and labels ``[n]`` of some pixels, and how many each stands for.
+
+        Where fewer pixels are labelled than would be drawn (clicks), they are taken as they are.
+        """
         count = self.options.pixels
-        if count is None or count >= len(labels):
+        if count is not None and 0 < labelled <= count < len(labels):
+            pixels = judged.nonzero()[:, 0]
+            scale = 1.0
+        elif count is None or count >= len(labels):
             weights = view.weights.to(low.dtype)[None]
-            return self.upsampler.reassemble(weights, low[None])[0].flatten(1).T, labels
-        pixels = torch.randint(len(labels), (count,), generator=self.generator)
-        return self.upsampler.reassemble_at(view.weights, low, pixels), labels[pixels]
+            return self.upsampler.reassemble(weights, low[None])[0].flatten(1).T, labels, 1.0
+        else:
+            pixels = torch.randint(len(labels), (count,), generator=self.generator)
+            scale = len(labels) / count
+        return self.upsampler.reassemble_at(view.weights, low, pixels), labels[pixels], scale
 
-    def _labels(self, index: int, size: tuple[int, int]) -> Tensor:
-        key = (index, size)
+    def _labels(self, index: int, view: View) -> Tensor:
+        key = (index, view.size)
         if key not in self.labels:
             example = self.examples[index]
-            found = example.labels[example.labels != self.options.ignore]
-            if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.classes:
-                raise UsageError(
-                    f"the labels of {example.picture.source} go from {int(found.min())} to "
-                    f"{int(found.max())}, which are not {self.classes} classes from 0 on "
-                    f"(ignored: {self.options.ignore})"
-                )
-            self.labels[key] = labels_at(example.labels, size)
+            self.task.check(example.labels, str(example.picture.source))
+            placed = view.placed or view.size
+            labels = labels_at(example.labels, placed)
+            below, right = view.size[0] - placed[0], view.size[1] - placed[1]
+            self.labels[key] = F.pad(labels, (0, right, 0, below), value=self.task.nothing)
         return self.labels[key]
+
+
+def _mirrored(labels: Tensor, placed: tuple[int, int] | None) -> Tensor:
+    if placed is None:
+        return labels.flip(-1)
+    return torch.cat([labels[:, : placed[1]].flip(-1), labels[:, placed[1] :]], -1)
 
 
 def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -344,21 +388,26 @@ def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _scores(
     probes: list[LinearProbe],
-    held: list[Example],
+    held: Sequence[Example],
     upsampler: Upsampler,
-    classes: int,
+    task: Task,
     options: FitOptions,
 ) -> dict[float, float]:
-    """mIoU of each rate's probe on held-out pictures; 0 for one that diverged."""
-    counts = [Confusion(classes, options.ignore) for _ in probes]
+    """What each rate's probe is worth on held-out pictures; that of a diverged one is lowest."""
+    judges = [task.judge() for _ in probes]
     for example in held:
         view = example.picture.view()
-        found = predict(probes, upsampler, view, tuple(example.labels.shape))
-        for confusion, predicted in zip(counts, found, strict=True):
-            confusion.add(predicted, example.labels)
+        task.check(example.labels, str(example.picture.source))
+        size = tuple(example.labels.shape)
+        # As many rates at once as fit into bounded memory.
+        step = max(1, _LOGITS_BYTES // (4 * task.outputs * size[0] * size[1]))
+        for start in range(0, len(probes), step):
+            found = predict_logits(probes[start : start + step], upsampler, view, size)
+            for judge, logits in zip(judges[start : start + step], found, strict=True):
+                judge.add(task.decide(logits), example.labels)
     return {
-        rate: confusion.miou() if _is_finite(probe) else 0.0
-        for rate, probe, confusion in zip(options.rates, probes, counts, strict=True)
+        rate: judge.score() if _is_finite(probe) else task.worst
+        for rate, probe, judge in zip(options.rates, probes, judges, strict=True)
     }
 
 

@@ -19,9 +19,9 @@ from PIL import Image
 from fmupsample.errors import ImageError, UsageError
 from fmupsample.images.find import Source
 from fmupsample.images.read import read_picture, read_size
+from fmupsample.labels import read_labels
 from fmupsample.prefetch import prefetch
 from fmupsample.training.config import TrainConfig
-from fmupsample.training.labels import read_labels
 from fmupsample.training.regions import find_regions
 
 MIN_PICTURES = 4  # fewer say nothing about pictures in general, and some are kept for validation

@@ -23,6 +23,8 @@ from fmupsample.backbones import Backbone
 from fmupsample.device import PRECISIONS, autocast
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import Source, printable
+from fmupsample.labels import count_classes
+from fmupsample.labels.layouts.folders import find_labels
 from fmupsample.progress import SILENT, Progress
 from fmupsample.training.batches import make_batch
 from fmupsample.training.cache import Features, plan_views
@@ -42,7 +44,6 @@ from fmupsample.training.data import (
     validation_squares,
 )
 from fmupsample.training.distributed import World, world
-from fmupsample.training.labels import count_classes, find_labels
 from fmupsample.training.loop import Trainer
 from fmupsample.training.model import Model, check_trainable, make_optimizer
 from fmupsample.training.objective import ENLARGED, Objective, Scaling

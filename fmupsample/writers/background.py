@@ -37,7 +37,7 @@ class Output:
     """One file to be written."""
 
     path: Path
-    kind: Callable[[Path, tuple[int, ...], torch.dtype, dict[str, str]], TensorFile]
+    kind: Callable[..., TensorFile]
     shape: tuple[int, ...]
     dtype: torch.dtype
     meta: dict[str, str]

@@ -1,0 +1,261 @@
+"""What fitting and using a linear probe costs, against making the upsampled features.
+
+    python benchmarks/probing.py -o probing.json
+    python benchmarks/probing.py --camvid DIR --cache DIR -o probing.json
+
+An epoch of a few pictures whose features and kernel weights are cached, and one picture from its
+pixels to its mask. Everything is timed interleaved, each case in a process of its own; see
+benchmarks/README.md for what each case is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path, PurePosixPath
+
+import torch
+import torch.nn.functional as F
+
+from fmupsample.errors import FmupsampleError
+from fmupsample.images.find import Source
+from fmupsample.probing import EncodedPicture, Example, FitOptions, LinearProbe, MemoryStore
+from fmupsample.probing.linear import _Stack, _TrainingData
+
+import backends
+import bars
+import reports
+from bars import Bar
+from cases import CLASSES, Setting, Workload
+from machine import describe
+from measuring import Apart, Case, OutOfMemory, time_cases
+
+PICTURES = 4  # of an epoch, and of a batch
+EPOCHS = ("epoch, drawn pixels", "epoch, all pixels", "epoch, materialised")
+PREDICTIONS = ("backbone", "predict", "predict, materialised")
+RATE = 0.1
+
+
+def _ratio(
+    case: str, base: str, limit: float, *, what: str = "median_s", at_least: bool = True
+) -> Bar:
+    def value(result: dict) -> float:
+        return result["cases"][case][what] / result["cases"][base][what]
+
+    kind = "" if what == "median_s" else " (memory)"
+    return Bar(f"{case} / {base}{kind}", "cpu", limit, "x", value, at_least)
+
+
+BARS = [
+    *(
+        _ratio("epoch, materialised", ours, 10, what=what)
+        for ours in EPOCHS[:2]
+        for what in ("median_s", "peak_bytes")
+    ),
+    _ratio("predict", "backbone", 1.5, at_least=False),
+]
+
+
+def prepare(setting: Setting, name: str) -> Case:
+    """The case ``name`` on the CPU, for :class:`measuring.Apart`."""
+    return _epoch(setting, name) if name in EPOCHS else _prediction(setting, name)
+
+
+def _examples(setting: Setting) -> tuple[Workload, list[Example]]:
+    """Pictures with random features, kernel weights and labels, as the cache gives them."""
+    store, generator = MemoryStore(), torch.Generator().manual_seed(0)
+    work = Workload(setting, torch.device("cpu"))
+    side, cells = setting.size, setting.cells
+    examples = []
+    for number in range(PICTURES):
+        keys = (f"features-{number}", f"kernels-{number}")
+        features = torch.randn(setting.channels, cells, cells, generator=generator)
+        scores = torch.randn(9, side, side, generator=generator)
+        store.put(keys[0], features.half())
+        store.put(keys[1], scores.softmax(0).half())
+        source = Source(Path(f"{number}.png"), PurePosixPath(f"{number}.png"))
+        labels = torch.randint(CLASSES, (side, side), generator=generator, dtype=torch.uint8)
+        examples.append(Example(EncodedPicture(source, (keys,), store), labels))
+    return work, examples
+
+
+def _epoch(setting: Setting, name: str) -> Case:
+    """One pass over the pictures: forward, backward and a step of the optimiser."""
+    work, examples = _examples(setting)
+    if name == "epoch, materialised":
+        return _materialised_epoch(work, examples)
+    pixels = 4096 if name == "epoch, drawn pixels" else None
+    options = FitOptions((RATE,), pixels=pixels, flips=False, batch_size=PICTURES)
+    generator = torch.Generator().manual_seed(0)
+    stack = _Stack(examples, CLASSES, options, generator)
+    data = _TrainingData(examples, work.head, CLASSES, options, generator)
+    optimizer = torch.optim.AdamW([p for both in stack.parameters for p in both], lr=RATE)
+
+    def run() -> float:
+        loss = data.loss(stack, data.draw(PICTURES)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return run
+
+
+def _materialised_epoch(work: Workload, examples: list[Example]) -> Case:
+    """The same with a map of all channels at every pixel, and a 1x1 convolution on it.
+
+    The map is made by our own, fast reassembly, one picture at a time, its gradient added up.
+    """
+    classifier = torch.nn.Conv2d(work.setting.channels, CLASSES, 1)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=RATE)
+
+    def run() -> float:
+        optimizer.zero_grad()
+        total = 0.0
+        for example in examples:
+            view = example.picture.view()
+            with torch.no_grad():
+                dense = work.head.reassemble(
+                    view.weights.float()[None], view.features.float()[None]
+                )
+            loss = F.cross_entropy(classifier(dense), example.labels.long()[None]) / PICTURES
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        return total
+
+    return run
+
+
+def _prediction(setting: Setting, name: str) -> Case:
+    """One picture, from its pixels to its mask (the backbone's own pass is part of it)."""
+    work = Workload(setting, torch.device("cpu"))
+    backbone, image, head = work.backbone, work.image, work.head
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(CLASSES, setting.channels, generator=generator)
+    probe = LinearProbe(weight, torch.zeros(CLASSES))
+    cells = setting.cells
+
+    def features() -> torch.Tensor:
+        tokens = backbone.forward_features(image)[:, -(cells**2) :]
+        return tokens.transpose(1, 2).reshape(1, -1, cells, cells)
+
+    def predict() -> torch.Tensor:
+        x = features()
+        weights = head.kernels(x, image)
+        return head.reassemble(weights, probe.logits(x[0])[None]).argmax(1)
+
+    def materialised() -> torch.Tensor:
+        dense = head(features(), image)
+        return F.conv2d(dense, weight[:, :, None, None], probe.bias).argmax(1)
+
+    return torch.no_grad()(
+        {"backbone": features, "predict": predict, "predict, materialised": materialised}[name]
+    )
+
+
+def measure(setting: Setting, rounds: int, seconds: float, memory: bool) -> dict:
+    """Times and peaks of every case in one setting."""
+    skipped: dict[str, str] = {}
+    with ExitStack() as stack:
+        found = {}
+        for name in (*EPOCHS, *PREDICTIONS):
+            try:
+                found[name] = stack.enter_context(Apart(prepare, setting, name))
+            except OutOfMemory as error:
+                skipped[name] = str(error)
+        cases, failed = time_cases(
+            found, rounds, seconds=seconds, peaks=lambda name: memory and name != "backbone"
+        )
+    return {
+        "setting": asdict(setting),
+        "device": "cpu",
+        "backend": backends.in_use(torch.device("cpu")),
+        "pictures": PICTURES,
+        "classes": CLASSES,
+        "cases": cases,
+        "skipped": skipped | failed,
+    }
+
+
+def measure_camvid(folder: Path, cache: Path, size: int, limit: int | None) -> dict:
+    """``probe fit`` on CamVid with the shipped model: seconds with everything cached."""
+    from fmupsample.backbones import load_backbone
+    from fmupsample.images.size import ImageSize
+    from fmupsample.labels import open_dataset, survey
+    from fmupsample.pipeline import Pipeline
+    from fmupsample.probing import DiskStore
+    from fmupsample.probing.fit import fit_classes, options_for
+    from fmupsample.upsamplers import load_upsampler
+    from fmupsample_cli.progress import RichProgress
+
+    backbone = load_backbone("embedded")
+    pipeline = Pipeline(backbone, load_upsampler(backbone), image_size=ImageSize(short=size))
+    dataset = open_dataset(folder / "train")
+    dataset.pairs = dataset.pairs[:limit]
+    table, store = survey(dataset).table, DiskStore(cache)
+    options = options_for(len(dataset.pairs))
+    begun = time.perf_counter()
+    with RichProgress(unit="steps") as progress:
+        fitted = fit_classes(pipeline, dataset, table, options, store=store, progress=progress)
+    return {
+        "pictures": len(dataset.pairs),
+        "image_size": size,
+        "epochs": options.epochs,
+        "rates": list(options.rates),
+        "seconds": fitted.seconds | {"all": round(time.perf_counter() - begun, 2)},
+    }
+
+
+def show(result: dict) -> None:
+    print(f"\n{Setting(**result['setting'])}, {PICTURES} pictures an epoch, {CLASSES} classes")
+    for name, row in result["cases"].items():
+        low, high = (1e3 * q for q in row["quartiles_s"])
+        peak = f"{row['peak_bytes'] / 1e6:8.0f} MB" if "peak_bytes" in row else ""
+        print(f"{name:24s} {1e3 * row['median_s']:9.1f} ms ({low:.1f} to {high:.1f}) {peak}")
+    for name, reason in result["skipped"].items():
+        print(f"{name}: not measured, {reason}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--size", type=int, default=448, help="pixels of the square picture (448)")
+    add("--channels", type=int, default=384)
+    add("--rounds", type=int, default=7)
+    add("--seconds", type=float, default=60, help="begin no further round after this")
+    add("--no-memory", action="store_true", help="without peak memory")
+    add("--camvid", type=Path, help="also time the fit on CamVid: a folder with train/")
+    add("--camvid-size", type=int, default=224, help="its pictures' short side (224)")
+    add("--limit", type=int, help="its pictures (all)")
+    add("--cache", type=Path, help="folder for its features and kernel weights")
+    add("--threads", type=int, default=0)
+    add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
+    args = parser.parse_args(arguments)
+    if args.camvid and not args.cache:
+        parser.error("--camvid needs --cache: run it twice, the second time finds all there")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    machine = describe(torch.device("cpu"))
+    setting = replace(Setting(), size=args.size, channels=args.channels)
+    result = measure(setting, args.rounds, args.seconds, not args.no_memory)
+    show(result)
+    results = reports.add(reports.read(args.output, machine), result)
+    more = {}
+    if args.camvid:
+        more["camvid"] = measure_camvid(args.camvid, args.cache, args.camvid_size, args.limit)
+        print(more["camvid"])
+    rows = bars.evaluate(results, BARS)
+    print("\n" + bars.table(rows))
+    reports.write(args.output, machine, results, bars=rows, **more)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FmupsampleError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,198 @@
+"""``fmupsample probe eval``: how good a probe is on labelled pictures."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fmupsample_cli import options as o
+from fmupsample_cli import probe_options as p
+
+if TYPE_CHECKING:
+    from fmupsample.probing.metrics import Segmentation
+    from fmupsample.probing.probe import Probe
+
+Tolerance = Annotated[
+    float,
+    typer.Option(
+        "--tolerance",
+        min=1e-6,
+        metavar="X",
+        help="How far a contour may be off in boundary F: pixels from 1 on, below that a share of "
+        "the diagonal.",
+        rich_help_panel=p.LABELS,
+    ),
+]
+ReportFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FOLDER",
+        help="Also write metrics.json and confusion.png there.",
+        show_default=False,
+        rich_help_panel=o.RESULTS,
+    ),
+]
+
+
+def evaluate(
+    probe: p.ProbeFile,
+    images: p.ImagesFolder,
+    labels: p.LabelsFolder = None,
+    output: ReportFolder = None,
+    layout: p.Layout = None,
+    split: p.Split = None,
+    ignore: p.Ignore = None,
+    allow_missing: p.AllowMissing = False,
+    depth_scale: p.DepthScale = None,
+    tolerance: Tolerance = 0.0075,
+    backbone: p.OtherBackbone = None,
+    backbone_weights: o.BackboneWeights = None,
+    head: o.Head = None,
+    image_size: p.ImageSizeOption = None,
+    device: o.Device = "auto",
+    backend: o.Backend = o.BackendName.auto,
+    precision: p.PrecisionOption = None,
+    batch_size: o.BatchSize = None,
+    workers: o.Workers = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Judge a probe on labelled pictures: IoU, pixel accuracy, boundary F; for depth delta1-3,
+    relative error and RMSE.
+
+        fmupsample probe eval probe.safetensors val/images/ val/labels/ -o report/
+
+    mIoU is that of one confusion matrix over all pictures, at the labels' own pixels. Boundary F
+    matches contours within --tolerance, per picture and class, as DAVIS does.
+    """
+    from fmupsample.labels import open_dataset, parse_ignore, survey
+    from fmupsample.labels.depth import survey_depth
+    from fmupsample.probing.probe import load_probe
+    from fmupsample_cli.progress import RichProgress
+
+    ignored = parse_ignore(ignore)
+    fitted = load_probe(probe)
+    depth = fitted.task == "depth"
+    dataset = open_dataset(
+        images,
+        labels,
+        layout="folders" if layout is None and depth else layout and layout.value,
+        split=split,
+        allow_missing=allow_missing,
+    )
+    from fmupsample.probing.evaluate import evaluate as judge_classes
+    from fmupsample.probing.evaluate import evaluate_depth as judge_depth
+    from fmupsample.probing.evaluate import report, table_for
+    from fmupsample_cli.report import print_json, print_summary
+
+    if depth:
+        scale = depth_scale or fitted.depth["scale"]
+        p.show_depths(dataset, survey_depth(dataset.pairs, scale), what="judging", quiet=quiet)
+    else:
+        found = survey(dataset, table_for(fitted, dataset), ignored=ignored)
+        p.show_survey(dataset, found, what="judging", quiet=quiet)
+    pipeline = p.open_for_probe(
+        fitted,
+        backbone=backbone,
+        weights=backbone_weights,
+        head=head,
+        device=device,
+        image_size=image_size,
+        precision=precision,
+        backend=backend.value,
+        batch_size=batch_size,
+        workers=workers,
+        quiet=quiet,
+    )
+    payload = {
+        "probe": str(probe),
+        "task": fitted.task,
+        "pictures": len(dataset.pairs),
+        "layout": dataset.layout,
+        "image_size": str(pipeline.image_size),
+        "backbone": fitted.backbone["name"],
+        "upsampler": fitted.upsampler["name"],
+    }
+    if depth:
+        with RichProgress(quiet=quiet) as progress:
+            errors = judge_depth(fitted, pipeline, dataset, scale, progress)
+        payload |= {k: round(v, 6) for k, v in errors.summary().items()}
+        if output is not None:
+            _save(output, {"metrics.json": (dumps(payload, indent=1) + "\n").encode()})
+        rows = {name: f"{payload[name]:.4f}" for name in errors.summary()}
+        print_summary("probe eval", rows, as_json=json, payload=payload)
+        return
+    with RichProgress(quiet=quiet) as progress:
+        judge = judge_classes(
+            fitted, pipeline, dataset, found.table, tolerance=tolerance, progress=progress
+        )
+    payload |= report(judge, found.table)
+    if output is not None:
+        payload["confusion_picture"] = str(_write(output, judge, fitted, payload))
+    if json:
+        print_json(payload)
+    else:
+        _show(payload, judge)
+
+
+def _write(output: Path, judge: Segmentation, probe: Probe, payload: dict[str, Any]) -> Path:
+    from fmupsample.render.classes import draw_confusion
+    from fmupsample.visualization.album import encode
+
+    assert probe.classes is not None
+    picture = draw_confusion(judge.whole.matrix.numpy(), probe.classes.names)
+    files = {
+        "metrics.json": (dumps(payload, indent=1) + "\n").encode(),
+        "confusion.png": encode(picture, ".png"),
+    }
+    _save(output, files)
+    return output / "confusion.png"
+
+
+def _save(output: Path, files: dict[str, bytes]) -> None:
+    from fmupsample.atomic import replacing
+    from fmupsample.errors import OutputError
+    from fmupsample.images import printable
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            with replacing(output / name) as temporary:
+                temporary.write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"{printable(output)} cannot be written: {error.strerror}") from error
+
+
+def _show(payload: dict[str, Any], judge: Segmentation) -> None:
+    from fmupsample_cli.report import print_table
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    share = judge.whole.matrix.sum(1) / judge.whole.matrix.sum()
+    rows = [
+        (name, percent(iou), percent(payload["boundary_f_per_class"][name]), f"{100 * of:.2f}")
+        for (name, iou), of in zip(payload["iou"].items(), share.tolist(), strict=True)
+    ]
+    rows.append(("mean", percent(payload["miou"]), percent(payload["boundary_f"]), ""))
+    limit = payload["boundary_tolerance"]
+    shown = f"{round(limit)} px" if limit >= 1 else f"{limit:.2%} of the diagonal"
+    print_table(
+        ["class", "IoU", "boundary F", "% of pixels"],
+        rows,
+        title=f"probe eval: {payload['pictures']} pictures, {payload['backbone']}, "
+        f"{payload['upsampler']}",
+        right=["IoU", "boundary F", "% of pixels"],
+    )
+    print(
+        f"  mIoU {percent(payload['miou'])}, pixel accuracy {percent(payload['pixel_accuracy'])}, "
+        f"mIoU within {payload['band']} px of edges {percent(payload['band_miou'])}, boundary F "
+        f"{percent(payload['boundary_f'])} (tolerance {shown})"
+    )
+    if "confusion_picture" in payload:
+        print(f"  confusion matrix: {payload['confusion_picture']}")

@@ -1,0 +1,224 @@
+"""Options that the commands of ``fmupsample probe`` share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fmupsample_cli import options as o
+
+if TYPE_CHECKING:
+    from fmupsample.labels import Dataset, Survey
+    from fmupsample.labels.depth import DepthSurvey
+    from fmupsample.pipeline import Pipeline
+    from fmupsample.probing.probe import Probe
+
+LABELS = "Labels"
+FITTING = "Fitting"
+
+
+class LayoutName(StrEnum):
+    """The words of :data:`fmupsample.labels.LAYOUTS`."""
+
+    voc = "voc"
+    cityscapes = "cityscapes"
+    ade20k = "ade20k"
+    coco = "coco"
+    folders = "folders"
+
+
+class TaskName(StrEnum):
+    """What a probe is for."""
+
+    segmentation = "segmentation"
+    depth = "depth"
+
+
+ImagesFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="IMAGES",
+        help="Folder of the pictures, or the root of a data set that holds both.",
+        show_default=False,
+    ),
+]
+LabelsFolder = Annotated[
+    Path | None,
+    typer.Argument(metavar="[LABELS]", help="Folder of their labels.", show_default=False),
+]
+ProbeFile = Annotated[
+    Path, typer.Argument(metavar="PROBE", help="A file made by `probe fit`.", show_default=False)
+]
+Layout = Annotated[
+    LayoutName | None,
+    typer.Option(
+        "--layout",
+        help="How the data lie. Default: found out, and said.",
+        show_default=False,
+        rich_help_panel=LABELS,
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        metavar="NAME|FILE",
+        help="A split of the data set (train, val), or a file with a name a line.",
+        show_default=False,
+        rich_help_panel=LABELS,
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore",
+        metavar="N,...",
+        help="Label values (or '#rrggbb') that do not count, or none. Default: 255, and what the "
+        "layout says.",
+        show_default=False,
+        rich_help_panel=LABELS,
+    ),
+]
+AllowMissing = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing",
+        help="Leave out pictures without labels instead of stopping.",
+        rich_help_panel=LABELS,
+    ),
+]
+DepthScale = Annotated[
+    float | None,
+    typer.Option(
+        "--depth-scale",
+        min=1e-6,
+        metavar="N",
+        help="Units a metre in 16-bit depth files: 1000 (NYU, most cameras) or 256 (KITTI). "
+        "Default: 1000; npy files hold metres.",
+        show_default=False,
+        rich_help_panel=LABELS,
+    ),
+]
+# Of models, where the probe itself says which: only to check, or where it cannot be known.
+OtherBackbone = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone",
+        "-b",
+        metavar="NAME",
+        help="Default: the one the probe was fitted on; another is refused.",
+        show_default=False,
+        rich_help_panel=o.MODEL,
+    ),
+]
+ImageSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--image-size",
+        metavar="N|HxW|native",
+        help="Size the model sees. Default: the one the probe was fitted with.",
+        show_default=False,
+        rich_help_panel=o.PICTURES,
+    ),
+]
+PrecisionOption = Annotated[
+    o.PrecisionName | None,
+    typer.Option(
+        "--precision",
+        help="Arithmetic of the model. Default: as the probe was fitted.",
+        show_default=False,
+        rich_help_panel=o.COMPUTE,
+    ),
+]
+
+
+def show_survey(dataset: Dataset, found: Survey, *, what: str, quiet: bool) -> None:
+    """What was found, on standard error, before anything is computed."""
+    if quiet:
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from fmupsample.labels.dataset import histogram_rows
+    from fmupsample_cli.progress import console
+
+    ignored = found.pixels[-1] / max(1, found.pixels.sum())
+    console.print(
+        Text(
+            f"{what}: {len(dataset.pairs)} pairs (layout {dataset.layout}), "
+            f"{len(dataset.missing)} pictures without labels, {len(dataset.orphans)} labels "
+            f"without picture; sizes {found.sizes_text()}; {ignored:.1%} of the pixels ignored"
+        ),
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE)
+    for name in ("class", "value", "pixels", "pictures"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    rows = histogram_rows(found)
+    shown = rows if len(rows) <= 40 else sorted(rows, key=lambda r: -r[3])[:40]
+    for name, value, share, pictures in shown:
+        table.add_row(Text(name), value, share, str(pictures))
+    console.print(table)
+    if len(shown) < len(rows):
+        console.print(Text(f"and {len(rows) - len(shown)} classes in fewer pictures"))
+
+
+def show_depths(dataset: Dataset, found: DepthSurvey, *, what: str, quiet: bool) -> None:
+    """The same for depth files."""
+    from fmupsample_cli.progress import note
+
+    sizes = ", ".join(f"{w}x{h} ({n})" for (h, w), n in list(found.sizes.items())[:3])
+    note(
+        f"{what}: {len(dataset.pairs)} pairs, {len(dataset.missing)} pictures without depths; "
+        f"sizes {sizes}; {found.low:.3g} to {found.high:.3g} m, median {found.median:.3g} m, known "
+        f"at {found.known:.1%} of the pixels",
+        quiet=quiet,
+    )
+
+
+def open_for_probe(
+    probe: Probe,
+    *,
+    backbone: str | None,
+    weights: Path | None,
+    head: Path | None,
+    device: str,
+    image_size: str | None,
+    precision: o.PrecisionName | None,
+    backend: str,
+    batch_size: int | None,
+    workers: int | None,
+    quiet: bool,
+) -> Pipeline:
+    """The pipeline whose features the probe was fitted on; refuses any other."""
+    from fmupsample.errors import ProbeError
+    from fmupsample.images import ImageSize
+    from fmupsample_cli.loading import open_pipeline
+
+    if probe.needs_weights and weights is None:
+        raise ProbeError(
+            f"this probe was fitted on {probe.backbone['name']}, whose weights came from a file: "
+            "name it with --backbone-weights"
+        )
+    size = image_size or probe.pictures["image_size"]
+    pipeline = open_pipeline(
+        backbone or probe.loadable_backbone,
+        str(probe.backbone["layer"]),
+        weights,
+        None if head is not None else str(probe.upsampler["name"]),
+        head,
+        device,
+        image_size=ImageSize.parse(size),
+        fit=probe.pictures["fit"],
+        precision=probe.pictures["precision"] if precision is None else precision.value,
+        backend=backend,
+        batch_size=batch_size,
+        workers=workers,
+        quiet=quiet,
+    )
+    probe.check(pipeline)
+    return pipeline
