@@ -320,7 +320,7 @@ def test_results_that_are_replaced_make_room(photos, tmp_path, monkeypatch) -> N
 
 def test_interrupted_runs_go_on(photos: Path, tmp_path: Path, monkeypatch) -> None:
     out, watch = tmp_path / "out", Watch()
-    real = module._Run.one
+    real = module.Run.one
     seen = []
 
     def one(self, item, *more) -> None:
@@ -329,13 +329,13 @@ def test_interrupted_runs_go_on(photos: Path, tmp_path: Path, monkeypatch) -> No
         seen.append(item)
         real(self, item, *more)
 
-    monkeypatch.setattr(module._Run, "one", one)
+    monkeypatch.setattr(module.Run, "one", one)
     with pytest.raises(KeyboardInterrupt):
         run(photos, out, progress=watch)
     assert "of 4 pictures are finished; the same command goes on" in watch.warnings[-1]
     assert not list(out.rglob(".fmupsample*"))
     finished = sum(r["status"] == "ok" for r in manifest(out).values())
-    monkeypatch.setattr(module._Run, "one", real)
+    monkeypatch.setattr(module.Run, "one", real)
     report = run(photos, out)
     assert len(report.skipped) == finished and len(report.done) == 4 - finished
 
