@@ -9,6 +9,7 @@ from small_training import HEAD, options
 from torch import nn
 from toy import ToyNonlinear, ToyUpsampler
 
+from fmupsample.training.clusters import Clusters, sample_pixels
 from fmupsample.training.objective import (
     TERMS,
     Batch,
@@ -49,6 +50,13 @@ def scaling(batch: Batch) -> Scaling:
     return Scaling.fit(batch.low, "standard")
 
 
+@pytest.fixture
+def clusters() -> Clusters:
+    g = torch.Generator().manual_seed(4)
+    shapes = ((5, C), (5, C), (5,))
+    return Clusters(*(torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes))
+
+
 def distance(predicted: torch.Tensor, target: torch.Tensor, cosine: float, mse: float) -> float:
     """Of two lists of vectors ``[N, C]``, literally."""
     total = 0.0
@@ -64,9 +72,10 @@ def vectors(maps: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("upsampler", [ToyUpsampler(), ToyNonlinear()], ids=lambda u: u.name)
 @pytest.mark.parametrize("sliced", [False, True])
-def test_terms_are_what_they_are_defined_to_be(batch, scaling, upsampler, sliced) -> None:
+def test_terms_are_what_they_are_defined_to_be(batch, scaling, clusters, upsampler, sliced) -> None:
     config = options(objective=ALL, cosine=0.7, mse=0.4, region_share=0.6, pixel_stride=2)
     objective = Objective(config, scaling)
+    objective.clusters = clusters
     if sliced:
         objective.map_bytes = 2 * B * H * H * 8  # two channels at a time
     torch.manual_seed(0)
@@ -99,6 +108,11 @@ def test_terms_are_what_they_are_defined_to_be(batch, scaling, upsampler, sliced
     # The shares of cells in regions are summed in float32.
     expected = distance(vectors(up[:, :, 1::2, ::2]), vectors(target[:, :, 1::2, ::2]), 0.7, 0.4)
     assert float(found["regions"]) == pytest.approx(expected, abs=1e-6)
+    sharp = vectors(F.interpolate(fine, size=(H, H), mode="bilinear")[:, :, 1::2, ::2])
+    nearest = torch.cdist(sharp, clusters.centres).argmin(1)
+    logits = vectors(up[:, :, 1::2, ::2]) @ clusters.weight.T + clusters.bias
+    expected = F.cross_entropy(logits, nearest)
+    assert float(found["clusters"]) == pytest.approx(float(expected), abs=1e-9)
     each = [
         F.cross_entropy(probe(up)[b : b + 1], batch.labels[b : b + 1], ignore_index=255)
         for b in range(B)
@@ -106,14 +120,42 @@ def test_terms_are_what_they_are_defined_to_be(batch, scaling, upsampler, sliced
     assert float(found["task"]) == pytest.approx(float(sum(each)) / B, abs=1e-9)
 
 
-def test_gradients_reach_every_parameter_and_do_not_depend_on_slices(batch, scaling) -> None:
+def test_clusters_of_three_groups_of_pixels() -> None:
+    """Groups far apart are found, and told from low-resolution features that know them."""
+    g = torch.Generator().manual_seed(0)
+    group = torch.randint(0, 3, (600,), generator=g)
+    fine = 10 * torch.eye(3, 4)[group] + torch.randn(600, 4, generator=g)
+    low = torch.eye(3)[group] @ torch.randn(3, C, generator=g)
+    found = Clusters.fit(fine, low, 3, seed=1)
+    members = torch.cdist(fine, found.centres).argmin(1)
+    pairs = set(zip(group.tolist(), members.tolist(), strict=True))
+    assert len(pairs) == len({m for _, m in pairs}) == 3
+    told = found.logits(low.T[None, :, :, None])[0, :, :, 0].argmax(0)
+    assert torch.equal(told, members)
+    again = Clusters.fit(fine, low, 3, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(found.tensors(), again.tensors(), strict=True))
+    assert len(Clusters.fit(fine[:25], low[:25], 100).centres) == 2
+
+
+def test_pixels_for_clusters_are_those_of_the_maps() -> None:
+    g = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
+    low = torch.stack([y, x])
+    fine, cells = sample_pixels(low, low, (20, 30), 200, g)
+    # Features that are the coordinates tell where the pixels are: the same cell, interpolated.
+    assert torch.equal(cells, fine.round()) and len(cells.unique(dim=0)) == 24
+
+
+def test_gradients_reach_every_parameter_and_do_not_depend_on_slices(
+    batch, scaling, clusters
+) -> None:
     torch.manual_seed(0)
     head = ReSFU(ReSFUConfig(channels=C, **HEAD)).double()
     probe = nn.Conv2d(C, 3, 1).double()
     gradients = []
     for map_bytes in (None, 1):
         objective = Objective(options(objective=ALL), scaling)
-        objective.map_bytes = map_bytes
+        objective.map_bytes, objective.clusters = map_bytes, clusters
         head.zero_grad(set_to_none=True)
         objective.total(objective(head, batch, probe)).backward()
         gradients.append({name: p.grad.clone() for name, p in head.named_parameters()})

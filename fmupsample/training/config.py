@@ -38,6 +38,7 @@ class TrainConfig:
     cosine: float = 1.0  # distance of two features: this times 1 - cos,
     mse: float = 0.5  # plus this times the mean squared error, on scaled channels
     scaling: str = "standard"  # a few channels of a ViT are 100 times larger than the rest
+    clusters: int = 100  # more are finer; a hundred is what a few dozen crops can fill
     enlarge: int = 2  # the crop shown larger; 2 keeps it near the sizes the backbone knows
     region_share: float = 0.8  # of the region's mean; the rest keeps shading inside a region
     region_block: float = 2.0  # cells; a pixel cannot reach farther with 3 x 3 neighbours
@@ -234,11 +235,12 @@ def _numbers(name: str, value: Any) -> tuple:
     return tuple(values)
 
 
-_WHOLE = ("enlarge", "pixel_stride", "side", "views", "steps", "batch_size", "seed",
+_WHOLE = ("clusters", "enlarge", "pixel_stride", "side", "views", "steps", "batch_size", "seed",
           "validate_every", "log_every", "previews")  # fmt: skip
 _RANGES = (
     ("cosine", 0, 1e6),
     ("mse", 0, 1e6),
+    ("clusters", 2, 65536),
     ("enlarge", 1, 8),
     ("region_share", 0, 1),
     ("region_block", 0.5, 64),

@@ -104,6 +104,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "scaling": [self.objective.scaling.shift, self.objective.scaling.gain],
+            "clusters": clusters.tensors() if (clusters := self.objective.clusters) else [],
             "rng": torch.get_rng_state(),
             "rng_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "best": None if self.best is None else {
@@ -115,7 +116,7 @@ class Trainer:
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
-        """Stand where :meth:`state` was taken; the scaling is the caller's to restore."""
+        """Stand where :meth:`state` was taken; what the objective holds is the caller's to set."""
         self.step, self.parts, self.seconds = state["step"], state["parts"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])

@@ -1,7 +1,10 @@
-"""What a head is trained for: named terms, each the distance of two maps of features.
+"""What a head is trained for: named terms.
 
-All compare features with every channel scaled, by default to mean 0 and variance 1 over the data.
+All take features with every channel scaled, by default to mean 0 and variance 1 over the data, and
+all but two (``clusters``, ``task``) are the distance of two maps of them.
 
+* ``clusters``: a linear classifier of low-resolution features, fitted before and fixed, should say
+  at every pixel in which cluster the features of the enlarged crop are (:mod:`.clusters`).
 * ``crops``: upsampled features of a crop, averaged over the cells of a finer grid, should be what
   the backbone says about the same crop enlarged (the idea of FeatUp, Fu et al. 2024, in the
   single-view form of JAFAR, Couairon et al. 2025).
@@ -38,17 +41,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fmupsample.ops.grid import interpolation_matrix, plan_axis
+from fmupsample.training.clusters import Clusters
 from fmupsample.upsamplers.base import Upsampler
 
 if TYPE_CHECKING:
     from fmupsample.training.config import TrainConfig
 
-TERMS = ("crops", "regions", "area", "preserve", "augment", "task")
+TERMS = ("clusters", "crops", "regions", "area", "preserve", "augment", "task")
 SCALINGS = ("standard", "minmax", "none")
 IGNORED = 255  # the label of pixels that count nowhere
 
+# Terms that ask a classifier.
+CLASSIFIED = frozenset({"clusters", "task"})
+
 # Terms whose targets come from the enlarged crop.
-ENLARGED = frozenset({"crops", "regions"})
+ENLARGED = frozenset({"clusters", "crops", "regions"})
 
 # A map larger than this is worked on in slices of channels.
 _MAP_BYTES = {"cpu": 256 << 20}
@@ -123,6 +130,7 @@ class Objective:
         self.config = config
         self.scaling = scaling
         self.arithmetic = arithmetic
+        self.clusters: Clusters | None = None  # for the term of that name
         self.map_bytes: int | None = None  # for tests: instead of what suits the device
 
     def __call__(
@@ -134,11 +142,13 @@ class Objective:
             probe: a 1x1 convolution ``[B, C, ...]`` -> ``[B, classes, ...]`` for ``task``.
         """
         job = _Job(self, upsampler, batch)
-        compared = [name for name in self.config.terms if name != "task"]
+        compared = [name for name in self.config.terms if name not in CLASSIFIED]
         found = {}
         if compared:
             sums = job.sums(compared)
             found = {name: self._distance(sums[name], batch.low.shape[1]) for name in compared}
+        if "clusters" in self.config.terms:
+            found["clusters"] = job.clusters(self.clusters)
         if "task" in self.config.terms:
             found["task"] = job.task(probe)
         return {name: found[name] for name in self.config.terms}
@@ -268,14 +278,21 @@ class _Job:
         ux = interpolation_matrix(x.shape[3], self.size[1])[x0::step].to(x)
         return uy @ x @ ux.T
 
+    def clusters(self, clusters: Clusters) -> Tensor:
+        """Cross-entropy of the upsampled logits and the clusters, at the thinned pixels."""
+        step = self.config.pixel_stride
+        members = clusters.members(self.fine, self.size, self.batch.phase, step)
+        return F.cross_entropy(self._thinned(self._logits(clusters.logits)), members)
+
     def task(self, probe: nn.Module) -> Tensor:
         """Cross-entropy of the probe's upsampled logits, each picture's labelled pixels alike."""
+        return Objective.cross_entropy(self._logits(probe), self.batch.labels)
+
+    def _logits(self, classifier: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of upsampled features; an affine classifier commutes with reassembly."""
         if self.weights is None:
-            logits = probe(self.map)
-        else:
-            # The probe is affine: it commutes with reassembly.
-            logits = self.upsampler.reassemble(self.weights, probe(self.low))
-        return Objective.cross_entropy(logits, self.batch.labels)
+            return classifier(self.map)
+        return self.upsampler.reassemble(self.weights, classifier(self.low))
 
 
 def average(full: Tensor, grid: tuple[int, int]) -> Tensor:

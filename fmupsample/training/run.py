@@ -30,6 +30,7 @@ from fmupsample.training.batches import make_batch
 from fmupsample.training.cache import Features, plan_views
 from fmupsample.training.checkpoint import NAME as CHECKPOINT
 from fmupsample.training.checkpoint import load_checkpoint, save_checkpoint
+from fmupsample.training.clusters import Clusters, sample_pixels
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.crops import Cropper
 from fmupsample.training.data import (
@@ -64,6 +65,7 @@ from fmupsample.writers.lock import FolderLock
 CONFIG = "config.json"
 KEEP_BYTES = 2**30  # memory for decoded pictures and for features, together
 _SCALING_SAMPLES = 32
+_CLUSTER_SAMPLES, _CLUSTER_PIXELS = 96, 400  # crops, and pixels of each
 
 Say = Callable[[str], None]
 
@@ -395,6 +397,25 @@ class _Run:
         self.here.share([scaling.shift, scaling.gain])
         return scaling
 
+    def _fit_clusters(self) -> Clusters:
+        config, scaling = self.config, self.objective.scaling
+        size = config.image_sizes[0]
+        generator = torch.Generator().manual_seed(config.seed)
+        count = max(8, min(_CLUSTER_SAMPLES, len(self.stream.pictures)))
+        self.progress.start(count, "clusters of fine features")
+        found = []
+        for number in range(count):
+            sample: Sample = self.sampler(number)
+            pair = (sample, self.stream.pictures.load(sample.square))
+            low, fine = self.features([pair], self.cropper.pictures([pair], size))
+            pair_of_maps = scaling(fine)[0], scaling(low)[0]
+            found.append(sample_pixels(*pair_of_maps, (size, size), _CLUSTER_PIXELS, generator))
+            self.progress.advance()
+        fine, low = (torch.cat(part) for part in zip(*found, strict=True))
+        clusters = Clusters.fit(fine, low, config.clusters, config.seed)
+        self.here.share(clusters.tensors())
+        return clusters
+
     # -- running ----------------------------------------------------------------------------------
 
     def go_on(self) -> None:
@@ -407,6 +428,8 @@ class _Run:
         self.trainer.load(state)
         device = self.here.device
         self.objective.scaling = Scaling(*(part.to(device) for part in state["scaling"]))
+        if state["clusters"]:
+            self.objective.clusters = Clusters(*(part.to(device) for part in state["clusters"]))
         self.resumed_at = self.trainer.step
         self.say(f"going on after step {self.trainer.step} of {self.config.steps}")
 
@@ -417,6 +440,8 @@ class _Run:
             self.log.begin(trainer.step)
         if not self.resumed_at:
             self.objective.scaling = self._fit_scaling()
+            if "clusters" in self.config.terms:
+                self.objective.clusters = self._fit_clusters()
         trainer.run()
         report = TrainReport(
             output=self.output,
