@@ -23,6 +23,7 @@ from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.probing import EncodedPicture, Example, FitOptions, LinearProbe, MemoryStore
 from fmupsample.probing.linear import _Stack, _TrainingData
+from fmupsample.probing.tasks import largest
 
 import backends
 import bars
@@ -94,9 +95,8 @@ def _epoch(setting: Setting, name: str) -> Case:
     optimizer = torch.optim.AdamW([p for both in stack.parameters for p in both], lr=RATE)
 
     def run() -> float:
-        loss = data.loss(stack, data.draw(PICTURES)).sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss = data.backward(stack, data.draw(PICTURES))
         optimizer.step()
         return loss.item()
 
@@ -145,11 +145,11 @@ def _prediction(setting: Setting, name: str) -> Case:
     def predict() -> torch.Tensor:
         x = features()
         weights = head.kernels(x, image)
-        return head.reassemble(weights, probe.logits(x[0])[None]).argmax(1)
+        return largest(head.reassemble(weights, probe.logits(x[0])[None])[0])
 
     def materialised() -> torch.Tensor:
         dense = head(features(), image)
-        return F.conv2d(dense, weight[:, :, None, None], probe.bias).argmax(1)
+        return largest(F.conv2d(dense, weight[:, :, None, None], probe.bias)[0])
 
     return torch.no_grad()(
         {"backbone": features, "predict": predict, "predict, materialised": materialised}[name]

@@ -314,3 +314,78 @@ def test_the_cache_refuses_what_it_cannot_serve(tmp_path):
     gone = EncodedPicture(bad[0], (("a", "b"),), MemoryStore())
     with pytest.raises(FmupsampleError, match="gone"):
         gone.view()
+
+
+def test_a_fit_is_that_of_the_materialised_features(tmp_path):
+    """Whitening, AdamW, cosine decay, flips and batches on maps of all channels: the same probe."""
+    upsampler = resfu()
+    examples = examples_of(tmp_path, upsampler)
+    options = FitOptions(rates=(3e-2,), epochs=4, pixels=None, batch_size=2, seed=5)
+    (got,), losses = linear._train(examples, upsampler, 3, options, SILENT)
+
+    generator = torch.Generator().manual_seed(5)
+    stack = linear._Stack(examples, 3, options, generator)
+    order = linear._TrainingData(examples, upsampler, 3, options, generator)
+    weight, bias = stack.parameters[0]
+    optimizer = torch.optim.AdamW([weight, bias], lr=3e-2, weight_decay=options.weight_decay)
+    steps, expected = len(losses), []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-2 * 0.5 * (1 + np.cos(np.pi * step / steps))
+        maps, targets = [], []
+        for index, flipped in order.draw(2):
+            view = examples[index].picture.view(flipped)
+            maps.append(
+                upsampler.reassemble(view.weights.float()[None], view.features.float()[None])
+            )
+            labels = examples[index].labels
+            targets.append(labels.flip(-1) if flipped else labels)
+        dense = torch.cat(maps) - stack.mean[:, None, None]
+        dense = torch.einsum("bchw,cd->bdhw", dense, stack.white)
+        logits = F.conv2d(dense, weight[:, :, None, None], bias)
+        loss = F.cross_entropy(logits, torch.stack(targets).long(), ignore_index=255)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert steps == 8 and expected[-1] < 0.9 * expected[0]
+    # Kernel weights in half precision sum to 1 but for their rounding.
+    torch.testing.assert_close(losses[:, 0], torch.tensor(expected), atol=2e-3, rtol=0)
+    torch.testing.assert_close(got.weight, stack.probes()[0].weight, atol=5e-3, rtol=5e-3)
+
+
+def test_padding_teaches_nothing(tmp_path):
+    """A picture fitted into a larger canvas: labels lie where the picture does, flipped or not."""
+    sources, labels = draw(tmp_path / "pictures", 3)
+    upsampler = Bilinear()
+    upsampler.fingerprint = "bilinear"
+    pipeline = Pipeline(
+        ToyBackbone(), upsampler, image_size=ImageSize.parse("64x64"), fit="pad", workers=0
+    )
+    encoded = encode(pipeline, sources, MemoryStore(), flips=True)
+    view = encoded[0].view()
+    assert view.size == (64, 64) and view.placed == (48, 64)
+    examples = [Example(e, y) for e, y in zip(encoded, labels, strict=True)]
+    data = linear._TrainingData(
+        examples, upsampler, 3, FitOptions(), torch.Generator().manual_seed(0)
+    )
+    padded = data._labels(0, view)
+    assert (padded[48:] == 255).all() and torch.equal(padded[:48], labels[0])
+    assert torch.equal(linear._mirrored(padded, (48, 64))[:48], labels[0].flip(-1))
+    fit = fit_probe(examples, upsampler, 3, FitOptions(rates=(3e-2,), epochs=40, seed=1))
+    (mask,) = predict([fit.probe], upsampler, view, (48, 64))
+    judged = labels[0] != 255
+    assert (mask == labels[0])[judged].float().mean() > 0.8
+
+
+def test_few_labelled_pixels_are_all_used(tmp_path):
+    examples = examples_of(tmp_path, Bilinear(), count=1)
+    sparse = torch.full((48, 64), 255, dtype=torch.uint8)
+    sparse[5, 7], sparse[40, 50], sparse[20, 60] = 0, 1, 2
+    one = [Example(examples[0].picture, sparse)]
+    options = FitOptions(pixels=100)
+    generator = torch.Generator().manual_seed(0)
+    stack = linear._Stack(one, 3, options, generator)
+    some = linear._TrainingData(one, Bilinear(), 3, options, generator)
+    every = linear._TrainingData(one, Bilinear(), 3, replace(options, pixels=None), generator)
+    for batch in ([(0, False)], [(0, True)]):
+        torch.testing.assert_close(some.loss(stack, batch), every.loss(stack, batch))

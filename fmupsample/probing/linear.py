@@ -185,13 +185,10 @@ def _train(
     losses = []
     progress.start(steps, f"probe on {upsampler.name}")
     for _ in range(steps):
-        loss = data.loss(stack, data.draw(batch_size))
         optimizer.zero_grad()
-        # The rates share no parameter, so the gradient of the sum is that of each.
-        loss.sum().backward()
+        losses.append(data.backward(stack, data.draw(batch_size)))
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach())
         progress.advance()
     return stack.probes(), torch.stack(losses)
 
@@ -319,8 +316,31 @@ class _TrainingData:
         flips = torch.rand(count, generator=self.generator) < 0.5
         return [(i, self.options.flips and f) for i, f in zip(chosen, flips.tolist(), strict=True)]
 
-    def loss(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
-        """The task's loss over the labelled pixels of the batch, per rate: ``[rates]``."""
+    def backward(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
+        """Add the gradients of :meth:`loss`, and return it.
+
+        Where all pixels count, a picture at a time, so that the maps of one are in memory.
+        """
+        if self.options.pixels is not None or not self.task.separable:
+            batches, labelled = [batch], None
+        else:
+            batches = [[one] for one in batch]
+            views = [(i, self.examples[i].picture.view()) for i, _ in batch]
+            labelled = sum(int(self.task.judged(self._labels(i, v)).sum()) for i, v in views)
+        total = torch.zeros(len(self.options.rates))
+        for part in batches:
+            loss = self.loss(stack, part, labelled)
+            # The rates share no parameter, so the gradient of the sum is that of each.
+            loss.sum().backward()
+            total += loss.detach()
+        return total
+
+    def loss(self, stack: _Stack, batch: list[tuple[int, bool]], of: int | None = None) -> Tensor:
+        """The task's loss over the labelled pixels of the batch, per rate: ``[rates]``.
+
+        Args:
+            of: how many these are, where ``batch`` is a part of a larger one.
+        """
         weight, bias = stack.folded()
         rates = len(self.options.rates)
         logits, targets, scales, labelled = [], [], [], 0
@@ -338,7 +358,8 @@ class _TrainingData:
             targets.append(target)
             scales.append(torch.full((len(target),), scale))
         each = torch.cat(logits).unflatten(1, (rates, -1))  # [n, rates, outputs]
-        return self.task.loss(each, torch.cat(targets), torch.cat(scales), max(labelled, 1))
+        count = labelled if of is None else of
+        return self.task.loss(each, torch.cat(targets), torch.cat(scales), max(count, 1))
 
     def _pixels(
         self, view: View, low: Tensor, labels: Tensor, judged: Tensor, labelled: int

@@ -20,7 +20,7 @@ from fmupsample.images.find import printable
 from fmupsample.labels.classes import ClassTable
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.probing.linear import LinearProbe
-from fmupsample.probing.tasks import Depth
+from fmupsample.probing.tasks import Depth, largest
 from fmupsample.upsamplers.heads import describe_backbone
 
 FORMAT = "fmupsample-probe/1"
@@ -112,16 +112,8 @@ class Probe:
         if self.classes is None:
             return resized(self.depth_task().depth(logits)[None], size)[0]
         step = max(1, _CHUNK_BYTES // (4 * size[0] * size[1]))
-        best, found = None, torch.zeros(size, dtype=torch.int64, device=logits.device)
-        for start in range(0, len(logits), step):
-            value, index = resized(logits[start : start + step], size).max(0)
-            if best is None:
-                best, found = value, index
-                continue
-            higher = value > best
-            best = torch.where(higher, value, best)
-            found = torch.where(higher, index + start, found)
-        return found
+        parts = (logits[start : start + step] for start in range(0, len(logits), step))
+        return largest(own for part in parts for own in resized(part, size))
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
