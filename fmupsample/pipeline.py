@@ -45,7 +45,7 @@ _CHUNK_BYTES = 384 * 2**20
 _DIRECT_PIXELS = 2**21
 # Kernel weights take a kilobyte a pixel on the way. On a CPU, maps of up to so many pixels are made
 # at once; larger ones, which costs twice the time, in windows of so many.
-_WHOLE_PIXELS, _WINDOW_PIXELS, _FEWEST_PIXELS = 2**21, 2**20, 2**16
+_WHOLE_PIXELS, _WINDOW_PIXELS, _FEWEST_PIXELS = 2**21, 2**19, 2**16
 # Canvases of more pixels are shown to the backbone in windows of this side, unless told otherwise.
 _BACKBONE_PIXELS, _BACKBONE_WINDOW, _LEAST_WINDOW = 2048**2, 1024, 224
 

@@ -46,7 +46,7 @@ def small_resfu(channels: int = 6, **options: object) -> ReSFU:
 
 @pytest.fixture
 def small_windows(monkeypatch) -> None:
-    monkeypatch.setattr(resfu_windows, "_FEWEST_ROWS", 24)
+    monkeypatch.setattr(resfu_windows, "_FEWEST", 24)
     monkeypatch.setattr("fmupsample.pipeline._WHOLE_PIXELS", 1000)
     monkeypatch.setattr("fmupsample.pipeline._WINDOW_PIXELS", 1500)
     monkeypatch.setattr("fmupsample.pipeline._FEWEST_PIXELS", 100)
@@ -355,7 +355,8 @@ def test_out_of_memory_in_the_backbone_takes_windows(tmp_path: Path, monkeypatch
 
 
 def test_no_grid_is_seen_in_a_large_picture(tmp_path: Path, tiny_backbone) -> None:
-    """Steps across the windows' seams are like steps anywhere else, for a real ViT."""
+    """With a ViT no line stands out. (How blending hides a seam is tested with a backbone that has
+    nothing but seams, above; here the noise of a random network would hide small ones.)"""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize((512, 384), Image.Resampling.BICUBIC)
@@ -367,9 +368,7 @@ def test_no_grid_is_seen_in_a_large_picture(tmp_path: Path, tiny_backbone) -> No
         found.append(items[0].features)  # [64, 24, 32]
     assert items[0].window == (192, 192)
     assert (found[0] - found[1]).norm() < 0.7 * (found[0] - found[0].mean((1, 2), True)).norm()
-    for dim, length in ((1, 384), (2, 512)):
-        whole, parts = (f.diff(dim=dim).square().sum(0).mean(2 - dim).sqrt() for f in found)
-        seams = [n // 16 - 1 for n in starts(length, 192, 16)[1:]]
-        seams += [(n + 192) // 16 - 1 for n in starts(length, 192, 16)[:-1]]
-        change = parts / whole
-        assert change[seams].mean() < 1.15 * change.mean()
+    # Lines where what the windows changed jumps would be the grid.
+    for dim in (1, 2):
+        jumps = (found[1] - found[0]).diff(dim=dim).square().sum(0).mean(2 - dim).sqrt()
+        assert jumps.max() < 1.5 * jumps.median()

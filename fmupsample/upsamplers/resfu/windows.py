@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,9 +39,8 @@ if TYPE_CHECKING:
     from fmupsample.upsamplers.resfu.module import ReSFU
 
 Moments = tuple[Tensor, Tensor]
-# Fewer rows than these would be mostly overlap: then windows are narrower than the map.
-# A window is never smaller, whatever memory there is.
-_FEWEST_ROWS = 192
+# Own rows and columns of a window, at least: smaller ones would be mostly overlap.
+_FEWEST = 192
 _STEM_REACH = 2
 
 
@@ -83,10 +83,9 @@ def split(size: tuple[int, int], pixels: int, reach: int) -> list[list[Window]]:
         reach: pixels around a pixel that it depends on.
     """
     height, width = size
-    rows = min(height, max(pixels // width - 2 * reach, _FEWEST_ROWS))
-    columns = min(width, max(pixels // (rows + 2 * reach) - 2 * reach, _FEWEST_ROWS))
-    if rows > _FEWEST_ROWS:
-        columns = width
+    # Twice as wide as high: the strips inside are rows of a window, and bands are kept whole.
+    columns = min(width, max(isqrt(2 * pixels) - 2 * reach, _FEWEST))
+    rows = min(height, max(pixels // (columns + 2 * reach) - 2 * reach, _FEWEST))
     bands, across = -(-height // rows), -(-width // columns)
 
     def cuts(length: int, count: int) -> list[tuple[slice, slice]]:
