@@ -270,7 +270,7 @@ def test_options() -> None:
         ({"steps": 1.5}, "whole number"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": "big"}, "lr='big'"),
-        ({"objective": {"edges": 1}}, "no term edges; it has crops"),
+        ({"objective": {"edges": 1}}, "no term edges; it has clusters, crops"),
         ({"objective": {"crops": -1}}, "must be 0 or more"),
         ({"objective": {"crops": 0}}, "must be 0 or more"),
         ({"objective": 3}, "must be a mapping"),
