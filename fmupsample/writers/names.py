@@ -28,17 +28,22 @@ def output_names(
         suffix: with its dot.
         reserved: names in the output folder that no picture may take.
     """
-    ladders = [_ladder(source) for source in sources]
+    # The names of most are never looked at again: of a million pictures, only those that clash get
+    # ladders.
+    ladders: dict[int, list[PurePosixPath]] = {}
     level = [0] * len(sources)
     taken = {_key(name) for name in reserved}
+    names = [_file(_bare(source), suffix) for source in sources]
     while True:
-        names = [_file(ladders[i][level[i]], suffix) for i in range(len(sources))]
         clashing = _clashes(names, taken)
+        for i in clashing:
+            ladders.setdefault(i, _ladder(sources[i]))
         movable = [i for i in clashing if level[i] + 1 < len(ladders[i])]
         if not movable:
             break
         for i in movable:
             level[i] += 1
+            names[i] = _file(ladders[i][level[i]], suffix)
     if clashing:
         clashing.sort(key=lambda i: sources[i].absolute)
         used = taken | {_key(n) for i, n in enumerate(names) if i not in set(clashing)}
@@ -52,6 +57,12 @@ def output_names(
             used.add(_key(name))
             names[i] = name
     return names
+
+
+def _bare(source: Source) -> PurePosixPath:
+    """The first of :func:`_ladder`."""
+    relative = PurePosixPath(_readable(str(source.relative)))
+    return relative.with_name(relative.stem)
 
 
 def _ladder(source: Source) -> list[PurePosixPath]:
@@ -68,6 +79,8 @@ def _ladder(source: Source) -> list[PurePosixPath]:
 
 def _readable(name: str) -> str:
     """Bytes that are not UTF-8 as ``%FF``: the safetensors library opens no other names."""
+    if name.isascii():
+        return name
     return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in name)
 
 
@@ -75,7 +88,8 @@ def _clashes(names: Sequence[PurePosixPath], taken: set[str]) -> list[int]:
     groups: dict[str, list[int]] = defaultdict(list)
     for i, name in enumerate(names):
         groups[_key(name)].append(i)
-    folders = {_key(parent) for name in names for parent in name.parents}
+    parents = {name.parent for name in names}
+    folders = {_key(above) for parent in parents for above in (parent, *parent.parents)}
     return [
         i
         for key, group in groups.items()
