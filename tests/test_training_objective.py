@@ -73,7 +73,10 @@ def vectors(maps: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("upsampler", [ToyUpsampler(), ToyNonlinear()], ids=lambda u: u.name)
 @pytest.mark.parametrize("sliced", [False, True])
 def test_terms_are_what_they_are_defined_to_be(batch, scaling, clusters, upsampler, sliced) -> None:
-    config = options(objective=ALL, cosine=0.7, mse=0.4, region_share=0.6, pixel_stride=2)
+    share = 0.7 if sliced else 0.0
+    config = options(
+        objective=ALL, cosine=0.7, mse=0.4, region_share=0.6, pixel_stride=2, cluster_share=share
+    )
     objective = Objective(config, scaling)
     objective.clusters = clusters
     if sliced:
@@ -109,6 +112,9 @@ def test_terms_are_what_they_are_defined_to_be(batch, scaling, clusters, upsampl
     expected = distance(vectors(up[:, :, 1::2, ::2]), vectors(target[:, :, 1::2, ::2]), 0.7, 0.4)
     assert float(found["regions"]) == pytest.approx(expected, abs=1e-6)
     sharp = vectors(F.interpolate(fine, size=(H, H), mode="bilinear")[:, :, 1::2, ::2])
+    own = batch.regions[:, 1::2, ::2].flatten()
+    means = torch.stack([sharp[own == number].mean(0) for number in own])
+    sharp = share * means + (1 - share) * sharp
     nearest = torch.cdist(sharp, clusters.centres).argmin(1)
     logits = vectors(up[:, :, 1::2, ::2]) @ clusters.weight.T + clusters.bias
     expected = F.cross_entropy(logits, nearest)

@@ -23,7 +23,7 @@ def make_batch(
     images = cropper.pictures(samples, size)
     low, fine = features(samples, images)
     batch = Batch(image=images, low=low, fine=fine, phase=phase)
-    if "regions" in config.terms:
+    if config.regions:
         block = max(1, round(config.region_block * size / low.shape[-1]))
         offsets = cropper.offsets(samples, block)
         batch.regions = split_into_blocks(cropper.regions(samples, size), block, offsets)

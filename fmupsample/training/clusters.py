@@ -54,24 +54,35 @@ class Clusters:
         return F.conv2d(x, self.weight[:, :, None, None], self.bias)
 
     def members(
-        self, fine: Tensor, size: tuple[int, int], phase: Sequence[int], step: int
+        self,
+        fine: Tensor,
+        size: tuple[int, int],
+        phase: Sequence[int],
+        step: int,
+        regions: Tensor | None = None,
+        share: float = 0.0,
     ) -> Tensor:
         """The cluster of pixels: of ``fine`` ``[B, C, ...]``, scaled, upsampled bilinearly.
 
         Args:
             size: of the whole picture, pixels.
             phase, step: first row and column looked at, and how many pixels apart they are.
+            regions: int64 ``[B, H', W']`` of these pixels, numbers unique over the batch: each
+                pixel's feature is first drawn to the mean of its region, by ``share`` (0 to 1).
 
         Returns:
             int64 ``[B, H', W']``.
         """
         (y0, x0), (h, w) = phase, fine.shape[-2:]
         # The distance to a centre is affine in the features but for a part all centres share, and
-        # interpolation keeps that: distances are interpolated, not features.
+        # interpolation and means keep that: distances are interpolated, not features.
         nearness = F.conv2d(fine, self.centres[:, :, None, None], -self._half_squares())
         down = interpolation_matrix(h, size[0])[y0::step].to(fine)
         across = interpolation_matrix(w, size[1])[x0::step].to(fine)
-        return (down @ nearness @ across.T).argmax(1)
+        nearness = down @ nearness @ across.T
+        if regions is not None and share > 0:
+            nearness = nearness.lerp(_means_of_regions(nearness, regions), share)
+        return nearness.argmax(1)
 
     def tensors(self) -> list[Tensor]:
         """What makes it, in the order of the constructor."""
@@ -101,6 +112,16 @@ def sample_pixels(
     (h, w), (height, width) = low.shape[-2:], size
     rows, columns = (rows * h // height).to(low.device), (columns * w // width).to(low.device)
     return at_pixels, low[:, rows, columns].T
+
+
+def _means_of_regions(x: Tensor, regions: Tensor) -> Tensor:
+    """``x`` ``[B, K, H, W]`` with the mean of its region at every pixel."""
+    number = regions.flatten()
+    rows = x.transpose(0, 1).flatten(1).T  # [B H W, K]
+    sizes = torch.bincount(number).clamp_min(1)
+    sums = rows.new_zeros(len(sizes), rows.shape[1]).index_add_(0, number, rows)
+    means = (sums / sizes[:, None])[number]
+    return means.T.unflatten(1, regions.shape).transpose(0, 1)
 
 
 def _k_means(x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

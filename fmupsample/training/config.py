@@ -39,6 +39,7 @@ class TrainConfig:
     mse: float = 0.5  # plus this times the mean squared error, on scaled channels
     scaling: str = "standard"  # a few channels of a ViT are 100 times larger than the rest
     clusters: int = 100  # more are finer; a hundred is what a few dozen crops can fill
+    cluster_share: float = 0.0  # of the region's mean in what a pixel's cluster is told by
     enlarge: int = 2  # the crop shown larger; 2 keeps it near the sizes the backbone knows
     region_share: float = 0.8  # of the region's mean; the rest keeps shading inside a region
     region_block: float = 2.0  # cells; a pixel cannot reach farther with 3 x 3 neighbours
@@ -109,6 +110,11 @@ class TrainConfig:
     def terms(self) -> dict[str, float]:
         """The terms that count, with their weights."""
         return {name: self.objective[name] for name in TERMS if self.objective.get(name)}
+
+    @property
+    def regions(self) -> bool:
+        """Whether the regions of the pictures are asked for."""
+        return "regions" in self.terms or ("clusters" in self.terms and self.cluster_share > 0)
 
     def resolve(self, backbone: Any, device: torch.device) -> TrainConfig:
         """The same with every ``None`` decided for this backbone and device.
@@ -241,6 +247,7 @@ _RANGES = (
     ("cosine", 0, 1e6),
     ("mse", 0, 1e6),
     ("clusters", 2, 65536),
+    ("cluster_share", 0, 1),
     ("enlarge", 1, 8),
     ("region_share", 0, 1),
     ("region_block", 0.5, 64),

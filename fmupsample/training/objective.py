@@ -4,7 +4,8 @@ All take features with every channel scaled, by default to mean 0 and variance 1
 all but two (``clusters``, ``task``) are the distance of two maps of them.
 
 * ``clusters``: a linear classifier of low-resolution features, fitted before and fixed, should say
-  at every pixel in which cluster the features of the enlarged crop are (:mod:`.clusters`).
+  at every pixel in which cluster the features of the enlarged crop are (:mod:`.clusters`), each
+  first drawn to the mean of its region (see ``regions``) by ``cluster_share``.
 * ``crops``: upsampled features of a crop, averaged over the cells of a finer grid, should be what
   the backbone says about the same crop enlarged (the idea of FeatUp, Fu et al. 2024, in the
   single-view form of JAFAR, Couairon et al. 2025).
@@ -280,8 +281,15 @@ class _Job:
 
     def clusters(self, clusters: Clusters) -> Tensor:
         """Cross-entropy of the upsampled logits and the clusters, at the thinned pixels."""
-        step = self.config.pixel_stride
-        members = clusters.members(self.fine, self.size, self.batch.phase, step)
+        regions = self.batch.regions
+        members = clusters.members(
+            self.fine,
+            self.size,
+            self.batch.phase,
+            self.config.pixel_stride,
+            None if regions is None else self._thinned(regions),
+            self.config.cluster_share,
+        )
         return F.cross_entropy(self._thinned(self._logits(clusters.logits)), members)
 
     def task(self, probe: nn.Module) -> Tensor:

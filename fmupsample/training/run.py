@@ -270,9 +270,8 @@ class _Run:
         views = plan_views(config, backbone, len(squares), here.size, keep_bytes // 2)
         workers_warn = self.progress.warn if here.leads else (lambda _: None)
         share = keep_bytes // 2 if views else keep_bytes
-        regions = "regions" in config.terms
         pictures = Pictures(
-            squares, config.side, regions=regions, keep_bytes=share, warn=workers_warn
+            squares, config.side, regions=config.regions, keep_bytes=share, warn=workers_warn
         )
         self.sampler = Sampler(config, len(squares), views)
         self.stream = Stream(
@@ -297,7 +296,7 @@ class _Run:
         validator = None
         if held and here.leads:
             held_pictures = Pictures(
-                held, config.side, regions=regions, keep_bytes=keep_bytes, warn=workers_warn
+                held, config.side, regions=config.regions, keep_bytes=keep_bytes, warn=workers_warn
             )
             self.held_pictures, self.held_features = held_pictures, extractor(keep_bytes=2**28)
             validator = Validator(
