@@ -1,6 +1,7 @@
 """ReSFU: the fast module against the literal definition, and its switches."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -177,6 +178,30 @@ def test_ablations_are_all_different_and_all_convex():
         assert out.max() <= x.max() + 1e-9
         assert all((out - other).abs().max() > 1e-6 for other in seen)
         seen.append(out)
+
+
+def test_near_cells_count_more_where_distance_is_asked_for():
+    """With equal scores what is left is a Gaussian on the distance to the centres of the cells."""
+    up = small(neighbours="coarse", sigma_space=0.6)
+    for pair in (up.semantic_scores, up.detail_scores):
+        torch.nn.init.zeros_(pair.score.weight)
+        torch.nn.init.zeros_(pair.score.bias)
+    h, w, height, width = 4, 5, 31, 44
+    weights = up.kernels(
+        torch.randn(1, 6, h, w).double(), torch.randn(1, 3, height, width).double()
+    )
+    for y, x in [(0, 0), (3, 20), (15, 22), (30, 43), (17, 9)]:
+        v, u = (y + 0.5) * h / height, (x + 0.5) * w / width  # in cells from the corner
+        expected = torch.zeros(3, 3).double()
+        for i, j in itertools.product(range(3), repeat=2):
+            cell = (math.floor(v) + i - 1, math.floor(u) + j - 1)
+            if 0 <= cell[0] < h and 0 <= cell[1] < w:
+                squared = (cell[0] + 0.5 - v) ** 2 + (cell[1] + 0.5 - u) ** 2
+                expected[i, j] = math.exp(-squared / (2 * 0.6**2))
+        expected /= expected.sum()
+        torch.testing.assert_close(weights[0, :, y, x], expected.flatten())
+    with pytest.raises(UsageError, match="coarse"):
+        ReSFUConfig(channels=6, sigma_space=0.6)
 
 
 @pytest.mark.parametrize("similarity", ["pcdc", "inner"])

@@ -65,6 +65,7 @@ def small_windows(monkeypatch) -> None:
         {"kernel_size": 5},
         {"guided_radius": 5},
         {"similarity": "inner"},
+        {"neighbours": "coarse", "sigma_space": 0.75},
     ],
     ids=str,
 )

@@ -112,6 +112,16 @@ def cell_inside(cells: int, pixels: int, offset: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+def squared_distance(cells: int, pixels: int, offset: int) -> Tensor:
+    """float64 ``[N]``: how far away the cell ``offset`` cells from a pixel's own is, squared.
+
+    From the pixel's centre to the cell's, in LR cells.
+    """
+    centre = (torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels - 0.5
+    return (plan_axis(cells, pixels, False).base + offset - centre).square()
+
+
+@lru_cache(maxsize=256)
 def interpolation_matrix(cells: int, pixels: int, padding: int = 0) -> Tensor:
     """Bilinear interpolation as a float64 matrix ``U`` ``[N, n]``, rows summing to 1.
 

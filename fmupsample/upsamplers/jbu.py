@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmupsample.errors import UsageError
 from fmupsample.ops import reassemble, reassemble_at
-from fmupsample.ops.grid import plan_axis
+from fmupsample.ops.grid import cell_inside, plan_axis, squared_distance
 from fmupsample.upsamplers.base import Upsampler
 
 _Axis = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -111,13 +111,11 @@ class JointBilateral(Upsampler):
     def _axis(self, cells: int, pixels: int, like: Tensor) -> _Axis:
         """Per offset, for every pixel of an axis: the cell, its spatial logit, is it inside."""
         base = plan_axis(cells, pixels, False).base
-        centre = (torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels - 0.5
         found: _Axis = ([], [], [])
         reach = self.kernel_size // 2
         for offset in range(-reach, reach + 1):
-            cell = base + offset
-            logit = -((cell - centre) ** 2) / (2 * self.sigma_space**2)
-            found[0].append(cell.clamp(0, cells - 1).to(like.device))
+            logit = squared_distance(cells, pixels, offset) / (-2 * self.sigma_space**2)
+            found[0].append((base + offset).clamp(0, cells - 1).to(like.device))
             found[1].append(logit.to(like.dtype).to(like.device))
-            found[2].append(((cell >= 0) & (cell < cells)).to(like.device))
+            found[2].append(cell_inside(cells, pixels, offset).to(like.device))
         return found

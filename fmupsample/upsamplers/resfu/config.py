@@ -27,6 +27,9 @@ class ReSFUConfig(Config):
     align: bool = True  # align queries with keys: guided filter and Gaussian
     similarity: str = "pcdc"  # "pcdc", or "inner": the plain inner product
     neighbours: str = "fine"  # "fine": bilinear samples; "coarse": whole cells
+    # Of a Gaussian on the distance of a pixel from the centre of a coarse neighbour, in cells: with
+    # it whole cells leave no mosaic. None: all neighbours are equally near, as in the paper.
+    sigma_space: float | None = None
     guided_radius: int = 8  # of the guided filter, in pixels
     guided_eps: float = 1e-3
 
@@ -39,6 +42,10 @@ class ReSFUConfig(Config):
             raise UsageError(f"ReSFU: similarity is 'pcdc' or 'inner', not {self.similarity!r}")
         if self.neighbours not in ("fine", "coarse"):
             raise UsageError(f"ReSFU: neighbours is 'fine' or 'coarse', not {self.neighbours!r}")
+        if self.sigma_space is not None:
+            if self.neighbours != "coarse":
+                raise UsageError("ReSFU: sigma_space is for neighbours='coarse'")
+            self.require_positive("sigma_space")
         for name in ("embedding", "middle"):
             for divisor in (self.groups, self.norm_groups):
                 if getattr(self, name) % divisor:

@@ -25,7 +25,7 @@ from fmupsample.layers.moments import (
     upsampled_group_moments,
 )
 from fmupsample.ops import reassemble, reassemble_at
-from fmupsample.ops.grid import interpolation_matrix, neighbour_inside
+from fmupsample.ops.grid import interpolation_matrix, neighbour_inside, squared_distance
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
 from fmupsample.upsamplers.resfu.scores import PairedCDC, Workspace
@@ -137,7 +137,7 @@ class ReSFU(Upsampler):
         if c.detail:
             detail = self._detail(query, x.shape[-2:], workspace, low)
             scores = detail if scores is None else scores.add_(detail)
-        return self._mask_outside(scores, x.shape[-2:]).softmax(1)
+        return self._by_position(scores, x.shape[-2:]).softmax(1)
 
     def _semantic(self, x: Tensor, query: Tensor, workspace: Workspace, low: bool) -> Tensor:
         c, size = self.config, query.shape[-2:]
@@ -197,23 +197,35 @@ class ReSFU(Upsampler):
             uy @ padded[:, :, i : i + h + 2, j : j + w + 2] @ ux.T for i in steps for j in steps
         ]
 
-    def _mask_outside(
+    def _by_position(
         self,
         scores: Tensor,
         cells: tuple[int, int],
         size: tuple[int, int] | None = None,
         window: tuple[slice, slice] = (slice(None), slice(None)),
     ) -> Tensor:
-        """-inf, in place, for neighbours whose centre is outside the picture.
+        """What the place of a neighbour adds, in place: -inf where its centre is outside the
+        picture, else minus its distance where that counts.
 
         ``size`` and ``window``: where the scores are a part of a larger map.
         """
-        reach = self.config.kernel_size // 2
-        rows, columns = (
-            torch.stack([~neighbour_inside(n, pixels, d)[part] for d in range(-reach, reach + 1)])
-            for n, pixels, part in zip(cells, size or scores.shape[-2:], window, strict=True)
+        size = size or scores.shape[-2:]
+        down, across = (
+            self._position_logits(n, pixels, scores)[:, part]
+            for n, pixels, part in zip(cells, size, window, strict=True)
         )  # [K, H], [K, W]
         grid = scores.unflatten(1, (self.config.kernel_size, -1))
-        grid.masked_fill_(rows[:, None, :, None].to(scores.device), float("-inf"))
-        grid.masked_fill_(columns[:, None, :].to(scores.device), float("-inf"))
+        grid.add_(down[:, None, :, None]).add_(across[:, None, :])
         return scores
+
+    def _position_logits(self, cells: int, pixels: int, like: Tensor) -> Tensor:
+        """Of the K neighbours along an axis, ``[K, pixels]``."""
+        reach, sigma = self.config.kernel_size // 2, self.config.sigma_space
+        logits = []
+        for offset in range(-reach, reach + 1):
+            inside = neighbour_inside(cells, pixels, offset)
+            near = torch.zeros(pixels, dtype=torch.float64)
+            if sigma is not None:
+                near = squared_distance(cells, pixels, offset) / (-2 * sigma**2)
+            logits.append(near.masked_fill(~inside, float("-inf")))
+        return torch.stack(logits).to(like.dtype).to(like.device)

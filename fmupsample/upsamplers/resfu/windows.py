@@ -200,7 +200,7 @@ class WindowedKernels:
             module = getattr(self.head, f"{pair}_scores")
             more = module.complete(parts, self.moments[f"{pair} middle"])
             scores = more if scores is None else scores.add_(more)
-        masked = self.head._mask_outside(scores, self.cells, self.size, window.own)
+        masked = self.head._by_position(scores, self.cells, self.size, window.own)
         return masked.softmax(1)
 
     def _pairs(self, window: Window):
