@@ -87,7 +87,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="learning rates to choose from by held-out training pictures (CamVid)",
     )
     add("--shot-steps", type=int, default=300, help="of a probe on one frame of DAVIS")
-    add("--shot-rate", type=float, default=8e-3, help="its learning rate")
+    add("--shot-rate", type=float, default=0.1, help="its learning rate")
     add("--pixels", type=int, default=4096, help="drawn per picture and step; 0: all")
     add("--band", type=int, default=5, help="pixels around label edges")
     add("--tolerance", type=float, default=0.0075, help="of boundary F, share of the diagonal")
@@ -122,7 +122,11 @@ class Bench:
         )
         pixels = args.pixels or None
         self.options = FitOptions(tuple(args.rates), epochs=args.epochs, pixels=pixels)
-        self.shot_options = FitOptions((args.shot_rate,), steps=args.shot_steps, pixels=pixels)
+        # One frame says little of the directions in which its features hardly vary: whitening would
+        # make them as important as the others.
+        self.shot_options = FitOptions(
+            (args.shot_rate,), steps=args.shot_steps, pixels=pixels, whiten=0.0
+        )
         self.nearest = load_upsampler(self.backbone, Nearest.name)
 
     def settings(self) -> dict:
