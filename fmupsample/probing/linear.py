@@ -110,6 +110,7 @@ def fit_probe(
     progress: Progress = SILENT,
     *,
     validation: Sequence[Example] = (),
+    scored: bool = False,
 ) -> Fit:
     """Fit a probe on upsampled features, for classes with cross-entropy.
 
@@ -123,6 +124,9 @@ def fit_probe(
     With several learning rates, all are fitted to the pictures but some that are held out, and the
     rate with the highest mIoU on those is fitted again, to all pictures. With ``validation``
     pictures these choose, and nothing is held out or fitted again.
+
+    Args:
+        scored: hold out pictures for a single rate too, to compare it with other fits.
 
     Raises:
         UsageError: no examples, labels that are no classes, or several rates and a single picture.
@@ -139,7 +143,7 @@ def fit_probe(
         scores = _scores(probes, validation, upsampler, task, options)
         chosen = max(range(len(probes)), key=lambda i: scores[options.rates[i]])
     else:
-        if len(options.rates) > 1:
+        if scored or len(options.rates) > 1:
             train, held = _split(examples, options)
             probes, _ = _train(train, upsampler, task, options, progress)
             scores = _scores(probes, held, upsampler, task, options)
@@ -229,7 +233,8 @@ def _split(examples: Sequence[Example], options: FitOptions) -> tuple[list[Examp
     """Pictures to fit to, and pictures to choose the learning rate by."""
     if len(examples) == 1:
         raise UsageError(
-            "choosing among learning rates needs a second picture with labels: give one rate"
+            "choosing among learning rates or upsamplers needs a second picture with labels: give "
+            "one of each"
         )
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(examples), generator=generator).tolist()

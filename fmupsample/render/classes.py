@@ -42,7 +42,7 @@ def draw_legend(
     """Swatch, number and name of each class, in columns; uint8 ``[h, w, 3]``."""
     columns = -(-len(names) // _MOST_ROWS)
     rows = -(-len(names) // columns)
-    texts = [f"{index}  {name}" for index, name in zip(indices, names, strict=True)]
+    texts = [f"{index}   {name}" for index, name in zip(indices, names, strict=True)]
     wide = min(320, max(text_width(text, _SIZE) for text in texts))
     column = _ROW + 10 + wide + _MARGIN
     sheet = Image.new("RGB", (columns * column + _MARGIN, rows * _ROW + 2 * _MARGIN), PAPER)
