@@ -27,6 +27,7 @@ from fmupsample.upsamplers.base import Upsampler
 # Shares of the mean variance: added to that of every direction before whitening; counted as none.
 _LEAST_VARIANCE = 1e-3
 _NO_VARIANCE = 1e-6
+_PIXELS = 1 << 14  # whose loss is taken at once, where all pixels count
 _LOGITS_BYTES = 256 * 2**20
 
 
@@ -326,34 +327,48 @@ class _TrainingData:
 
         Where all pixels count, a picture at a time, so that the maps of one are in memory.
         """
-        if self.options.pixels is not None or not self.task.separable:
-            batches, labelled = [batch], None
-        else:
-            batches = [[one] for one in batch]
-            views = [(i, self.examples[i].picture.view()) for i, _ in batch]
-            labelled = sum(int(self.task.judged(self._labels(i, v)).sum()) for i, v in views)
-        total = torch.zeros(len(self.options.rates))
-        for part in batches:
-            loss = self.loss(stack, part, labelled)
-            # The rates share no parameter, so the gradient of the sum is that of each.
-            loss.sum().backward()
-            total += loss.detach()
+        if self.options.pixels is None and self.task.separable:
+            return self._backward_whole(stack, batch)
+        loss = self.loss(stack, batch)
+        # The rates share no parameter, so the gradient of the sum is that of each.
+        loss.sum().backward()
+        return loss.detach()
+
+    def _backward_whole(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
+        """:meth:`backward` with one map of logits in memory, which becomes that of its gradient."""
+        rates = len(self.options.rates)
+        views = [(i, flipped, self.examples[i].picture.view(flipped)) for i, flipped in batch]
+        labelled = sum(int(self.task.judged(self._labels(i, v)).sum()) for i, _, v in views)
+        total = torch.zeros(rates)
+        for index, flipped, view in views:
+            labels = self._shown_labels(index, view, flipped).flatten()
+            low = _affine(*stack.folded(), view.features)
+            weights = view.weights.to(low.dtype)[None]
+            logits = self.upsampler.reassemble(weights, low[None])[0].flatten(1)  # [V, n]
+            # Reassembly does not need its result to go back, so the gradient may lie in its place.
+            gradient = logits.detach()
+            for start in range(0, len(labels), _PIXELS):
+                here = slice(start, start + _PIXELS)
+                part = gradient[:, here].T.contiguous().requires_grad_()
+                loss = self.task.loss(
+                    part.unflatten(1, (rates, -1)),
+                    labels[here],
+                    part.new_ones(len(part)),
+                    max(labelled, 1),
+                )
+                gradient[:, here] = torch.autograd.grad(loss.sum(), part)[0].T
+                total += loss.detach()
+            logits.backward(gradient)
         return total
 
-    def loss(self, stack: _Stack, batch: list[tuple[int, bool]], of: int | None = None) -> Tensor:
-        """The task's loss over the labelled pixels of the batch, per rate: ``[rates]``.
-
-        Args:
-            of: how many these are, where ``batch`` is a part of a larger one.
-        """
+    def loss(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
+        """The task's loss over the labelled pixels of the batch, per rate: ``[rates]``."""
         weight, bias = stack.folded()
         rates = len(self.options.rates)
         logits, targets, scales, labelled = [], [], [], 0
         for index, flipped in batch:
             view = self.examples[index].picture.view(flipped)
-            labels = self._labels(index, view)
-            if flipped:
-                labels = _mirrored(labels, view.placed)
+            labels = self._shown_labels(index, view, flipped)
             judged = self.task.judged(labels).flatten()
             count = int(judged.sum())
             labelled += count
@@ -363,8 +378,7 @@ class _TrainingData:
             targets.append(target)
             scales.append(torch.full((len(target),), scale))
         each = torch.cat(logits).unflatten(1, (rates, -1))  # [n, rates, outputs]
-        count = labelled if of is None else of
-        return self.task.loss(each, torch.cat(targets), torch.cat(scales), max(count, 1))
+        return self.task.loss(each, torch.cat(targets), torch.cat(scales), max(labelled, 1))
 
     def _pixels(
         self, view: View, low: Tensor, labels: Tensor, judged: Tensor, labelled: int
@@ -384,6 +398,10 @@ class _TrainingData:
             pixels = torch.randint(len(labels), (count,), generator=self.generator)
             scale = len(labels) / count
         return self.upsampler.reassemble_at(view.weights, low, pixels), labels[pixels], scale
+
+    def _shown_labels(self, index: int, view: View, flipped: bool) -> Tensor:
+        labels = self._labels(index, view)
+        return _mirrored(labels, view.placed) if flipped else labels
 
     def _labels(self, index: int, view: View) -> Tensor:
         key = (index, view.size)

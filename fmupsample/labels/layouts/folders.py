@@ -8,6 +8,7 @@ Given as two folders, or as a root with ``images/`` and ``labels/`` (or the like
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -26,23 +27,9 @@ WHAT = "two folders with matching names, or a root with images/ and labels/"
 
 _IMAGES = ("images", "image", "imgs", "img", "photos", "rgb")
 _LABELS = ("labels", "label", "masks", "mask", "annotations", "annots", "gt", "depth")
-# Longer ones first. CamVid as it is published has _L.
-_ENDS = tuple(
-    f"{mark}{word}"
-    for word in [
-        "segmentation",
-        "annotation",
-        "labels",
-        "label",
-        "masks",
-        "mask",
-        "trimap",
-        "depth",
-        "seg",
-        "gt",
-        "l",
-    ]
-    for mark in "_-."
+# CamVid as it is published has _L.
+_END = re.compile(
+    r"(.+)[-_.](segmentation|annotation|labels?|masks?|trimap|depth|seg|gt|l)", re.IGNORECASE
 )
 
 
@@ -65,9 +52,8 @@ def find(images: Path, labels: Path | None, split: str | None) -> Found:
 
 def _without_end(path: PurePosixPath) -> PurePosixPath:
     """``sub/a_mask.png`` -> ``sub/a``, for the ends that people give to names of labels."""
-    stem = path.stem
-    end = next((e for e in _ENDS if stem.lower().endswith(e) and len(stem) > len(e)), "")
-    return path.with_name(stem[: len(stem) - len(end)])
+    ended = _END.fullmatch(path.stem)
+    return path.with_name(ended[1] if ended else path.stem)
 
 
 def _split(images: Path, labels: Path | None, split: str) -> tuple[Path, Path | None]:
