@@ -344,9 +344,9 @@ class _TrainingData:
             labels = self._shown_labels(index, view, flipped).flatten()
             low = _affine(*stack.folded(), view.features)
             weights = view.weights.to(low.dtype)[None]
-            logits = self.upsampler.reassemble(weights, low[None])[0].flatten(1)  # [V, n]
+            logits = self.upsampler.reassemble(weights, low[None])  # [1, V, H, W]
             # Reassembly does not need its result to go back, so the gradient may lie in its place.
-            gradient = logits.detach()
+            gradient = logits.detach()[0].flatten(1)  # [V, n]
             for start in range(0, len(labels), _PIXELS):
                 here = slice(start, start + _PIXELS)
                 part = gradient[:, here].T.contiguous().requires_grad_()
@@ -358,7 +358,7 @@ class _TrainingData:
                 )
                 gradient[:, here] = torch.autograd.grad(loss.sum(), part)[0].T
                 total += loss.detach()
-            logits.backward(gradient)
+            logits.backward(gradient.view_as(logits))
         return total
 
     def loss(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
