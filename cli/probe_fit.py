@@ -426,7 +426,8 @@ def _summarise(fitted: Fitted, output: Path, beside: Path, as_json: bool) -> Non
     from fmupsample_cli.report import print_summary
 
     probe, fit = fitted.probe, fitted.fit
-    judged_by = "mIoU" if probe.task == "segmentation" else "negative relative error"
+    # Of depth the score is the negative error, so that more is better.
+    judged_by, sign = ("mIoU", 1) if probe.task == "segmentation" else ("relative error", -1)
     rows: dict[str, Any] = {"probe": printable(output), "configuration": printable(beside)}
     if probe.classes is not None:
         rows["classes"] = f"{len(probe.classes)}: {', '.join(probe.classes.names[:12])}"
@@ -437,11 +438,11 @@ def _summarise(fitted: Fitted, output: Path, beside: Path, as_json: bool) -> Non
     rows["pictures"] = f"{probe.card['pictures']}"
     rows["learning rate"] = f"{fit.rate:g}"
     if fit.held_out:
-        scores = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in fit.held_out.items())
+        scores = ", ".join(f"{rate:g}: {sign * score:.3f}" for rate, score in fit.held_out.items())
         rows[f"{judged_by} by rate"] = f"{scores} (on pictures that it was not fitted to)"
     for name, rates in probe.card.get("compared", {}).items():
         kept = " (kept)" if name == probe.upsampler["name"] else ""
-        rows[f"{judged_by}, {name}"] = f"{max(rates.values()):.3f}{kept}"
+        rows[f"{judged_by}, {name}"] = f"{sign * max(rates.values()):.3f}{kept}"
     rows["training loss"] = f"{fit.loss:.4f}"
     rows["time"] = f"{fitted.seconds['encode']:.1f} s features, {fitted.seconds['fit']:.1f} s fit"
     payload = {

@@ -226,15 +226,19 @@ def fit_depth(
     def read(given: Dataset) -> dict[Pair, Tensor]:
         return {p: torch.from_numpy(read_depth(p.labels, scale)) for p in given.pairs}
 
+    labels = read(dataset)
+    known = [own for own in map(task.known, labels.values()) if len(own)]
+    near = min((torch.quantile(own, 0.02).item() for own in known), default=low)
+    facts = {"low": low, "high": high, "scale": scale, "near": min(max(near, low), high)}
     return fit_labels(
         pipeline,
-        read(dataset),
+        labels,
         task,
         options,
         validation=read(validation) if validation else None,
         store=store,
         progress=progress,
-        facts={"depth": {"low": low, "high": high, "scale": scale}},
+        facts={"depth": facts},
         card=card,
         scored=scored,
     )

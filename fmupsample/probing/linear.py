@@ -28,6 +28,7 @@ from fmupsample.upsamplers.base import Upsampler
 _LEAST_VARIANCE = 1e-3
 _NO_VARIANCE = 1e-6
 _PIXELS = 1 << 14  # whose loss is taken at once, where all pixels count
+_MAPS = 8  # that are reassembled at once then
 _LOGITS_BYTES = 256 * 2**20
 
 
@@ -335,7 +336,7 @@ class _TrainingData:
         return loss.detach()
 
     def _backward_whole(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
-        """:meth:`backward` with one map of logits in memory, which becomes that of its gradient."""
+        """:meth:`backward` with the logits of one picture in memory, which become gradients."""
         rates = len(self.options.rates)
         views = [(i, flipped, self.examples[i].picture.view(flipped)) for i, flipped in batch]
         labelled = sum(int(self.task.judged(self._labels(i, v)).sum()) for i, _, v in views)
@@ -344,21 +345,26 @@ class _TrainingData:
             labels = self._shown_labels(index, view, flipped).flatten()
             low = _affine(*stack.folded(), view.features)
             weights = view.weights.to(low.dtype)[None]
-            logits = self.upsampler.reassemble(weights, low[None])  # [1, V, H, W]
+            # A few maps at a time, whose gradients take a few maps of memory in turn.
+            logits = [self.upsampler.reassemble(weights, some[None]) for some in low.split(_MAPS)]
             # Reassembly does not need its result to go back, so the gradient may lie in its place.
-            gradient = logits.detach()[0].flatten(1)  # [V, n]
+            gradients = [own.detach()[0].flatten(1) for own in logits]  # [maps, n]
             for start in range(0, len(labels), _PIXELS):
                 here = slice(start, start + _PIXELS)
-                part = gradient[:, here].T.contiguous().requires_grad_()
+                part = torch.cat([own[:, here] for own in gradients]).T.contiguous()
+                part.requires_grad_()
                 loss = self.task.loss(
                     part.unflatten(1, (rates, -1)),
                     labels[here],
                     part.new_ones(len(part)),
                     max(labelled, 1),
                 )
-                gradient[:, here] = torch.autograd.grad(loss.sum(), part)[0].T
+                found = torch.autograd.grad(loss.sum(), part)[0].T
+                for own, some in zip(gradients, found.split(_MAPS), strict=True):
+                    own[:, here] = some
                 total += loss.detach()
-            logits.backward(gradient.view_as(logits))
+            shaped = [g.view_as(own) for g, own in zip(gradients, logits, strict=True)]
+            torch.autograd.backward(logits, shaped)
         return total
 
     def loss(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:

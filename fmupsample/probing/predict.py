@@ -238,7 +238,7 @@ class _Masks(Run):
 
     def depth_encoders(self) -> list[Encode]:
         assert self.probe.depth is not None
-        low, high = self.probe.depth["low"], self.probe.depth["high"]
+        low, high = self.probe.depth["near"], self.probe.depth["high"]
         encoders: list[Encode] = []
         if self.options.overlay:
             encoders.append(lambda metres: jpeg(depth_colours(metres, low, high)))
@@ -255,7 +255,7 @@ class _Masks(Run):
 
 def depth_colours(metres: np.ndarray, low: float, high: float) -> np.ndarray:
     """Near is bright, far is dark, by the logarithm; the same colours in all pictures."""
-    return heat_colours(-np.log(np.clip(metres, low, high)), -np.log(high), -np.log(max(low, 0.1)))
+    return heat_colours(-np.log(np.clip(metres, low, high)), -np.log(high), -np.log(low))
 
 
 def _lie_elsewhere(sources: Sequence[Source], out: Path) -> None:
