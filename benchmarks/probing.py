@@ -1,35 +1,55 @@
 """What fitting and using a linear probe costs, against making the upsampled features.
 
     python benchmarks/probing.py -o probing.json
-    python benchmarks/probing.py --camvid DIR --cache DIR -o probing.json
+    python benchmarks/probing.py --camvid DIR --cache DIR -o camvid.json
 
 An epoch of a few pictures whose features and kernel weights are cached, and one picture from its
 pixels to its mask. Everything is timed interleaved, each case in a process of its own; see
-benchmarks/README.md for what each case is.
+benchmarks/README.md for what each case is. With --camvid: the probes of some upsamplers on CamVid.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import product
+from json import dumps
 from pathlib import Path, PurePosixPath
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
 
+from fmupsample.backbones import load_backbone
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
-from fmupsample.probing import EncodedPicture, Example, FitOptions, LinearProbe, MemoryStore
+from fmupsample.images.size import ImageSize
+from fmupsample.labels import open_dataset, parse_classes, survey
+from fmupsample.pipeline import Pipeline
+from fmupsample.probing import (
+    DiskStore,
+    EncodedPicture,
+    Example,
+    FitOptions,
+    LinearProbe,
+    MemoryStore,
+)
+from fmupsample.probing.evaluate import evaluate, report
+from fmupsample.probing.fit import fit_classes, options_for
 from fmupsample.probing.linear import _Stack, _TrainingData
 from fmupsample.probing.tasks import largest
+from fmupsample.upsamplers import load_upsampler
+from fmupsample_cli.progress import RichProgress
 
 import backends
 import bars
 import reports
 from bars import Bar
 from cases import CLASSES, Setting, Workload
+from labelled import CAMVID
 from machine import describe
 from measuring import Apart, Case, OutOfMemory, time_cases
 
@@ -180,33 +200,65 @@ def measure(setting: Setting, rounds: int, seconds: float, memory: bool) -> dict
     }
 
 
-def measure_camvid(folder: Path, cache: Path, size: int, limit: int | None) -> dict:
-    """``probe fit`` on CamVid with the shipped model: seconds with everything cached."""
-    from fmupsample.backbones import load_backbone
-    from fmupsample.images.size import ImageSize
-    from fmupsample.labels import open_dataset, survey
-    from fmupsample.pipeline import Pipeline
-    from fmupsample.probing import DiskStore
-    from fmupsample.probing.fit import fit_classes, options_for
-    from fmupsample.upsamplers import load_upsampler
-    from fmupsample_cli.progress import RichProgress
+def measure_camvid(args: argparse.Namespace) -> dict:
+    """``probe fit`` and ``probe eval`` on CamVid with the shipped backbone.
 
+    Seconds of ``fit`` are those with everything cached; ``encode`` is what was not.
+    """
     backbone = load_backbone("embedded")
-    pipeline = Pipeline(backbone, load_upsampler(backbone), image_size=ImageSize(short=size))
-    dataset = open_dataset(folder / "train")
-    dataset.pairs = dataset.pairs[:limit]
-    table, store = survey(dataset).table, DiskStore(cache)
-    options = options_for(len(dataset.pairs))
-    begun = time.perf_counter()
+    sets = {split: open_dataset(args.camvid / split) for split in ("train", "val")}
+    if args.limit:
+        for data in sets.values():
+            data.pairs = data.pairs[: args.limit]
+    names = parse_classes(",".join(CAMVID))
+    tables = {split: survey(data, given=names).table for split, data in sets.items()}
+    store = DiskStore(args.cache)
+    rows = []
     with RichProgress(unit="steps") as progress:
-        fitted = fit_classes(pipeline, dataset, table, options, store=store, progress=progress)
+        for name, seed in product(args.upsamplers, range(args.seeds)):
+            size = ImageSize(short=args.camvid_size)
+            pipeline = Pipeline(backbone, load_upsampler(backbone, name), image_size=size)
+            options = options_for(len(sets["train"].pairs), epochs=args.epochs, seed=seed)
+            fitted = fit_classes(
+                pipeline, sets["train"], tables["train"], options, store=store, progress=progress
+            )
+            begun = time.perf_counter()
+            judge = evaluate(fitted.probe, pipeline, sets["val"], tables["val"], progress=progress)
+            seconds = fitted.seconds | {"eval": round(time.perf_counter() - begun, 2)}
+            found = report(judge, tables["val"])
+            del found["confusion"]
+            row = {"upsampler": name, "seed": seed, "rate": fitted.fit.rate, "seconds": seconds}
+            rows.append(row | found)
     return {
-        "pictures": len(dataset.pairs),
-        "image_size": size,
-        "epochs": options.epochs,
-        "rates": list(options.rates),
-        "seconds": fitted.seconds | {"all": round(time.perf_counter() - begun, 2)},
+        "pictures": {split: len(data.pairs) for split, data in sets.items()},
+        "image_size": args.camvid_size,
+        "options": {k: v for k, v in options.to_dict().items() if k != "seed"},
+        "rows": rows,
     }
+
+
+def show_camvid(found: dict) -> None:
+    """Means over the seeds, per upsampler, and IoU of each class."""
+    count = found["pictures"]
+    print(f"\nCamVid, {count['train']} pictures to fit, {count['val']} to judge, in percent")
+    names = list(dict.fromkeys(row["upsampler"] for row in found["rows"]))
+    print(f"{'':18s}" + "".join(f"{name:>12s}" for name in names))
+
+    def line(title: str, value: Callable[[dict], float]) -> None:
+        means = (mean(value(r) for r in found["rows"] if r["upsampler"] == n) for n in names)
+        print(f"{title:18s}" + "".join(f"{number:12.1f}" for number in means))
+
+    for title, key in (
+        ("mIoU", "miou"),
+        ("mIoU at edges", "band_miou"),
+        ("boundary F", "boundary_f"),
+        ("pixel accuracy", "pixel_accuracy"),
+    ):
+        line(title, lambda row, key=key: 100 * row[key])
+    for name in found["rows"][0]["iou"]:
+        line(f"IoU {name}", lambda row, name=name: 100 * (row["iou"][name] or 0))
+    for key in ("encode", "fit", "eval"):
+        line(f"{key}, seconds", lambda row, key=key: row["seconds"][key])
 
 
 def show(result: dict) -> None:
@@ -229,29 +281,35 @@ def main(arguments: list[str] | None = None) -> None:
     add("--rounds", type=int, default=7)
     add("--seconds", type=float, default=60, help="begin no further round after this")
     add("--no-memory", action="store_true", help="without peak memory")
-    add("--camvid", type=Path, help="also time the fit on CamVid: a folder with train/")
-    add("--camvid-size", type=int, default=224, help="its pictures' short side (224)")
-    add("--limit", type=int, help="its pictures (all)")
+    add("--camvid", type=Path, help="fit and judge on CamVid instead: a folder with train/, val/")
+    add("--camvid-size", type=int, default=336, help="its pictures' short side (336)")
+    add("--upsamplers", nargs="+", default=["bilinear", "resfu"])
+    add("--seeds", type=int, default=1)
+    add("--epochs", type=int, default=20)
+    add("--limit", type=int, help="pictures of each split (all)")
     add("--cache", type=Path, help="folder for its features and kernel weights")
     add("--threads", type=int, default=0)
     add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
     args = parser.parse_args(arguments)
     if args.camvid and not args.cache:
-        parser.error("--camvid needs --cache: run it twice, the second time finds all there")
+        parser.error("--camvid needs --cache")
     if args.threads:
         torch.set_num_threads(args.threads)
     machine = describe(torch.device("cpu"))
+    if args.camvid:
+        found = measure_camvid(args)
+        show_camvid(found)
+        if args.output:
+            text = dumps({"machine": machine, "camvid": found}, indent=1)
+            args.output.write_text(text + "\n")
+        return
     setting = replace(Setting(), size=args.size, channels=args.channels)
     result = measure(setting, args.rounds, args.seconds, not args.no_memory)
     show(result)
     results = reports.add(reports.read(args.output, machine), result)
-    more = {}
-    if args.camvid:
-        more["camvid"] = measure_camvid(args.camvid, args.cache, args.camvid_size, args.limit)
-        print(more["camvid"])
     rows = bars.evaluate(results, BARS)
     print("\n" + bars.table(rows))
-    reports.write(args.output, machine, results, bars=rows, **more)
+    reports.write(args.output, machine, results, bars=rows)
 
 
 if __name__ == "__main__":

@@ -70,14 +70,19 @@ def evaluate(
     mIoU is that of one confusion matrix over all pictures, at the labels' own pixels. Boundary F
     matches contours within --tolerance, per picture and class, as DAVIS does.
     """
+    from fmupsample.errors import UsageError
     from fmupsample.labels import open_dataset, parse_ignore, survey
     from fmupsample.labels.depth import survey_depth
     from fmupsample.probing.probe import load_probe
     from fmupsample_cli.progress import RichProgress
 
+    if output is not None:
+        p.check_writable(output)
     ignored = parse_ignore(ignore)
     fitted = load_probe(probe)
     depth = fitted.task == "depth"
+    if not depth and depth_scale is not None:
+        raise UsageError("--depth-scale is for depth probes; this one is of classes")
     dataset = open_dataset(
         images,
         labels,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -183,6 +185,20 @@ Memory = Annotated[
 ]
 
 
+Upsamplers = Annotated[
+    str | None,
+    typer.Option(
+        "--upsampler",
+        metavar="NAME,...",
+        help="Method: bilinear, jbu, resfu (the default), ... (`fmupsample models --upsamplers`). "
+        "Several (bilinear,resfu) are fitted on the same features and the best is kept.",
+        autocompletion=o.complete_upsampler,
+        show_default=False,
+        rich_help_panel=o.MODEL,
+    ),
+]
+
+
 def fit(
     images: p.ImagesFolder,
     labels: p.LabelsFolder = None,
@@ -208,7 +224,7 @@ def fit(
     backbone: o.BackboneName = "embedded",
     layer: o.Layer = None,
     backbone_weights: o.BackboneWeights = None,
-    upsampler: o.UpsamplerName = None,
+    upsampler: Upsamplers = None,
     head: o.Head = None,
     image_size: o.ImageSizeOption = None,
     device: o.Device = "auto",
@@ -244,13 +260,20 @@ def fit(
     from fmupsample_cli.progress import RichProgress, note
 
     # What cannot work is said before torch and the models are loaded.
-    _check_output(output, overwrite)
+    inputs = [path for path in (points, Path(classes) if classes else None) if path]
+    _check_output(output, overwrite, inputs)
     size = None if image_size is None else ImageSize.parse(image_size)
     ignored = parse_ignore(ignore)
     given = None if classes is None else parse_classes(classes)
     chosen = "folders" if layout is None and task is p.TaskName.depth else layout and layout.value
     dataset = found = validation = None
     depth = task is p.TaskName.depth
+    methods = _methods(upsampler)
+    if len(methods) > 1 and (head is not None or points is not None):
+        raise UsageError("several --upsampler are compared by held-out pictures: not with --head "
+                         "or --points")  # fmt: skip
+    if not depth and (depth_scale is not None or max_depth is not None):
+        raise UsageError("--depth-scale and --max-depth are for --task depth")
     scale = SCALE if depth_scale is None else depth_scale
     if depth and (points is not None or given is not None or ignored is not None):
         raise UsageError("--points, --classes and --ignore are for --task segmentation")
@@ -282,8 +305,17 @@ def fit(
         elif val_labels is not None:
             raise UsageError("--val-labels needs --val-images")
 
-    from fmupsample.probing.fit import fit_classes, fit_depth, fit_points, options_for, save_config
+    from fmupsample.probing.cache import kernels_prefix
+    from fmupsample.probing.fit import (
+        best_of,
+        fit_classes,
+        fit_depth,
+        fit_points,
+        options_for,
+        save_config,
+    )
     from fmupsample.probing.probe import save_probe
+    from fmupsample.upsamplers import load_upsampler
     from fmupsample_cli.loading import open_pipeline
 
     store = _store(cache, cache_limit, memory)
@@ -291,7 +323,7 @@ def fit(
         backbone,
         layer,
         backbone_weights,
-        upsampler,
+        methods[0] if methods else None,
         head,
         device,
         image_size=size,
@@ -302,6 +334,9 @@ def fit(
         workers=workers,
         quiet=quiet,
     )
+    others = [
+        pipeline.with_upsampler(load_upsampler(pipeline.backbone, name)) for name in methods[1:]
+    ]
     drawn = (1024 if depth else 4096) if pixels is None else pixels or None
     more = {"pixels": drawn, "flips": flips, "seed": seed}
     shared = {"store": store, "card": {"data": images.name, "command": _command()}}
@@ -317,11 +352,22 @@ def fit(
                 shared |= {"validation": validation, "progress": progress}
                 if depth:
                     high = found.high if max_depth is None else max_depth
-                    fitted = fit_depth(
-                        pipeline, dataset, high, options, low=min_depth, scale=scale, **shared
+                    train = partial(
+                        fit_depth, dataset=dataset, high=high, options=options, low=min_depth,
+                        scale=scale, **shared,
+                    )  # fmt: skip
+                else:
+                    train = partial(
+                        fit_classes, dataset=dataset, table=found.table, options=options, **shared
+                    )
+                if len(methods) > 1:
+                    fitted = best_of(
+                        [pipeline, *others],
+                        partial(train, scored=True),
+                        lambda used: None if cache else store.forget(kernels_prefix(used)),
                     )
                 else:
-                    fitted = fit_classes(pipeline, dataset, found.table, options, **shared)
+                    fitted = train(pipeline)
     except KeyboardInterrupt:
         kept = "features that were made stay in the cache" if cache else "nothing was kept"
         note(f"stopped before the probe was complete; {kept}")
@@ -331,7 +377,18 @@ def fit(
     _summarise(fitted, output, beside, json)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _methods(text: str | None) -> list[str]:
+    """``"bilinear,resfu"`` -> both; a UsageError for one named twice, or for nothing."""
+    from fmupsample.errors import UsageError
+
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise UsageError(f"--upsampler {text!r}: give different names, with commas between them")
+    return names
+
+
+def _check_output(output: Path, overwrite: bool, inputs: list[Path]) -> None:
+    """Before anything is computed: whether the probe and the file beside it can be written."""
     from fmupsample.errors import UsageError
     from fmupsample.images import printable
 
@@ -339,8 +396,15 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise UsageError(f"--output {printable(output)}: a probe is a .safetensors file")
     if output.is_dir():
         raise UsageError(f"--output {printable(output)} is a folder; name a file")
-    if output.exists() and not overwrite:
-        raise UsageError(f"{printable(output)} exists: give another name, or --overwrite")
+    beside = output.with_suffix(".json")
+    for path in (output, beside):
+        if path.exists() and not overwrite:
+            raise UsageError(f"{printable(path)} exists: give another name, or --overwrite")
+    if any(os.path.realpath(path) == os.path.realpath(beside) for path in inputs):
+        raise UsageError(
+            f"the configuration would be written over {printable(beside)}: give another --output"
+        )
+    p.check_writable(output.parent)
 
 
 def _store(cache: Path | None, limit: float, memory: float) -> Any:
@@ -362,7 +426,8 @@ def _summarise(fitted: Fitted, output: Path, beside: Path, as_json: bool) -> Non
     from fmupsample_cli.report import print_summary
 
     probe, fit = fitted.probe, fitted.fit
-    judged_by = "mIoU" if probe.task == "segmentation" else "negative relative error"
+    # Of depth the score is the negative error, so that more is better.
+    judged_by, sign = ("mIoU", 1) if probe.task == "segmentation" else ("relative error", -1)
     rows: dict[str, Any] = {"probe": printable(output), "configuration": printable(beside)}
     if probe.classes is not None:
         rows["classes"] = f"{len(probe.classes)}: {', '.join(probe.classes.names[:12])}"
@@ -373,8 +438,11 @@ def _summarise(fitted: Fitted, output: Path, beside: Path, as_json: bool) -> Non
     rows["pictures"] = f"{probe.card['pictures']}"
     rows["learning rate"] = f"{fit.rate:g}"
     if fit.held_out:
-        scores = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in fit.held_out.items())
+        scores = ", ".join(f"{rate:g}: {sign * score:.3f}" for rate, score in fit.held_out.items())
         rows[f"{judged_by} by rate"] = f"{scores} (on pictures that it was not fitted to)"
+    for name, rates in probe.card.get("compared", {}).items():
+        kept = " (kept)" if name == probe.upsampler["name"] else ""
+        rows[f"{judged_by}, {name}"] = f"{sign * max(rates.values()):.3f}{kept}"
     rows["training loss"] = f"{fit.loss:.4f}"
     rows["time"] = f"{fitted.seconds['encode']:.1f} s features, {fitted.seconds['fit']:.1f} s fit"
     payload = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 LABELS = "Labels"
 FITTING = "Fitting"
+_LITTLE = 0.3  # metres; class numbers read as millimetres end here
 
 
 class LayoutName(StrEnum):
@@ -135,6 +137,18 @@ PrecisionOption = Annotated[
 ]
 
 
+def check_writable(folder: Path) -> None:
+    """Raise an OutputError if ``folder`` is not there and cannot be made, or cannot be written."""
+    from fmupsample.errors import OutputError
+    from fmupsample.images import printable
+
+    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if not there.is_dir():
+        raise OutputError(f"{printable(there)} is in the way: it is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{printable(folder)} cannot be written: permission denied")
+
+
 def show_survey(dataset: Dataset, found: Survey, *, what: str, quiet: bool) -> None:
     """What was found, on standard error, before anything is computed."""
     if quiet:
@@ -169,7 +183,7 @@ def show_survey(dataset: Dataset, found: Survey, *, what: str, quiet: bool) -> N
 
 def show_depths(dataset: Dataset, found: DepthSurvey, *, what: str, quiet: bool) -> None:
     """The same for depth files."""
-    from fmupsample_cli.progress import note
+    from fmupsample_cli.progress import note, warn
 
     sizes = ", ".join(f"{w}x{h} ({n})" for (h, w), n in list(found.sizes.items())[:3])
     note(
@@ -178,6 +192,11 @@ def show_depths(dataset: Dataset, found: DepthSurvey, *, what: str, quiet: bool)
         f"at {found.known:.1%} of the pixels",
         quiet=quiet,
     )
+    if found.high < _LITTLE:
+        warn(
+            f"no distance is beyond {found.high:.3g} m: are these depths, and is --depth-scale "
+            "right?"
+        )
 
 
 def open_for_probe(

@@ -153,6 +153,21 @@ class Pipeline:
         self.max_memory = max_memory
         self._most_pixels: int | None = None  # of kernels at once, after memory ran out
 
+    def with_upsampler(self, upsampler: Upsampler) -> Pipeline:
+        """The same backbone and options with another upsampler."""
+        return Pipeline(
+            self.backbone,
+            upsampler,
+            image_size=self.image_size,
+            fit=self.fit,
+            device=self.device,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            window=self.window,
+            max_memory=self.max_memory,
+        )
+
     # -- pictures -> features -----------------------------------------------------------------
 
     def frame(self, original: tuple[int, int]) -> Frame:

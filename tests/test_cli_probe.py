@@ -101,6 +101,7 @@ def test_fit_shows_what_it_found_and_saves_its_configuration(tmp_path, capsys):
     assert probe.backbone["fingerprint"] == "0123456789ab" and probe.pictures["image_size"] == "64"
     assert probe.classes.colours[1] == (250, 0, 0)  # of the labels' own palette
     beside = json.loads(output.with_suffix(".json").read_text())
+    assert beside["pictures"] == 6 and beside["image_size"] == "64"
     assert beside["options"] == summary["options"] and beside["upsampler"]["name"] == "toy"
     again = tmp_path / "again.safetensors"
     assert fit(root, again, "--classes", "ground,disc,bar", "--seed", 3, "--quiet") == 0
@@ -123,6 +124,48 @@ def test_rates_are_chosen_by_validation_pictures(tmp_path, capsys):
     assert (
         fit(split, tmp_path / "q.safetensors", "--split", "train", "--val-split", "val", *more) == 0
     )
+
+
+def test_upsamplers_are_compared_and_the_best_is_kept(tmp_path, toy, capsys):
+    root = draw(tmp_path / "train")
+    more = ("--lr", 0.05, "--upsampler", "toy,nearest", "--json")
+    assert fit(root, tmp_path / "p.safetensors", *more, "--cache", tmp_path / "kept") == 0
+    assert toy.calls == 12  # of six pictures and their mirror images, for both
+    summary = json.loads(capsys.readouterr().out)
+    scores = {name: rates["0.05"] for name, rates in summary["compared"].items()}
+    assert list(scores) == ["toy", "nearest"] and scores["toy"] != scores["nearest"]
+    best = max(scores, key=scores.get)
+    probe = load_probe(tmp_path / "p.safetensors")
+    assert summary["upsampler"]["name"] == probe.upsampler["name"] == best
+    assert summary["scores"]["0.05"] == scores[best]
+    alone = tmp_path / "q.safetensors"
+    assert fit(root, alone, "--lr", 0.05, "--upsampler", best, "--quiet") == 0
+    if best == "toy":  # what else would be loaded here is a toy as well
+        assert torch.equal(load_probe(alone).linear.weight, probe.linear.weight)
+    for text, said in (
+        ("toy,toy", "different names"),
+        ("toy,", "different names"),
+        ("toy,foo", "'foo' is neither"),
+    ):
+        assert fit(root, tmp_path / "r.safetensors", "--upsampler", text) == 2
+        assert said in capsys.readouterr().err
+    points = ("--points", tmp_path / "x.json", "--upsampler", "toy,nearest")
+    assert call("fit", root / "images", "-o", tmp_path / "r.safetensors", *points) == 2
+    assert "not with --head or --points" in capsys.readouterr().err
+
+
+def test_the_configuration_replaces_nothing(tmp_path, capsys):
+    root, points = draw(tmp_path / "train"), tmp_path / "p.json"
+    points.write_text("[]")
+    assert fit(root, tmp_path / "p.safetensors") == 2
+    assert "p.json exists" in capsys.readouterr().err
+    clicks = ("--points", points, "--overwrite", "-o", tmp_path / "p.safetensors")
+    assert call("fit", root / "images", *clicks) == 2
+    assert "would be written over" in capsys.readouterr().err
+    assert points.read_text() == "[]"
+    (tmp_path / "file").write_text("")
+    assert fit(root, tmp_path / "file/p.safetensors") == 1
+    assert "is in the way" in capsys.readouterr().err
 
 
 def test_the_cache_is_used_again_and_bounded(tmp_path, toy, capsys):
@@ -234,7 +277,7 @@ def test_nothing_is_overwritten(tmp_path, fitted, capsys):
     assert "overlays/80.jpg exists" in capsys.readouterr().err
     Image.open(photos / "80.jpg").save(photos / "81.png")
     assert call("predict", fitted, photos / "81.png", "-o", photos, "--overwrite") == 2
-    assert "would replace a photograph" in capsys.readouterr().err
+    assert "81.png lies in the output folder" in capsys.readouterr().err
     assert fit(tmp_path / "train", fitted) == 2
     assert "exists: give another name, or --overwrite" in capsys.readouterr().err
 
@@ -282,10 +325,12 @@ def test_clicks_are_enough_for_a_mask(tmp_path, capsys):
         ({"x": 73}, "lies outside of"),
         ({"class": "car"}, "class 'car' is none of rest, bar"),
         ({"x": "left"}, "point 1 is not"),
+        ({"x": float("nan")}, "lies outside of"),
     ):
         refused({"classes": ["rest", "bar"], "points": [{**clicks[0], **change}]}, said)
     refused("{", "cannot be read")
     refused([], "holds no points")
+    refused({"classes": 5, "points": clicks}, "must be a list of names")
     refused(clicks[:1], "one class only")
 
 
@@ -305,6 +350,8 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, c
         ((root, "--split", "test"), "no split 'test'"),
         ((root, "--val-split", "val"), "needs --split train"),
         ((root, "--points", tmp_path / "x.json", "--classes", "a,b"), "--points names pictures"),
+        ((root, "--depth-scale", 256), "are for --task depth"),
+        ((root, "--classes", "a,b,a"), "two classes are called a"),
     ]
     for arguments, said in cases:
         assert call("fit", *arguments, "-o", output) in (1, 2)

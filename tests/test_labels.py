@@ -21,7 +21,7 @@ from fmupsample.labels import (
     read_values,
     survey,
 )
-from fmupsample.labels.classes import COLOUR
+from fmupsample.labels.classes import COLOUR, class_colours
 from fmupsample.labels.dataset import read_pair
 from fmupsample.labels.layouts import ade20k, cityscapes
 
@@ -73,6 +73,26 @@ def test_parallel_folders_nested_flat_and_below_a_root(tmp_path):
     photo(tmp_path / "data/val/images/x.png")
     label(tmp_path / "data/val/labels/x.png", [0, 1])
     assert stems(open_dataset(tmp_path / "data", split="val")) == [("x", "x")]
+
+
+def test_names_of_labels_may_have_an_end(tmp_path):
+    for name, labels in (("a.jpg", "a_mask.png"), ("sub/b_l.jpg", "sub/b_l_mask.tif")):
+        photo(tmp_path / "images" / name)
+        label(tmp_path / "labels" / labels, [0, 1])
+    found = open_dataset(tmp_path / "images", tmp_path / "labels")
+    assert stems(found) == [("a", "a_mask"), ("b_l", "b_l_mask")] and not found.orphans
+    label(tmp_path / "labels/a_gt.png", [0, 1])
+    with pytest.raises(UsageError, match=r"a\.jpg has two label files"):
+        open_dataset(tmp_path / "images", tmp_path / "labels")
+
+
+def test_folders_without_labels_are_told_apart(tmp_path):
+    photo(tmp_path / "images/a.jpg")
+    photo(tmp_path / "labels/a.jpg")
+    with pytest.raises(UsageError, match=r"no label files are there \(png .*JPEG blurs"):
+        open_dataset(tmp_path / "images", tmp_path / "labels")
+    with pytest.raises(UsageError, match="given for pictures and for labels"):
+        open_dataset(tmp_path / "images", tmp_path / "labels/../images")
 
 
 def test_same_names_in_different_folders_are_not_confused(tmp_path):
@@ -201,6 +221,25 @@ def test_numbers_are_read_as_they_are_stored(tmp_path):
     assert sorted(set(read_values(coloured).flat)) == [COLOUR, COLOUR + 0xFF0001]
 
 
+def test_arrays_are_labels_too(tmp_path):
+    values = np.array([[0, 1, 200], [2, 2, 255]])
+    for kind in (np.uint8, np.int64):
+        np.save(tmp_path / "a.npy", values.astype(kind))
+        found = read_values(tmp_path / "a.npy", (2, 3))
+        assert found.dtype == np.int32 and (found == values).all()
+    with pytest.raises(ImageError, match=r"a\.npy have 3x2 pixels, their picture has 2x2"):
+        read_values(tmp_path / "a.npy", (2, 2))
+    for wrong, said in (
+        (values / 2, r"float64 \[2, 3\]: expected integers"),
+        (values[None], r"int64 \[1, 2, 3\]: expected"),
+        (values + COLOUR, "no classes"),
+        (np.array([{}]), "cannot be read"),
+    ):
+        np.save(tmp_path / "a.npy", wrong)
+        with pytest.raises(ImageError, match=rf"a\.npy.*{said}"):
+            read_values(tmp_path / "a.npy")
+
+
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     whole = label(tmp_path / "whole.png", list(range(8))).read_bytes()
@@ -306,6 +345,14 @@ def test_classes_from_a_file(tmp_path, name, text):
     assert (second.name, second.value, second.colour) == ("b", None, None)
 
 
+def test_colours_tell_all_classes_apart():
+    many = class_colours([str(n) for n in range(255)])
+    assert len(set(many)) == 255 and many[0] == (0, 0, 0)
+    # A background is black, wherever it stands; nothing else is.
+    assert class_colours(["sky", "Background", "car"])[1] == (0, 0, 0)
+    assert (0, 0, 0) not in class_colours(["sky", "car"])
+
+
 def test_classes_that_cannot_be(tmp_path):
     assert [g.name for g in parse_classes("a, b c")] == ["a", "b c"]
     assert [
@@ -332,5 +379,7 @@ def test_classes_that_cannot_be(tmp_path):
 def test_a_table_survives_json():
     table = cityscapes.TABLES["labelIds"]
     assert ClassTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+    with pytest.raises(UsageError, match="two classes are called a"):
+        ClassTable(("a", "a"), (3, 4), ((0, 0, 0),) * 2)
     with pytest.raises(UsageError, match="two classes have the value 3"):
         ClassTable(("a", "b"), (3, 3), ((0, 0, 0),) * 2)

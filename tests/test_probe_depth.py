@@ -114,7 +114,10 @@ def test_distances_of_known_geometry(tmp_path, npy, scale, capsys):
     np.testing.assert_allclose(units / scale, metres, atol=0.51 / scale)
     true = scene(100)[1]
     assert np.median(np.abs(metres - true) / true) < 0.15
-    assert Image.open(out / "colours/100.jpg").size == (96, 64)
+    colours = np.asarray(Image.open(out / "colours/100.jpg")).astype(float).sum(2)
+    assert colours.shape == (64, 96)  # near is bright, and all of the range is used
+    assert colours[metres < np.quantile(metres, 0.1)].mean() > 350
+    assert colours[metres > np.quantile(metres, 0.9)].mean() < 200
     row = next(iter(csv.DictReader((out / "areas.csv").open())))
     assert float(row["min"]) < float(row["median"]) < float(row["max"])
 

@@ -40,7 +40,7 @@ def header(path) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["segmentation", "depth"])
 def test_a_file_gives_the_probe_back(tmp_path, kind):
-    depth = {"low": 0.5, "high": 20.0, "scale": 256.0}
+    depth = {"low": 0.5, "high": 20.0, "scale": 256.0, "near": 2.0}
     made = probe() if kind == "segmentation" else probe(outputs=256, depth=depth)
     save_probe(tmp_path / "deep/p.safetensors", made)
     back = load_probe(tmp_path / "deep/p.safetensors")

@@ -48,6 +48,50 @@ def default_colour(number: int) -> Colour:
     return red, green, blue
 
 
+# Told apart side by side and over a photograph, which the first colours of VOC (dark red, darker
+# red, olive) are not.
+_DISTINCT: tuple[Colour, ...] = (
+    (66, 133, 214),
+    (231, 126, 49),
+    (68, 163, 80),
+    (206, 56, 61),
+    (140, 94, 181),
+    (240, 200, 66),
+    (108, 77, 60),
+    (234, 134, 186),
+    (64, 190, 196),
+    (150, 160, 168),
+    (170, 200, 60),
+    (24, 72, 130),
+    (120, 20, 70),
+    (255, 178, 140),
+    (30, 98, 70),
+    (190, 170, 235),
+    (178, 140, 62),
+    (90, 220, 150),
+    (220, 30, 140),
+    (70, 70, 76),
+    (160, 215, 245),
+    (110, 120, 30),
+    (255, 235, 170),
+    (95, 35, 20),
+)
+_NOTHING = ("background", "void", "other", "none", "unlabeled", "unlabelled", "0")
+
+
+def class_colours(names: Sequence[str]) -> tuple[Colour, ...]:
+    """Colours of classes that bring none along: black for a background, else far apart."""
+    colours, next_one = [], 0
+    for name in names:
+        if name.lower() in _NOTHING and (0, 0, 0) not in colours:
+            colours.append((0, 0, 0))
+            continue
+        few = next_one < len(_DISTINCT)
+        colours.append(_DISTINCT[next_one] if few else default_colour(next_one + 1))
+        next_one += 1
+    return tuple(colours)
+
+
 @dataclass(frozen=True)
 class ClassTable:
     """The classes of a data set, in the order in which a probe numbers them.
@@ -69,6 +113,9 @@ class ClassTable:
             raise UsageError("every class needs a name, a value and a colour")
         if not 2 <= len(self.names) <= MOST:
             raise UsageError(f"{len(self.names)} classes are not possible: give 2 to {MOST}")
+        same = [n for n in set(self.names) if self.names.count(n) > 1]
+        if same:
+            raise UsageError(f"two classes are called {min(same)}: give them different names")
         twice = [v for v in set(self.values) if self.values.count(v) > 1]
         if twice:
             raise UsageError(f"two classes have the value {value_text(min(twice))}")
@@ -112,14 +159,19 @@ class ClassTable:
             raise ImageError(self.unknown(int(values[y, x]), where, f" at x {x}, y {y}"))
         return numbers[found]
 
-    def unknown(self, value: int, where: Path, place: str = "") -> str:
-        """The message about a value that is neither a class nor ignored."""
+    def unknown(self, value: int, where: Path, place: str = "", *, fixed: bool = False) -> str:
+        """The message about a value that is neither a class nor ignored.
+
+        Args:
+            fixed: the classes are those of a probe, not to be named anew.
+        """
         given = value_text(value)
         option = f"'#{value - COLOUR:06x}'" if value >= COLOUR else given
+        remedy = "" if fixed else "name it in --classes, or "
         listed = [value_text(v) for v in self.values[:4]] + ["..."] * (len(self) > 4)
         return (
             f"the labels {printable(where)} hold {given}{place}, which is none of the {len(self)} "
-            f"classes ({', '.join(listed)}): name it in --classes, or give --ignore {option}"
+            f"classes ({', '.join(listed)}): {remedy}give --ignore {option}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from fmupsample.labels.classes import (
     Colour,
     Given,
     as_colours,
-    default_colour,
+    class_colours,
     value_text,
 )
 from fmupsample.labels.layouts import LAYOUTS, Found, Pair
+from fmupsample.labels.layouts.matching import LABEL_SUFFIXES
 from fmupsample.labels.values import read_palette, read_values
 
-_BLACK = ("background", "void", "other", "none", "unlabeled", "unlabelled", "0")
 _MOST_COLOURS = 4096  # distinct ones in a file: more is a photograph
 
 
@@ -71,6 +71,10 @@ def open_dataset(
         if folder is not None and not folder.is_dir():
             kind = "is not a folder" if folder.exists() else "does not exist"
             raise UsageError(f"the folder of {what} {printable(folder)} {kind}")
+    if labels is not None and labels.resolve() == images.resolve():
+        raise UsageError(
+            f"{printable(images)} is given for pictures and for labels: keep them in two folders"
+        )
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"layout {layout!r} is unknown: use {', '.join(LAYOUTS)}")
     name = layout or next(n for n, m in LAYOUTS.items() if m.recognises(images, labels))
@@ -92,6 +96,9 @@ def _missing_text(found: Found, images: Path, labels: Path | None, layout: str) 
     if found.orphans:
         text += f"; {len(found.orphans)} label files have no picture, such as "
         text += printable(found.orphans[0])
+    elif not found.pairs:
+        text += f"; no label files are there ({' '.join(s[1:] for s in LABEL_SUFFIXES)}; JPEG blurs"
+        text += " numbers and is not read)"
     if found.pairs:
         return f"{text}; --allow-missing leaves such pictures out"
     return f"{text}; labels have the pictures' names; --layout takes {', '.join(LAYOUTS)}"
@@ -173,6 +180,7 @@ def survey(
         for value, count in zip(one.values.tolist(), one.counts.tolist(), strict=True):
             totals[value] = totals.get(value, 0) + count
             first.setdefault(value, pair.labels)
+    fixed = table is not None
     if table is None:
         table = _settle(dataset, totals, first, given, ignored)
     elif ignored is not None:
@@ -181,7 +189,7 @@ def survey(
     place |= dict.fromkeys(table.ignored, len(table))
     for value in sorted(totals):
         if value not in place:
-            raise ImageError(table.unknown(value, first[value]))
+            raise ImageError(table.unknown(value, first[value], fixed=fixed))
     pixels, pictures = (np.zeros(len(table) + 1, np.int64) for _ in range(2))
     for one in counted:
         for value, count in zip(one.values.tolist(), one.counts.tolist(), strict=True):
@@ -238,8 +246,8 @@ def _settle(
             f"the labels hold {len(values)} different values, such as {values[-1]} in "
             f"{printable(first[values[-1]])}: {MOST} classes are possible (instance numbers?)"
         )
-    colours = _colours(dataset, values)
-    return ClassTable(tuple(str(v) for v in values), tuple(values), colours, away)
+    names = tuple(str(v) for v in values)
+    return ClassTable(names, tuple(values), _colours(dataset, names, values), away)
 
 
 def _from_given(
@@ -258,22 +266,20 @@ def _from_given(
     else:
         start = 1 if 0 in away and all(g.value is None for g in given) else 0
         values = [start + n if g.value is None else g.value for n, g in enumerate(given)]
-    palette = _colours(dataset, values)
-    if given[0].name.lower() not in _BLACK and palette[0] == (0, 0, 0):
-        # Black is for what is nothing in particular.
-        palette = (default_colour(len(given)), *palette[1:])
+    names = tuple(g.name for g in given)
+    palette = _colours(dataset, names, values)
     colours = tuple(g.colour or c for g, c in zip(given, palette, strict=True))
-    return ClassTable(tuple(g.name for g in given), tuple(values), colours, away)
+    return ClassTable(names, tuple(values), colours, away)
 
 
-def _colours(dataset: Dataset, values: Sequence[int]) -> tuple[Colour, ...]:
+def _colours(dataset: Dataset, names: Sequence[str], values: Sequence[int]) -> tuple[Colour, ...]:
     """The label files' own palette, if it tells the classes apart."""
     palette = read_palette(dataset.pairs[0].labels) or []
     if values[-1] < len(palette):
         own = [palette[v] for v in values]
         if len(set(own)) == len(own):
             return tuple(own)
-    return tuple(default_colour(v if v < COLOUR else n + 1) for n, v in enumerate(values))
+    return class_colours(names)
 
 
 def histogram_rows(found: Survey) -> list[tuple[str, str, str, int]]:

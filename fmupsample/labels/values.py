@@ -10,7 +10,7 @@ from PIL import Image
 
 from fmupsample.errors import ImageError, UsageError
 from fmupsample.images.find import printable
-from fmupsample.labels.classes import IGNORE, pack_colours
+from fmupsample.labels.classes import COLOUR, IGNORE, pack_colours
 
 # Modes whose pixels are numbers as they stand; P gives the index and not the colour.
 _NUMBERS = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -20,7 +20,8 @@ _LOSSY = ("JPEG", "MPO")
 def read_values(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """The numbers of a label file, int32 ``[H, W]``.
 
-    Indices of an indexed picture, values of a grey one of 1, 8 or 16 bits, and of a colour picture
+    Indices of an indexed picture, values of a grey one of 1, 8 or 16 bits or of an npy file of
+    integers, and of a colour picture
     ``r << 16 | g << 8 | b`` plus :data:`~fmupsample.labels.classes.COLOUR`, so that colours and
     numbers cannot be taken for each other. A colour picture in which all pixels are grey counts as
     grey.
@@ -29,6 +30,8 @@ def read_values(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         ImageError: unreadable, JPEG, transparent, floating point, or not of ``size`` (H, W).
     """
     shown = printable(path)
+    if path.suffix.lower() == ".npy":
+        return _of_size(_read_array(path), path, size)
     try:
         with Image.open(path) as image:
             kind, mode = image.format, image.mode
@@ -49,16 +52,35 @@ def read_values(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         raise ImageError(f"the labels {shown} are a JPEG, which blurs numbers; save them as PNG")
     if values is None:
         raise ImageError(f"the labels {shown} have pixels of mode {mode}; save them as a PNG")
-    if size is not None and values.shape[:2] != tuple(size):
-        raise ImageError(
-            f"the labels {shown} have {values.shape[1]}x{values.shape[0]} pixels, their picture "
-            f"has {size[1]}x{size[0]}"
-        )
+    _of_size(values, path, size)
     if values.ndim == 2:
         return values.astype(np.int32)
     if (values[..., :1] == values).all():
         return values[..., 0].astype(np.int32)
     return pack_colours(values)
+
+
+def _of_size(values: np.ndarray, path: Path, size: tuple[int, int] | None) -> np.ndarray:
+    if size is not None and values.shape[:2] != tuple(size):
+        raise ImageError(
+            f"the labels {printable(path)} have {values.shape[1]}x{values.shape[0]} pixels, their "
+            f"picture has {size[1]}x{size[0]}"
+        )
+    return values
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """The integers of an npy file, int32 ``[H, W]``."""
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ImageError(f"the labels {printable(path)} cannot be read: {error}") from error
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "uib":
+        kind = f"{values.dtype} {list(values.shape)}" if hasattr(values, "dtype") else "an archive"
+        raise ImageError(f"the labels {printable(path)} are {kind}: expected integers [H, W]")
+    if values.size and not -(2**31) <= int(values.min()) <= int(values.max()) < COLOUR:
+        raise ImageError(f"the labels {printable(path)} hold numbers that are no classes")
+    return values.astype(np.int32)
 
 
 def read_labels(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -74,8 +74,8 @@ class MemoryStore:
     def room_for(self, size: int) -> None:
         if self.used + size > self.limit:
             raise UsageError(
-                f"features and kernel weights need {(self.used + size) / 1e9:.1f} GB of memory, "
-                f"more than the limit of {self.limit / 1e9:.1f} GB: keep them on disk (give a "
+                f"features and kernel weights need {(self.used + size) / 1e9:.3g} GB of memory, "
+                f"more than the limit of {self.limit / 1e9:.3g} GB: keep them on disk (give a "
                 "cache folder), show the pictures smaller, or take fewer"
             )
 
@@ -131,8 +131,8 @@ class DiskStore:
                         others.append((stat.st_mtime, stat.st_size, path))
             if kept + size > self.limit:
                 raise UsageError(
-                    f"features and kernel weights need {(kept + size) / 1e9:.1f} GB on disk, more "
-                    f"than the limit of {self.limit / 1e9:.1f} GB: raise --cache-limit, show the "
+                    f"features and kernel weights need {(kept + size) / 1e9:.3g} GB on disk, more "
+                    f"than the limit of {self.limit / 1e9:.3g} GB: raise --cache-limit, show the "
                     "pictures smaller, or take fewer"
                 )
             there = sum(entry[1] for entry in others)
@@ -145,8 +145,8 @@ class DiskStore:
         free = shutil.disk_usage(existing).free
         if size > free:
             raise OutputError(
-                f"features and kernel weights need {size / 1e9:.1f} GB, but {self.folder} has "
-                f"{free / 1e9:.1f} GB free: show the pictures smaller, or take fewer"
+                f"features and kernel weights need {size / 1e9:.3g} GB, but {self.folder} has "
+                f"{free / 1e9:.3g} GB free: show the pictures smaller, or take fewer"
             )
 
     def forget(self, prefix: str) -> None:

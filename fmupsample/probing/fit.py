@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def fit_classes(
     store: Store | None = None,
     progress: Progress = SILENT,
     card: dict[str, Any] | None = None,
+    scored: bool = False,
 ) -> Fitted:
     """Fit a segmentation probe to ``dataset``.
 
@@ -107,6 +108,7 @@ def fit_classes(
         progress=progress,
         facts={"classes": table},
         card=card,
+        scored=scored,
     )
 
 
@@ -124,11 +126,13 @@ def fit_labels(
     progress: Progress = SILENT,
     facts: dict[str, Any],
     card: dict[str, Any] | None = None,
+    scored: bool = False,
 ) -> Fitted:
     """Fit a probe for ``task`` to pictures with the labels the task asks for.
 
     Args:
         facts: ``classes`` or ``depth`` of the probe.
+        scored: give a score even where there is one learning rate, see :func:`best_of`.
     """
     store = MemoryStore() if store is None else store
     begun = time.perf_counter()
@@ -140,11 +144,13 @@ def fit_labels(
 
     train = examples(labels, options.flips)
     held = examples(validation, False) if validation else []
-    if len(train) == 1 and not held and len(options.rates) > 1:
+    if len(train) == 1 and not held and not scored and len(options.rates) > 1:
         options = replace(options, rates=options.rates[:1])
     encoded = time.perf_counter()
     assert pipeline.upsampler is not None
-    fit = fit_probe(train, pipeline.upsampler, task, options, progress, validation=held)
+    fit = fit_probe(
+        train, pipeline.upsampler, task, options, progress, validation=held, scored=scored
+    )
     done = time.perf_counter()
     seconds = {"encode": round(encoded - begun, 3), "fit": round(done - encoded, 3)}
     card = {
@@ -161,6 +167,33 @@ def fit_labels(
     return Fitted(make_probe(fit.probe, pipeline, card=card, **facts), fit, options, seconds)
 
 
+def best_of(
+    pipelines: Sequence[Pipeline],
+    fit: Callable[[Pipeline], Fitted],
+    done: Callable[[Pipeline], None] = lambda pipeline: None,
+) -> Fitted:
+    """Fit with the upsampler of each pipeline, and keep the one with the highest score.
+
+    They share the cached features, the seed and so the order of pictures, flips and pixels; only
+    the kernel weights differ. The card of the result says how all of them did.
+
+    Args:
+        fit: with ``scored``, so that there is a score.
+        done: called after each, to give room back.
+    """
+    found: list[Fitted] = []
+    for pipeline in pipelines:
+        found.append(fit(pipeline))
+        done(pipeline)
+    scores = [fitted.probe.card["scores"] for fitted in found]
+    best = max(range(len(found)), key=lambda i: found[i].fit.held_out[found[i].fit.rate])
+    names = [fitted.probe.upsampler["name"] for fitted in found]
+    seconds = {k: round(sum(f.seconds[k] for f in found), 3) for k in found[best].seconds}
+    compared = dict(zip(names, scores, strict=True))
+    card = found[best].probe.card | {"compared": compared, "seconds": seconds}
+    return replace(found[best], probe=replace(found[best].probe, card=card), seconds=seconds)
+
+
 def fit_depth(
     pipeline: Pipeline,
     dataset: Dataset,
@@ -173,6 +206,7 @@ def fit_depth(
     store: Store | None = None,
     progress: Progress = SILENT,
     card: dict[str, Any] | None = None,
+    scored: bool = False,
 ) -> Fitted:
     """Fit a depth probe of 256 bins between ``low`` and ``high`` metres.
 
@@ -192,16 +226,21 @@ def fit_depth(
     def read(given: Dataset) -> dict[Pair, Tensor]:
         return {p: torch.from_numpy(read_depth(p.labels, scale)) for p in given.pairs}
 
+    labels = read(dataset)
+    known = [own for own in map(task.known, labels.values()) if len(own)]
+    near = min((torch.quantile(own, 0.02).item() for own in known), default=low)
+    facts = {"low": low, "high": high, "scale": scale, "near": min(max(near, low), high)}
     return fit_labels(
         pipeline,
-        read(dataset),
+        labels,
         task,
         options,
         validation=read(validation) if validation else None,
         store=store,
         progress=progress,
-        facts={"depth": {"low": low, "high": high, "scale": scale}},
+        facts={"depth": facts},
         card=card,
+        scored=scored,
     )
 
 
@@ -248,6 +287,8 @@ def fit_points(
 def save_config(path: Path, probe: Probe) -> Path:
     """``probe.safetensors`` -> ``probe.json`` beside it: all that the header says, to be read.
 
+    Its ``pictures`` are how many; how they were shown is ``image_size``, ``fit``, ``precision``.
+
     Raises:
         OutputError: it cannot be written.
     """
@@ -256,7 +297,7 @@ def save_config(path: Path, probe: Probe) -> Path:
         "task": probe.task,
         "backbone": probe.backbone,
         "upsampler": probe.upsampler,
-        "pictures": probe.pictures,
+        **probe.pictures,
         "classes": None if probe.classes is None else probe.classes.to_json(),
         "depth": probe.depth,
         **probe.card,

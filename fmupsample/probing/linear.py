@@ -27,6 +27,8 @@ from fmupsample.upsamplers.base import Upsampler
 # Shares of the mean variance: added to that of every direction before whitening; counted as none.
 _LEAST_VARIANCE = 1e-3
 _NO_VARIANCE = 1e-6
+_PIXELS = 1 << 14  # whose loss is taken at once, where all pixels count
+_MAPS = 8  # that are reassembled at once then
 _LOGITS_BYTES = 256 * 2**20
 
 
@@ -110,6 +112,7 @@ def fit_probe(
     progress: Progress = SILENT,
     *,
     validation: Sequence[Example] = (),
+    scored: bool = False,
 ) -> Fit:
     """Fit a probe on upsampled features, for classes with cross-entropy.
 
@@ -123,6 +126,9 @@ def fit_probe(
     With several learning rates, all are fitted to the pictures but some that are held out, and the
     rate with the highest mIoU on those is fitted again, to all pictures. With ``validation``
     pictures these choose, and nothing is held out or fitted again.
+
+    Args:
+        scored: hold out pictures for a single rate too, to compare it with other fits.
 
     Raises:
         UsageError: no examples, labels that are no classes, or several rates and a single picture.
@@ -139,7 +145,7 @@ def fit_probe(
         scores = _scores(probes, validation, upsampler, task, options)
         chosen = max(range(len(probes)), key=lambda i: scores[options.rates[i]])
     else:
-        if len(options.rates) > 1:
+        if scored or len(options.rates) > 1:
             train, held = _split(examples, options)
             probes, _ = _train(train, upsampler, task, options, progress)
             scores = _scores(probes, held, upsampler, task, options)
@@ -229,7 +235,8 @@ def _split(examples: Sequence[Example], options: FitOptions) -> tuple[list[Examp
     """Pictures to fit to, and pictures to choose the learning rate by."""
     if len(examples) == 1:
         raise UsageError(
-            "choosing among learning rates needs a second picture with labels: give one rate"
+            "choosing among learning rates or upsamplers needs a second picture with labels: give "
+            "one of each"
         )
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
@@ -321,34 +328,53 @@ class _TrainingData:
 
         Where all pixels count, a picture at a time, so that the maps of one are in memory.
         """
-        if self.options.pixels is not None or not self.task.separable:
-            batches, labelled = [batch], None
-        else:
-            batches = [[one] for one in batch]
-            views = [(i, self.examples[i].picture.view()) for i, _ in batch]
-            labelled = sum(int(self.task.judged(self._labels(i, v)).sum()) for i, v in views)
-        total = torch.zeros(len(self.options.rates))
-        for part in batches:
-            loss = self.loss(stack, part, labelled)
-            # The rates share no parameter, so the gradient of the sum is that of each.
-            loss.sum().backward()
-            total += loss.detach()
+        if self.options.pixels is None and self.task.separable:
+            return self._backward_whole(stack, batch)
+        loss = self.loss(stack, batch)
+        # The rates share no parameter, so the gradient of the sum is that of each.
+        loss.sum().backward()
+        return loss.detach()
+
+    def _backward_whole(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
+        """:meth:`backward` with the logits of one picture in memory, which become gradients."""
+        rates = len(self.options.rates)
+        views = [(i, flipped, self.examples[i].picture.view(flipped)) for i, flipped in batch]
+        labelled = sum(int(self.task.judged(self._labels(i, v)).sum()) for i, _, v in views)
+        total = torch.zeros(rates)
+        for index, flipped, view in views:
+            labels = self._shown_labels(index, view, flipped).flatten()
+            low = _affine(*stack.folded(), view.features)
+            weights = view.weights.to(low.dtype)[None]
+            # A few maps at a time, whose gradients take a few maps of memory in turn.
+            logits = [self.upsampler.reassemble(weights, some[None]) for some in low.split(_MAPS)]
+            # Reassembly does not need its result to go back, so the gradient may lie in its place.
+            gradients = [own.detach()[0].flatten(1) for own in logits]  # [maps, n]
+            for start in range(0, len(labels), _PIXELS):
+                here = slice(start, start + _PIXELS)
+                part = torch.cat([own[:, here] for own in gradients]).T.contiguous()
+                part.requires_grad_()
+                loss = self.task.loss(
+                    part.unflatten(1, (rates, -1)),
+                    labels[here],
+                    part.new_ones(len(part)),
+                    max(labelled, 1),
+                )
+                found = torch.autograd.grad(loss.sum(), part)[0].T
+                for own, some in zip(gradients, found.split(_MAPS), strict=True):
+                    own[:, here] = some
+                total += loss.detach()
+            shaped = [g.view_as(own) for g, own in zip(gradients, logits, strict=True)]
+            torch.autograd.backward(logits, shaped)
         return total
 
-    def loss(self, stack: _Stack, batch: list[tuple[int, bool]], of: int | None = None) -> Tensor:
-        """The task's loss over the labelled pixels of the batch, per rate: ``[rates]``.
-
-        Args:
-            of: how many these are, where ``batch`` is a part of a larger one.
-        """
+    def loss(self, stack: _Stack, batch: list[tuple[int, bool]]) -> Tensor:
+        """The task's loss over the labelled pixels of the batch, per rate: ``[rates]``."""
         weight, bias = stack.folded()
         rates = len(self.options.rates)
         logits, targets, scales, labelled = [], [], [], 0
         for index, flipped in batch:
             view = self.examples[index].picture.view(flipped)
-            labels = self._labels(index, view)
-            if flipped:
-                labels = _mirrored(labels, view.placed)
+            labels = self._shown_labels(index, view, flipped)
             judged = self.task.judged(labels).flatten()
             count = int(judged.sum())
             labelled += count
@@ -358,8 +384,7 @@ class _TrainingData:
             targets.append(target)
             scales.append(torch.full((len(target),), scale))
         each = torch.cat(logits).unflatten(1, (rates, -1))  # [n, rates, outputs]
-        count = labelled if of is None else of
-        return self.task.loss(each, torch.cat(targets), torch.cat(scales), max(count, 1))
+        return self.task.loss(each, torch.cat(targets), torch.cat(scales), max(labelled, 1))
 
     def _pixels(
         self, view: View, low: Tensor, labels: Tensor, judged: Tensor, labelled: int
@@ -379,6 +404,10 @@ class _TrainingData:
             pixels = torch.randint(len(labels), (count,), generator=self.generator)
             scale = len(labels) / count
         return self.upsampler.reassemble_at(view.weights, low, pixels), labels[pixels], scale
+
+    def _shown_labels(self, index: int, view: View, flipped: bool) -> Tensor:
+        labels = self._labels(index, view)
+        return _mirrored(labels, view.placed) if flipped else labels
 
     def _labels(self, index: int, view: View) -> Tensor:
         key = (index, view.size)

@@ -24,7 +24,7 @@ from fmupsample.errors import UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.images.read import read_size
 from fmupsample.images.size import Frame
-from fmupsample.labels.classes import IGNORE, ClassTable, default_colour
+from fmupsample.labels.classes import IGNORE, ClassTable, class_colours
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ def read_clicks(
     used = {click.number for own in clicks.values() for click in own}
     if len(used) < 2:
         raise UsageError(f"{shown} has points of one class only: click on the others too")
-    colours = tuple(default_colour(n) for n in range(len(names)))
-    return clicks, ClassTable(tuple(names), tuple(range(len(names))), colours)
+    return clicks, ClassTable(tuple(names), tuple(range(len(names))), class_colours(names))
 
 
 def _names(data: Any, listed: list[Any], shown: str) -> list[str]:
     given = data.get("classes") if isinstance(data, dict) else None
     if given is not None:
+        if not isinstance(given, list):
+            raise UsageError(f'{shown}: "classes" must be a list of names, not {given!r}')
         names = [c.get("name") if isinstance(c, dict) else c for c in given]
         if len(set(map(str, names))) != len(names) or not all(isinstance(n, str) for n in names):
             raise UsageError(f"{shown}: classes must be different names, not {names}")

@@ -94,7 +94,7 @@ def predict_folder(
     options = options or PredictOptions()
     probe.check(pipeline)
     names = output_names(sources, ".png", reserved=_RESERVED)
-    _keep_photographs(sources, names, out)
+    _lie_elsewhere(sources, out)
     with FolderLock(out):
         manifest = Manifest(out)
         described = describe(probe, pipeline, options)
@@ -238,7 +238,7 @@ class _Masks(Run):
 
     def depth_encoders(self) -> list[Encode]:
         assert self.probe.depth is not None
-        low, high = self.probe.depth["low"], self.probe.depth["high"]
+        low, high = self.probe.depth["near"], self.probe.depth["high"]
         encoders: list[Encode] = []
         if self.options.overlay:
             encoders.append(lambda metres: jpeg(depth_colours(metres, low, high)))
@@ -255,16 +255,16 @@ class _Masks(Run):
 
 def depth_colours(metres: np.ndarray, low: float, high: float) -> np.ndarray:
     """Near is bright, far is dark, by the logarithm; the same colours in all pictures."""
-    return heat_colours(-np.log(np.clip(metres, low, high)), -np.log(high), -np.log(max(low, 0.1)))
+    return heat_colours(-np.log(np.clip(metres, low, high)), -np.log(high), -np.log(low))
 
 
-def _keep_photographs(sources: Sequence[Source], names: Sequence[PurePosixPath], out: Path) -> None:
-    photographs = {os.path.realpath(source.path) for source in sources}
-    for name in names:
-        if os.path.realpath(out / name) in photographs:
+def _lie_elsewhere(sources: Sequence[Source], out: Path) -> None:
+    inside = os.path.realpath(out) + os.sep
+    for source in sources:
+        if os.path.realpath(source.path).startswith(inside):
             raise UsageError(
-                f"the result {printable(out / name)} would replace a photograph of this run; "
-                "choose another folder with --output"
+                f"{source} lies in the output folder {printable(out)}, where the next run would "
+                "take masks for pictures: choose another folder with --output"
             )
 
 

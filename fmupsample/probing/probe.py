@@ -41,7 +41,8 @@ class Probe:
         upsampler: ``name`` and ``fingerprint`` (of its parameters, for a learned one).
         pictures: ``image_size``, ``fit`` and ``precision`` with which it was fitted.
         classes: of segmentation; ``None`` for depth.
-        depth: ``low``, ``high`` (metres) and ``scale`` (units a metre in 16-bit files), for depth.
+        depth: for depth ``low`` and ``high`` (metres), ``scale`` (units a metre in 16-bit files)
+            and ``near`` (about the nearest in the training pictures; colours begin there).
         card: how it was made and how good it is, for people.
     """
 
@@ -248,8 +249,10 @@ def _from_facts(linear: LinearProbe, facts: Mapping[str, Any]) -> Probe:
         if len(classes) != outputs:
             raise ValueError(f"{outputs} outputs for {len(classes)} classes")
     else:
-        depth = {k: float(facts["depth"][k]) for k in ("low", "high", "scale")}
+        depth = {k: float(facts["depth"][k]) for k in ("low", "high", "scale", "near")}
         Depth(depth["low"], depth["high"], outputs)
+        if not depth["low"] <= depth["near"] <= depth["high"]:
+            raise ValueError(f"the nearest depth {depth['near']:g} is out of range")
     pictures = dict(facts["pictures"])
     for key in ("image_size", "fit", "precision"):
         if not isinstance(pictures[key], str):

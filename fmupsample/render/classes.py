@@ -42,16 +42,18 @@ def draw_legend(
     """Swatch, number and name of each class, in columns; uint8 ``[h, w, 3]``."""
     columns = -(-len(names) // _MOST_ROWS)
     rows = -(-len(names) // columns)
-    texts = [f"{index}  {name}" for index, name in zip(indices, names, strict=True)]
-    wide = min(320, max(text_width(text, _SIZE) for text in texts))
-    column = _ROW + 10 + wide + _MARGIN
+    digits = max(text_width(str(index), _SIZE) for index in indices)
+    wide = min(320, max(text_width(name, _SIZE) for name in names))
+    column = _ROW + 4 + digits + 12 + wide + _MARGIN
     sheet = Image.new("RGB", (columns * column + _MARGIN, rows * _ROW + 2 * _MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for place, (text, colour) in enumerate(zip(texts, colours, strict=True)):
+    for place, (name, index, colour) in enumerate(zip(names, indices, colours, strict=True)):
         x = _MARGIN + place // rows * column
         y = _MARGIN + place % rows * _ROW
         pen.rectangle((x, y + 3, x + _ROW - 6, y + _ROW - 4), fill=colour, outline=FAINT)
-        draw_text(sheet, (x + _ROW + 4, y + _ROW // 2), text, _SIZE, colour=INK, width=wide)
+        middle, right = y + _ROW // 2, x + _ROW + 4 + digits
+        draw_text(sheet, (right, middle), str(index), _SIZE, colour=FAINT, align="right")
+        draw_text(sheet, (right + 12, middle), name, _SIZE, colour=INK, width=wide)
     return np.asarray(sheet)
 
 

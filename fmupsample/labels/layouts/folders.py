@@ -1,13 +1,16 @@
 """Parallel folders: pictures in one, labels of the same names in another, nested or not.
 
+Where no name is the same, ``a_mask.png`` (``_label``, ``_gt``, ``_L``, ...) belongs to ``a.jpg``.
+
 Given as two folders, or as a root with ``images/`` and ``labels/`` (or the like) below it, or below
 ``train/``, ``val/``, ...
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from fmupsample.errors import UsageError
 from fmupsample.images.find import Source, printable
@@ -24,6 +27,10 @@ WHAT = "two folders with matching names, or a root with images/ and labels/"
 
 _IMAGES = ("images", "image", "imgs", "img", "photos", "rgb")
 _LABELS = ("labels", "label", "masks", "mask", "annotations", "annots", "gt", "depth")
+# CamVid as it is published has _L.
+_END = re.compile(
+    r"(.+)[-_.](segmentation|annotation|labels?|masks?|trimap|depth|seg|gt|l)", re.IGNORECASE
+)
 
 
 def recognises(images: Path, labels: Path | None) -> bool:
@@ -38,7 +45,15 @@ def find(images: Path, labels: Path | None, split: str | None) -> Found:
     if labels is None:
         images, labels = _below(images)
     found = match(images, labels)
+    if not found.pairs and found.orphans:
+        found = match(images, labels, label_key=_without_end)
     return found if listed is None else keep_split(found, read_split(listed), listed)
+
+
+def _without_end(path: PurePosixPath) -> PurePosixPath:
+    """``sub/a_mask.png`` -> ``sub/a``, for the ends that people give to names of labels."""
+    ended = _END.fullmatch(path.stem)
+    return path.with_name(ended[1] if ended else path.stem)
 
 
 def _split(images: Path, labels: Path | None, split: str) -> tuple[Path, Path | None]:
