@@ -19,6 +19,8 @@ from pathlib import Path, PurePosixPath
 import torch
 import torch.nn.functional as F
 
+from fmupsample.bench.machine import describe
+from fmupsample.bench.measuring import Apart, Case, OutOfMemory, time_cases
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.probing import EncodedPicture, Example, FitOptions, LinearProbe, MemoryStore
@@ -30,8 +32,6 @@ import bars
 import reports
 from bars import Bar
 from cases import CLASSES, Setting, Workload
-from machine import describe
-from measuring import Apart, Case, OutOfMemory, time_cases
 
 PICTURES = 4  # of an epoch, and of a batch
 EPOCHS = ("epoch, drawn pixels", "epoch, all pixels", "epoch, materialised")
