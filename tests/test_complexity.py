@@ -115,9 +115,9 @@ def test_stacks(name):
         cost(config, (4, 4), (8, 8))
 
 
-# The table in the README of the SAPA repository: what upsamplers add to a SegFormer-B1 at 512 x 512.
-# Its head has 256 channels and brings levels of 1/32, 1/16 and 1/8 to 1/4 by three, two and one
-# upsamplers of ratio 2; d is 32, K is 5 (A2U: 3).
+# The table in the README of the SAPA repository: what upsamplers add to a SegFormer-B1 at 512 x
+# 512. Its head has 256 channels and brings levels of 1/32, 1/16 and 1/8 to 1/4 by three, two and
+# one upsamplers of ratio 2; d is 32, K is 5 (A2U: 3).
 SEGFORMER = [16, 32, 64, 32, 64, 64]
 PUBLISHED = [
     (SAPAConfig(256, stem=False, similarity="inner"), 0.75, 0.00),

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from machine import cache_bytes
 
+from fmupsample.bench.machine import cache_bytes
 from fmupsample.device import is_out_of_memory
 
 Case = Callable[[], object]
