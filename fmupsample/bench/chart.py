@@ -15,6 +15,7 @@ from fmupsample.render.text import FAINT, INK, fit, text_width
 
 ROW, PANEL, GAP, TOP, BOTTOM, RIGHT = 24, 196, 26, 132, 58, 28
 _MOST_TICKS = 5
+_LEAST_GAP = 0.2  # between marks, as a share of the axis: their numbers do not touch
 
 
 @dataclass
@@ -101,7 +102,7 @@ def _panels(report: BenchReport, sizes: Sequence[int]) -> list[_Panel]:
 
     panels = [
         _Panel("time of a map", by_size("median_s"), _seconds),
-        _Panel("peak memory", by_size("peak_bytes"), lambda v: f"{amount(v)}B"),
+        _Panel("peak memory", by_size("peak_bytes"), _bytes),
         _Panel("multiply-adds", by_size("macs"), amount),
         _Panel("parameters", [_parameters(report, sizes)], amount),
     ]
@@ -185,10 +186,10 @@ def _scale(values: Sequence[float], logarithmic: bool) -> tuple[float, float, li
         pad = max(0.04 * (high - low), 0.05)
         low, high = low - pad, high + pad
         decades = range(math.floor(low), math.ceil(high) + 1)
-        for parts in ((1, 2, 5), (1, 3), (1,)):
+        for parts, closest in (((1, 2, 5), 0.3), ((1, 3), 0.47), ((1,), 1.0)):
             ticks = [p * 10.0**d for d in decades for p in parts]
             ticks = [t for t in ticks if low <= math.log10(t) <= high]
-            if len(ticks) <= _MOST_TICKS:
+            if len(ticks) <= _MOST_TICKS and closest / (high - low) > _LEAST_GAP:
                 break
         return low, high, ticks[:: math.ceil(len(ticks) / _MOST_TICKS)] if ticks else []
     low, high = min(values), max(values)
@@ -197,6 +198,13 @@ def _scale(values: Sequence[float], logarithmic: bool) -> tuple[float, float, li
     step = next(s for s in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if (high - low) / s <= _MOST_TICKS)
     first = math.ceil(low / step)
     return low, high, [step * n for n in range(first, math.floor(high / step) + 1)]
+
+
+def _bytes(value: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value / 1e3:.3g} kB"
 
 
 def _seconds(value: float) -> str:
