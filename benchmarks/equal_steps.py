@@ -179,7 +179,8 @@ def side_by_side(
         label = "patch features" if name == "nearest" else name
         tiles.append(Tile(label, basis.to_rgb(_scores(pipeline, item, basis))))
     steps = f"{args.steps} steps of {args.batch_size}, {args.image_size} px"
-    return draw_panel(tiles, caption=f"{backbone.name}, heads after {steps}").pixels
+    caption = f"{backbone.name}, heads after {steps}"
+    return draw_panel(tiles, caption=caption, columns=min(4, len(tiles))).pixels
 
 
 def _scores(pipeline: Pipeline, item: Item, basis: PCABasis) -> torch.Tensor:
@@ -240,7 +241,9 @@ def main(arguments: list[str] | None = None) -> None:
     with RichProgress(unit="steps") as progress:
         cells = run(args, progress, note)
     names = [name for name in (*UNTRAINED, *TRAINED) if name in cells.upsamplers]
-    Console().print(tables.table(cells.cells, "camvid", names))
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(tables.table(cells.cells, "camvid", names))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,12 @@ class Drawn:
     def view(self, flipped: bool = False) -> View:
         weights = torch.ones(()).expand(1, self.features.shape[1], 1)
         return View(self.features, weights)
+
+
+class Kept(Nearest):
+    """The upsampler of such pictures: every pixel is a cell."""
+
+    name: ClassVar[str] = "drawn pixels"
 
 
 class Comparison:
@@ -134,7 +140,7 @@ class Comparison:
             found = _halved(features_at(pipeline, self._restored(item), pixels)).cpu()
             examples.append(Example(Drawn(item.source, found.T[..., None]), labels[:, None]))
             self.progress.advance()
-        return fit_probe(examples, Nearest(), len(self.table), self.options, self.progress)
+        return fit_probe(examples, Kept(), len(self.table), self.options, self.progress)
 
     def _shown(self, pairs: Sequence[Pair]) -> Iterator[tuple[Item, Tensor]]:
         """Each picture with its features in half precision on the CPU, and its labels."""
