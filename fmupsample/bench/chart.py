@@ -59,8 +59,9 @@ def draw(report: BenchReport) -> Image.Image | None:
     for number, panel in enumerate(panels):
         x = left + number * (PANEL + GAP)
         _draw_panel(pen, panel, x, names)
+    timed = {r["upsampler"] for r in report.rows if r["median_s"] is not None}
     for name in names:
-        if last[name]["median_s"] is None:
+        if name not in timed:
             why = fit(last[name]["reason"] or "", 11, PANEL - 8)
             pen.text((left + 6, _row(names.index(name)) - 7), why, 11, FAINT)
     return finished(canvas)

@@ -241,7 +241,7 @@ class Bench:
         with ExitStack() as stack:
             try:
                 runners = self._runners(stack, size, exact, inputs, reasons)
-                count = len(runners) * (1 + self.options.rounds)
+                count = len(runners) * self.options.rounds
                 if self.options.memory:
                     count += len(runners) - (BACKBONE in runners)
                 self.progress.start(count, f"measuring at {inputs.pixels[0]} px")
@@ -249,6 +249,7 @@ class Bench:
                     runners,
                     self.options.rounds,
                     seconds=self.options.seconds,
+                    warm_up=False,  # they were tried
                     peaks=lambda name: self.options.memory and name != BACKBONE,
                     kept=kept,
                     called=self.progress.advance,

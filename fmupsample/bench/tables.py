@@ -72,7 +72,8 @@ def where(report: BenchReport) -> str:
     """Machine and backbone in one line."""
     machine = report.machine
     gpu = (machine.get("gpu") or {}).get("name")
-    place = gpu or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    place = gpu or f"{machine['cpu']}, {threads}"
     return f"{report.settings['backbone']}, {place}, PyTorch {machine['torch']}"
 
 
