@@ -61,6 +61,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
 UNTRAINED = ("nearest", "bilinear", "jbu")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "images" / "cat.jpg"
 NAME = "equal_steps"
+KEYS = ("dataset", "upsampler", "fingerprint", "seed")  # of a cell
 Say = Callable[[str], None]
 
 
@@ -195,37 +196,40 @@ def _stop(source: object, error: FmupsampleError) -> None:
 
 
 def run(args: argparse.Namespace, progress: Progress, say: Say) -> Cells:
+    """Train and judge one method after the other; what is finished is in the folder."""
     backbone = load_backbone(args.backbone)
     pictures = len(find_images([args.photos])[: args.pictures])
-    path = args.output / f"{NAME}.json"
     device = resolve_device(args.device)
+    path = args.output / f"{NAME}.json"
     cells = Cells(path, describe(device), settings(args, backbone, pictures))
     cells.write()  # from now on the folder belongs to these settings
-    upsamplers = {name: load_upsampler(backbone, name) for name in UNTRAINED}
-    for name in args.methods:
+    backbone = backbone.to(device)
+    compared: Comparison | None = None
+    upsamplers: dict[str, Upsampler] = {}
+    for name in (*UNTRAINED, *args.methods):
         try:
-            upsamplers[name] = trained(name, args, backbone, progress, say)
+            if name in TRAINED:
+                upsampler = trained(name, args, backbone, progress, say)
+            else:
+                upsampler = load_upsampler(backbone, name)
         except FmupsampleError as error:
             cells.skipped[name] = str(error)
             say(f"{name}: left out, {error}")
-    backbone = backbone.to(device)
-    write(args.output / f"{NAME}.jpg", encode(side_by_side(args, backbone, upsamplers), ".jpg"))
-    known = {n: ("camvid", n, up.fingerprint, args.seed) for n, up in upsamplers.items()}
-    keys = ("dataset", "upsampler", "fingerprint", "seed")
-    if any(cells.find(*key) is None for key in known.values()):
-        compared = comparison(args, backbone, progress)
-    for name, upsampler in upsamplers.items():
-        if cells.find(*known[name]) is not None:
+            continue
+        upsamplers[name] = upsampler
+        key = ("camvid", name, upsampler.fingerprint, args.seed)
+        if cells.find(*key) is not None:
             say(f"{name}: judged before")
             continue
+        compared = compared or comparison(args, backbone, progress)
         begun = time.perf_counter()
-        shared = dict(zip(keys, known[name], strict=True))
-        cell = shared | compared.measure(upsampler)
+        cell = dict(zip(KEYS, key, strict=True)) | compared.measure(upsampler)
         cells.add(cell, facts(name, upsampler, args))
+        write(args.output / f"{NAME}.md", tables.markdown(cells.cells, list(upsamplers)).encode())
         said = ", ".join(f"{p} {100 * cell[p]['miou']:.1f}" for p in tables.PROBES)
         say(f"{name}: {said} ({time.perf_counter() - begun:.0f} s)")
     cells.write()
-    write(args.output / f"{NAME}.md", tables.markdown(cells.cells, list(upsamplers)).encode())
+    write(args.output / f"{NAME}.jpg", encode(side_by_side(args, backbone, upsamplers), ".jpg"))
     return cells
 
 
