@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory, Runner
 from fmupsample.device import is_out_of_memory
 from fmupsample.ops import reassemble
 from fmupsample.upsamplers import JointBilateral, ReSFU, ReSFUConfig
 
 import backends
-from measuring import Apart, Case, Here, OutOfMemory, Runner
 
 TESTS = Path(__file__).parents[1] / "tests"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

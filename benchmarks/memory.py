@@ -19,6 +19,8 @@ import torch
 
 import fmupsample.pipeline
 from fmupsample.backbones import load_backbone
+from fmupsample.bench.machine import describe
+from fmupsample.bench.measuring import Apart, OutOfMemory
 from fmupsample.images.find import Source
 from fmupsample.images.size import Frame, ImageSize
 from fmupsample.memory import parse_memory
@@ -26,8 +28,6 @@ from fmupsample.pipeline import Item, Pipeline
 from fmupsample.upsamplers import load_upsampler
 
 import reports
-from machine import describe
-from measuring import Apart, OutOfMemory
 
 SIZES = (560, 1120, 1680, 2240, 3360, 4480)
 # Whole pictures are measured up to here; larger ones take gigabytes.

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmupsample.bench.machine import describe
+from fmupsample.bench.measuring import Apart, Case, Here, Runner, time_cases
 from fmupsample.device import resolve_device
 
 import backends
 import reports
 from cases import Setting, Workload
-from machine import describe
-from measuring import Apart, Case, Here, Runner, time_cases
 
 
 def own(setting: Setting, device: torch.device, name: str) -> Case:

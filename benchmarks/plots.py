@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from fmupsample.render.text import FAINT, INK, PAPER, font, text_width
+from fmupsample.render.plot import AXIS, COLOURS, GREYS, GRID, Draw, blank, finished, seconds
+from fmupsample.render.text import FAINT, INK, text_width
 
-GRID, AXIS = (232, 232, 236), (150, 150, 158)
-# Colours that stay apart for colour-blind readers (Okabe and Ito).
-COLOURS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233)]
-GREYS = [(90, 90, 98), (160, 160, 168)]
-
-SCALE = 3  # drawn larger and shrunk: smooth lines
 WIDTH, HEIGHT = 470, 330  # of a panel's frame
 LEFT, GAP, RIGHT, TOP, BOTTOM = 74, 84, 28, 122, 66
 
@@ -50,8 +45,8 @@ def chart(title: str, note: str, panels: list[Panel], colours: dict[str, tuple])
     """Panels side by side under one legend; ``colours`` gives the names' order and colours."""
     width = LEFT + len(panels) * WIDTH + (len(panels) - 1) * GAP + RIGHT
     height = TOP + HEIGHT + BOTTOM
-    canvas = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
-    draw = _Draw(canvas)
+    canvas = blank(width, height)
+    draw = Draw(canvas)
     draw.text((LEFT, 16), title, 19, INK)
     draw.text((LEFT, 43), note, 13, FAINT)
     shown = [name for name in colours if any(name in panel.series for panel in panels)]
@@ -63,10 +58,10 @@ def chart(title: str, note: str, panels: list[Panel], colours: dict[str, tuple])
         x += 29 + text_width(name, 13) + 24
     for number, panel in enumerate(panels):
         _panel(draw, panel, LEFT + number * (WIDTH + GAP), colours)
-    return canvas.resize((width, height), Image.Resampling.LANCZOS)
+    return finished(canvas)
 
 
-def _panel(draw: _Draw, panel: Panel, left: int, colours: dict[str, tuple]) -> None:
+def _panel(draw: Draw, panel: Panel, left: int, colours: dict[str, tuple]) -> None:
     x0, x1, y0, y1 = panel.bounds
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -95,38 +90,6 @@ def _panel(draw: _Draw, panel: Panel, left: int, colours: dict[str, tuple]) -> N
         draw.line(points, colour, 2.4)
         for point in points:
             draw.dot(point, colour)
-
-
-def seconds(value: float) -> str:
-    """A round number of seconds in its usual unit."""
-    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if value * factor >= 0.999:
-            return f"{value * factor:g} {unit}"
-    return f"{value:g} s"
-
-
-class _Draw:
-    """Lines, dots and text in unscaled coordinates."""
-
-    def __init__(self, canvas: Image.Image):
-        self.draw = ImageDraw.Draw(canvas)
-
-    def line(self, points: list[tuple[float, float]], colour: tuple, width: float) -> None:
-        if len(points) > 1:
-            scaled = [(x * SCALE, y * SCALE) for x, y in points]
-            self.draw.line(scaled, fill=colour, width=max(1, round(width * SCALE)), joint="curve")
-
-    def dot(self, at: tuple[float, float], colour: tuple, radius: float = 4) -> None:
-        (x, y), r = (c * SCALE for c in at), radius * SCALE
-        self.draw.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=PAPER, width=SCALE)
-
-    def text(
-        self, at: tuple[float, float], text: str, size: int, colour: tuple, anchor: str = "left"
-    ) -> None:
-        shift = {"left": 0, "middle": 0.5, "right": 1}[anchor]
-        face = font(size * SCALE)
-        x = at[0] * SCALE - shift * face.getlength(text)
-        self.draw.text((x, at[1] * SCALE), text, fill=colour, font=face)
 
 
 def growth(results: list[dict], dtype: str, machine: dict) -> Image.Image | None:

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from fmupsample.backbones import load_backbone
+from fmupsample.bench.machine import describe
+from fmupsample.bench.measuring import Apart, Case, OutOfMemory, time_cases
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.images.size import ImageSize
@@ -50,8 +52,6 @@ import reports
 from bars import Bar
 from cases import CLASSES, Setting, Workload
 from labelled import CAMVID
-from machine import describe
-from measuring import Apart, Case, OutOfMemory, time_cases
 
 PICTURES = 4  # of an epoch, and of a batch
 EPOCHS = ("epoch, drawn pixels", "epoch, all pixels", "epoch, materialised")

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 
 from fmupsample.backbones import load_backbone
+from fmupsample.bench.machine import describe
 from fmupsample.device import resolve_device
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images.size import ImageSize
@@ -50,7 +51,6 @@ import tables
 from cells import Cells
 from contenders import Contender, gather, named_file
 from labelled import CAMVID, Labelled, camvid, davis
-from machine import describe
 
 QUICK = {"image_size": 336, "limits": (100, 50), "seeds": 1}
 FULL = {"image_size": 448, "limits": (None, None), "seeds": 3}

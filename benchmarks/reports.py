@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from machine import same_machine
+from fmupsample.bench.machine import same_machine
 
 
 def read(path: Path | None, machine: dict) -> list[dict]:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from fmupsample.bench.machine import describe, free_bytes
+from fmupsample.bench.measuring import time_cases
 from fmupsample.device import resolve_device
 from fmupsample.errors import FmupsampleError
 
@@ -34,8 +36,6 @@ from cases import (
     runners,
 )
 from errors import measure_errors, worst_ratio
-from machine import describe, free_bytes
-from measuring import time_cases
 from plots import growth
 
 SWEEPS = {

@@ -24,6 +24,7 @@ COMMANDS = (
     ("extract", "extract", FEATURES),
     ("train", "train", FEATURES),
     ("probe", "probe", FEATURES),
+    ("bench", "bench", TOOLS),
     ("models", "models", TOOLS),
     ("build", "build", TOOLS),
     ("doctor", "doctor", TOOLS),

@@ -93,7 +93,7 @@ def evaluate(
     from fmupsample.probing.evaluate import evaluate as judge_classes
     from fmupsample.probing.evaluate import evaluate_depth as judge_depth
     from fmupsample.probing.evaluate import report, table_for
-    from fmupsample_cli.report import print_json, print_summary
+    from fmupsample_cli.report import print_json, print_summary, save_files
 
     if depth:
         scale = depth_scale or fitted.depth["scale"]
@@ -128,7 +128,7 @@ def evaluate(
             errors = judge_depth(fitted, pipeline, dataset, scale, progress)
         payload |= {k: round(v, 6) for k, v in errors.summary().items()}
         if output is not None:
-            _save(output, {"metrics.json": (dumps(payload, indent=1) + "\n").encode()})
+            save_files(output, {"metrics.json": (dumps(payload, indent=1) + "\n").encode()})
         rows = {name: f"{payload[name]:.4f}" for name in errors.summary()}
         print_summary("probe eval", rows, as_json=json, payload=payload)
         return
@@ -148,6 +148,7 @@ def evaluate(
 def _write(output: Path, judge: Segmentation, probe: Probe, payload: dict[str, Any]) -> Path:
     from fmupsample.render.classes import draw_confusion
     from fmupsample.visualization.album import encode
+    from fmupsample_cli.report import save_files
 
     assert probe.classes is not None
     picture = draw_confusion(judge.whole.matrix.numpy(), probe.classes.names)
@@ -155,22 +156,8 @@ def _write(output: Path, judge: Segmentation, probe: Probe, payload: dict[str, A
         "metrics.json": (dumps(payload, indent=1) + "\n").encode(),
         "confusion.png": encode(picture, ".png"),
     }
-    _save(output, files)
+    save_files(output, files)
     return output / "confusion.png"
-
-
-def _save(output: Path, files: dict[str, bytes]) -> None:
-    from fmupsample.atomic import replacing
-    from fmupsample.errors import OutputError
-    from fmupsample.images import printable
-
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            with replacing(output / name) as temporary:
-                temporary.write_bytes(data)
-    except OSError as error:
-        raise OutputError(f"{printable(output)} cannot be written: {error.strerror}") from error
 
 
 def _show(payload: dict[str, Any], judge: Segmentation) -> None:

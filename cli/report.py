@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -54,7 +55,31 @@ def print_table(
 
 def print_json(payload: Any) -> None:
     """``payload`` as indented JSON on standard output; numbers JSON cannot hold become null."""
-    print(json.dumps(_finite(payload), indent=2, ensure_ascii=False, default=str))
+    print(json_text(payload))
+
+
+def json_text(payload: Any) -> str:
+    """The same as text."""
+    return json.dumps(_finite(payload), indent=2, ensure_ascii=False, default=str)
+
+
+def save_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write ``files`` into ``folder``, which is made, each whole or not at all.
+
+    Raises:
+        OutputError: that is not possible.
+    """
+    from fmupsample.atomic import replacing
+    from fmupsample.errors import OutputError
+    from fmupsample.images import printable
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"{printable(folder)} cannot be written: {error.strerror}") from error
 
 
 def human_bytes(count: float) -> str:

@@ -14,12 +14,13 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import allocating
 import upsampling
 
+from fmupsample.bench.measuring import Apart, Here, OutOfMemory, summary, time_cases
+
 import bars
 import errors
 import plots
 import reports
 from cases import Setting
-from measuring import Apart, Here, OutOfMemory, summary, time_cases
 from peers import neighbourhood_attention
 
 CPU = torch.device("cpu")

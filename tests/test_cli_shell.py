@@ -50,7 +50,17 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
     )
     result = started("-c", code)
     assert result.returncode == 0, result.stderr
-    for word in ("visualize", "extract", "train", "models", "build", "doctor", "Features", "Tools"):
+    for word in (
+        "visualize",
+        "extract",
+        "train",
+        "bench",
+        "models",
+        "build",
+        "doctor",
+        "Features",
+        "Tools",
+    ):
         assert word in result.stdout
 
 
@@ -59,7 +69,9 @@ def test_python_dash_m_is_the_command():
     assert (result.returncode, result.stdout) == (0, f"fmupsample {__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["visualize", "extract", "train", "models", "build", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["visualize", "extract", "train", "bench", "models", "build", "doctor"]
+)
 def test_every_command_has_a_help_page(command, capsys):
     assert main([command, "--help"]) == 0
     assert "--json" in capsys.readouterr().out

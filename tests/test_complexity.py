@@ -115,9 +115,9 @@ def test_stacks(name):
         cost(config, (4, 4), (8, 8))
 
 
-# The tables of the SAPA paper: what upsamplers add to a SegFormer-B1 at 512 x 512. Its head has 256
-# channels and brings levels of 1/32, 1/16 and 1/8 to 1/4 by three, two and one upsamplers of ratio
-# 2; d is 32, K is 5 (A2U: 3).
+# The table in the README of the SAPA repository: what upsamplers add to a SegFormer-B1 at 512 x
+# 512. Its head has 256 channels and brings levels of 1/32, 1/16 and 1/8 to 1/4 by three, two and
+# one upsamplers of ratio 2; d is 32, K is 5 (A2U: 3).
 SEGFORMER = [16, 32, 64, 32, 64, 64]
 PUBLISHED = [
     (SAPAConfig(256, stem=False, similarity="inner"), 0.75, 0.00),
@@ -142,10 +142,10 @@ def test_published_costs_that_differ():
         one = cost(config, (1, 1), (2, 2)).parameters
         return 6 * one / 1e6, sum(cost(config, (n, n), (2 * n,) * 2).macs for n in SEGFORMER) / 1e9
 
-    # 0.10 M and 1.02 G in the paper, as SAPA-B: the decoder's own query is not counted.
+    # 0.10 M and 1.02 G there, as SAPA-B: the decoder's own query is not counted.
     millions, gmacs = all_six(SAPAConfig(256, 256, stem=False, similarity="gated"))
     assert (round(millions, 2), round(gmacs, 2)) == (0.16, 1.15)
-    # 0.06 M in the paper: the vector of downsampling is not counted.
+    # 0.06 M there: the vector of downsampling is not counted.
     millions, _ = all_six(A2UConfig(256))
     assert round(millions - 6 * 257 * 36 / 1e6, 2) == 0.06
 

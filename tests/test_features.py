@@ -23,7 +23,16 @@ from fmupsample.features.layout import Layout, decode_weights, encode_weights
 from fmupsample.images import ImageSize, find_images
 from fmupsample.ops import reassemble, reassemble_window
 from fmupsample.pipeline import Pipeline
-from fmupsample.upsamplers import ReSFU, ReSFUConfig, load_upsampler
+from fmupsample.upsamplers import (
+    FADE,
+    SAPA,
+    FADEConfig,
+    ReSFU,
+    ReSFUConfig,
+    SAPAConfig,
+    Upsampler,
+    load_upsampler,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -40,9 +49,20 @@ def small_resfu(channels: int = 6, **options: object) -> ReSFU:
     return head.eval().requires_grad_(False)
 
 
+def scrambled(head: Upsampler) -> Upsampler:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    head.fingerprint = "scrambled"
+    return head.eval().requires_grad_(False)
+
+
 METHODS = {
     "resfu": small_resfu,
     "coarse": lambda: small_resfu(neighbours="coarse"),
+    "sapa": lambda: scrambled(SAPA(SAPAConfig(6, embedding=8))),
+    "fade": lambda: scrambled(FADE(FADEConfig(6, compressed=8))),
     **{n: lambda n=n: load_upsampler(PatchMeans(), n) for n in ("jbu", "bilinear", "nearest")},
 }
 

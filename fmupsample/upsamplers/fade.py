@@ -72,6 +72,8 @@ class FADE(Upsampler):
         self.guidance_is_image = c.stem
         self.fuses_skip = c.gate
         self.linear_in_value = c.border == "masked" and not c.gate
+        if self.linear_in_value:
+            self.neighbours, self.kernel_size = "coarse", c.kernel_size
         self.stem = GuidanceStem(c.guidance_channels) if c.stem else None
         scores, k = c.kernel_size**2, c.encoder_kernel_size
         middle, groups = (scores, scores) if c.lite else (c.compressed, 1)

@@ -84,6 +84,8 @@ class SAPA(Upsampler):
         self.config = c = config
         self.guidance_is_image = c.stem
         self.linear_in_value = c.border == "masked" and c.normalisation != "none"
+        if self.linear_in_value:
+            self.neighbours, self.kernel_size = "coarse", c.kernel_size
         self.stem = GuidanceStem(c.guidance_channels) if c.stem else None
         projected = c.similarity != "inner"
         # The inner product has no parameters: its norms have none either.

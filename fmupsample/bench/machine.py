@@ -99,7 +99,8 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../fmupsample")
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not somebody else's repository
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -11,7 +11,7 @@ import ctypes
 import gc
 import multiprocessing
 import random
-import resource
+import signal
 import statistics
 import sys
 import time
@@ -21,9 +21,8 @@ from typing import Protocol
 
 import torch
 
+from fmupsample.bench.machine import cache_bytes
 from fmupsample.device import is_out_of_memory
-
-from machine import cache_bytes
 
 Case = Callable[[], object]
 LEAST_ROUNDS = 3
@@ -53,6 +52,8 @@ def time_cases(
     seconds: float | None = None,
     warm_up: bool = True,
     peaks: Callable[[str], bool] = lambda name: False,
+    kept: dict[str, list[float]] | None = None,
+    called: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """Run every case ``rounds`` times after a warm-up, interleaved.
 
@@ -60,12 +61,15 @@ def time_cases(
         seconds: where given, no further round is begun after so long (three are at least).
         warm_up: ``False`` for calls of minutes, which would take twice as long.
         peaks: of which cases to measure the memory, after the rounds.
+        kept: where given, the seconds are put here as they come: what an interrupted run has.
+        called: is told after each call, warm-ups and those for memory included.
 
     Returns:
         ``{name: {"median_s", "quartiles_s", "rounds", "peak_bytes"}}``, and ``{name: reason}`` for
         the cases that ran out of memory.
     """
-    times: dict[str, list[float]] = {name: [] for name in runners}
+    times: dict[str, list[float]] = {} if kept is None else kept
+    times.update({name: [] for name in runners})
     skipped: dict[str, str] = {}
     for name in runners if warm_up else ():
         try:
@@ -73,6 +77,7 @@ def time_cases(
         except OutOfMemory as error:
             skipped[name] = str(error)
             del times[name]
+        called()
     order = list(times)
     shuffle = random.Random(0).shuffle
     begun = time.perf_counter()
@@ -86,12 +91,14 @@ def time_cases(
             except OutOfMemory as error:
                 skipped[name] = str(error)
                 del times[name]
+            called()
     rows = {name: summary(values) for name, values in times.items()}
     for name in filter(peaks, rows):
         try:
             rows[name]["peak_bytes"] = runners[name].peak()
         except OutOfMemory as error:
             skipped[f"peak of {name}"] = str(error)
+        called()
     return rows, skipped
 
 
@@ -179,9 +186,12 @@ class Apart:
     """
 
     def __init__(self, prepare: Callable[..., Case], *arguments: object, settle: bool = True):
-        # A server that has imported torch, and nothing else, forks quickly and has no threads.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "timm", "fmupsample.upsamplers"])
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            # A server that has imported torch, and nothing else, forks quickly and has no threads.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torch", "timm", "fmupsample.upsamplers"])
+        else:  # Windows
+            context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         threads = torch.get_num_threads()
         self._process = context.Process(
@@ -192,7 +202,7 @@ class Apart:
         try:
             self._answer()
         except BaseException:
-            self.close()
+            self.close(kill=True)
             raise
 
     def seconds(self) -> float:
@@ -217,17 +227,20 @@ class Apart:
             raise answer
         return answer
 
-    def close(self) -> None:
+    def close(self, *, kill: bool = False) -> None:
+        """End the process, at once or when it is done with what it does."""
         self._pipe.close()  # the process ends when it finds nobody there
-        self._process.join(10)
+        if not kill:
+            self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
+            self._process.join(10)
 
     def __enter__(self) -> Apart:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close(kill=kind is not None)
 
 
 def _serve(
@@ -235,6 +248,8 @@ def _serve(
 ) -> None:
     """The process of :class:`Apart`: answer until nobody asks."""
     torch.set_num_threads(threads)
+    # Ctrl-C is for the process that asks; it ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # where memory runs out, this process is the one to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     runner, answer = None, None
@@ -307,5 +322,9 @@ def _status(key: str) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    try:
+        import resource
+    except ImportError:  # Windows: nothing is known
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,1 @@
+"""Measuring upsamplers on the machine at hand: time, memory, cost by formula, probe quality."""

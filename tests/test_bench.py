@@ -1,0 +1,266 @@
+"""``fmupsample bench``: what it writes and says, and probes on methods that are not linear."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from toy import ToyBackbone, ToyUpsampler
+from typer.testing import CliRunner
+
+from fmupsample.backbones import load_backbone
+from fmupsample.bench import chart, run, tables
+from fmupsample.bench.methods import choose, cost_of
+from fmupsample.bench.quality import split, spread
+from fmupsample.bench.run import BenchReport
+from fmupsample.errors import UsageError
+from fmupsample.images import ImageSize, find_images
+from fmupsample.labels import open_dataset, survey
+from fmupsample.pipeline import Pipeline
+from fmupsample.probing.sampled import Comparison, features_at
+from fmupsample.upsamplers import Bilinear, Upsampler, save_head
+from fmupsample.upsamplers.learned import build_learned
+from fmupsample_cli.main import build_app, main
+
+SMALL = ("--device", "cpu", "--sizes", "56", "--rounds", "1")
+KEYS = {
+    "size", "upsampler", "method", "weights", "pixels", "cells", "parameters", "macs", "median_s",
+    "quartiles_s", "rounds", "peak_bytes", "output_bytes", "of_backbone", "reason",
+}  # fmt: skip
+
+
+def labelled(root: Path, count: int = 6) -> Path:
+    """``images/`` and ``labels/``: a disc (1) on a ground (0), a row that does not count."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        picture, labels = Image.new("RGB", (72, 64), (30, 90, 200)), Image.new("L", (72, 64), 0)
+        x, y = (int(v) for v in random.integers(4, 30, 2))
+        ImageDraw.Draw(picture).ellipse((x, y, x + 26, y + 26), fill=(230, 60, 40))
+        ImageDraw.Draw(labels).ellipse((x, y, x + 26, y + 26), fill=1)
+        ImageDraw.Draw(labels).line((0, 0, 71, 0), fill=255)
+        for folder, image in (("images", picture), ("labels", labels)):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            image.save(root / folder / f"{number}.png")
+    return root
+
+
+def test_a_small_bench_writes_everything(tmp_path):
+    out = tmp_path / "bench"
+    labelled(tmp_path)
+    head = tmp_path / "mine.safetensors"
+    backbone = load_backbone("embedded")
+    torch.manual_seed(0)
+    save_head(head, build_learned("sapa", {"channels": backbone.channels}), backbone)
+    arguments = ["bench", str(tmp_path / "images"), "--labels", str(tmp_path / "labels"), *SMALL]
+    names = ["--upsamplers", "bilinear, dysample,a2u", "--head", str(head)]
+    result = CliRunner().invoke(build_app(), [*arguments, *names, "-o", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "bench.json").read_text())
+    assert report == json.loads(result.stdout)
+    assert report["format"] == "fmupsample-bench/1" and report["complete"]
+    assert {"cpu", "torch", "threads", "commit"} <= report["machine"].keys()
+    assert report["settings"]["backbone"] == backbone.name and not report["skipped"]
+    rows = {row["upsampler"]: row for row in report["rows"]}
+    assert set(rows) == {"backbone", "bilinear", "dysample", "a2u", "mine"}
+    for row in rows.values():
+        assert row.keys() == KEYS and row["size"] == 56 and row["cells"] == [4, 4]
+    for name in ("bilinear", "dysample", "mine"):
+        low, high = rows[name]["quartiles_s"]
+        assert 0 < low <= rows[name]["median_s"] <= high and rows[name]["reason"] is None
+        assert rows[name]["output_bytes"] == 4 * backbone.channels * 56 * 56
+        assert rows[name]["peak_bytes"] > 0 and rows[name]["of_backbone"] > 0
+    weights = {name: rows[name]["weights"] for name in ("bilinear", "dysample", "mine")}
+    assert weights == {"bilinear": "none", "dysample": "random", "mine": "trained"}
+    assert rows["mine"]["method"] == "sapa" and rows["mine"]["parameters"] > 10_000
+    assert rows["a2u"]["median_s"] is None and "encoder-decoder" in rows["a2u"]["reason"]
+
+    quality = {row["upsampler"]: row for row in report["quality"]["rows"]}
+    assert (report["quality"]["fitted_on"], report["quality"]["judged_on"]) == (4, 2)
+    assert "trained head" in quality["dysample"]["reason"]
+    for name in ("bilinear", "mine"):
+        assert 0 < quality[name]["fitted"]["miou"] <= 1
+    page = (out / "bench.md").read_text()
+    assert "| mine | " in page and "## Probe quality" in page and "random parameters" in page
+    with Image.open(out / "bench.png") as picture:
+        assert picture.format == "PNG" and picture.width > 800
+        assert set(chart.COLOURS[2:4]) <= {c for _, c in picture.getcolors(1 << 20)}
+
+
+def test_the_tables_are_for_people(capsys):
+    names = ("--upsamplers", "nearest,max-unpooling", "--no-memory", "--quiet")
+    assert main(["bench", *SMALL, *names]) == 0
+    said = capsys.readouterr()
+    assert "4x4 cells to 56x56 pixels" in said.out and "x backbone" in said.out
+    assert "max-unpooling" in said.out and "encoder-decoder" in said.out
+    assert said.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--sizes", "56,large"], 2, "--sizes '56,large' is not understood"),
+        (["--sizes", "8"], 2, "size 8 is not possible"),
+        (["--sizes", "56,56"], 2, "each once"),
+        (["--rounds", "0"], 2, "--rounds"),
+        (["--upsamplers", "sorcery"], 2, "'sorcery' is no upsampler: there are nearest"),
+        (["--upsamplers", "jbu,jbu"], 2, "two upsamplers are called jbu"),
+        (["--upsamplers", ","], 2, "nothing to measure"),
+        (["--head", "none.safetensors"], 1, "there is no head file none.safetensors"),
+        (["no-such-folder"], 2, "no-such-folder"),
+        (["--labels", "x"], 2, "--labels needs one folder of pictures"),
+        (["a", "--labels", "x"], 2, "the folder of pictures a does not exist"),
+        (["--backbone", "no-such-model"], 1, "no-such-model"),
+        (["--device", "tpu"], 2, "device 'tpu' is unknown"),
+    ],
+)
+def test_bad_inputs_are_one_sentence(arguments, code, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "-o", "out", *arguments]) == code
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert not Path("out/bench.json").exists()
+
+
+def test_an_output_that_cannot_be_is_said_before_measuring(tmp_path, capsys):
+    taken = tmp_path / "file"
+    taken.write_text("mine")
+    assert main(["bench", *SMALL, "-o", str(taken)]) == 1
+    assert "cannot be written" in capsys.readouterr().err and taken.read_text() == "mine"
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    def interrupted(runners, rounds, *, kept, **_):
+        kept |= {"backbone": [2.0, 2.0], "nearest": [1.0, 3.0], "bilinear": []}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "time_cases", interrupted)
+    arguments = ["--upsamplers", "nearest,bilinear", "-o", str(tmp_path)]
+    assert main(["bench", *SMALL, *arguments]) == 130
+    report = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["upsampler"]: row for row in report["rows"]}
+    assert not report["complete"]
+    assert (rows["nearest"]["median_s"], rows["nearest"]["of_backbone"]) == (2.0, 1.0)
+    assert rows["bilinear"]["median_s"] is None and rows["bilinear"]["reason"] == "interrupted"
+    assert "interrupted" in (tmp_path / "bench.md").read_text()
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_a_row(capsys, monkeypatch):
+    monkeypatch.setattr(run, "free_bytes", lambda device: 1000)
+    assert main(["bench", *SMALL, "--upsamplers", "nearest,carafe", "--json", "-q"]) == 0
+    rows = {row["upsampler"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert "0.0 GB that are free" in rows["nearest"]["reason"]
+    assert rows["carafe"]["parameters"] > 0 and rows["carafe"]["median_s"] is None
+    assert rows["backbone"]["median_s"] > 0
+
+
+def test_a_size_the_backbone_does_not_take_is_said(capsys, monkeypatch):
+    def load(self, image_size=None):
+        backbone = load_backbone("embedded")
+        if image_size is not None and image_size != (56, 56):
+            raise UsageError("built for 56 only")
+        backbone.fixed_size = (56, 56)
+        return backbone
+
+    monkeypatch.setattr(run.BackboneChoice, "load", load)
+    arguments = ["--device", "cpu", "--sizes", "84", "--upsamplers", "nearest"]
+    assert main(["bench", *arguments]) == 1
+    assert "84 px: built for 56 only" in " ".join(capsys.readouterr().err.split())
+
+
+def test_methods_and_costs():
+    backbone = load_backbone("embedded")
+    methods = {m.name: m for m in choose(backbone)}
+    assert methods["resfu"].weights == "trained"  # the shipped head
+    assert methods["sapa"].weights == "random" and methods["jbu"].weights == "none"
+    first, again = (methods["carafe"].build().state_dict() for _ in range(2))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    for name in ("bilinear", "resfu", "carafe"):
+        upsampler = methods[name].build()
+        price = cost_of(upsampler, backbone.channels, (4, 4), (56, 56))
+        assert price.macs > 0
+        assert price.parameters == sum(p.numel() for p in upsampler.parameters())
+
+
+def test_pictures_are_drawn_where_there_are_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "_EXAMPLES", tmp_path / "none")
+    assert run.default_pictures() == []
+    picture = run.drawn_picture(64)
+    assert picture.shape == (64, 64, 3) and picture.std() > 20
+    assert np.array_equal(picture, run.drawn_picture(64))
+
+
+def report_of(*rows: dict) -> BenchReport:
+    settings = {"sizes": [56, 112], "channels": 4, "backbone": "toy"}
+    machine = {"cpu": "a CPU", "threads": 2, "torch": "2.0", "gpu": None}
+    missing = dict.fromkeys(KEYS) | {"pixels": [56, 56], "cells": [4, 4], "weights": "none"}
+    return BenchReport(machine, "cpu", "torch", settings, [missing | row for row in rows])
+
+
+def test_the_chart_bears_whatever_was_measured():
+    assert chart.draw(report_of()) is None
+    failed = {"size": 56, "upsampler": "big", "reason": "out of memory " * 9, "parameters": 0}
+    assert chart.draw(report_of(failed)) is not None
+    timed = {"size": 112, "upsampler": "b", "median_s": 1e-4, "quartiles_s": [1e-4, 1e-4]}
+    report = report_of(failed, timed, timed | {"upsampler": "a", "median_s": 3e-5, "macs": 0})
+    assert chart.draw(report).height > 200
+    rows = tables.cost_rows(report, 112)
+    assert [row[0] for row in rows] == ["a", "b"] and rows[0][1] == "0.03"
+
+
+@pytest.mark.parametrize("values", [[1.0], [1e-6, 10.0], [3.0, 3.1], [0.0], [0.0, 5e9]])
+def test_axes_hold_their_values(values):
+    low, high, ticks = chart._scale(values, True)
+    logs = [np.log10(v) for v in values if v > 0]
+    assert all(low < v < high for v in logs) and len(ticks) <= 5
+    low, high, ticks = chart._scale([40.0, 40.2, 71.5], False)
+    assert low < 40 and high > 71.5 and 2 <= len(ticks) <= 5
+
+
+def test_labelled_pictures_are_spread_and_split():
+    assert spread(range(5), 9) == [0, 1, 2, 3, 4]
+    assert spread(range(100), 4) == [0, 33, 66, 99]
+    assert split([1, 2, 3, 4, 5, 6, 7]) == ([1, 2, 4, 5, 7], [3, 6])
+    with pytest.raises(UsageError, match="there are 2"):
+        split([1, 2])
+
+
+class Opaque(Upsampler):
+    """Bilinear interpolation that does not let anyone look inside."""
+
+    name = "opaque"
+    linear_in_value = False
+
+    def forward(self, x, guidance=None, *, size=None):
+        return torch.nn.functional.interpolate(x, self.check(x, guidance, size), mode="bilinear")
+
+
+@pytest.mark.parametrize("fit", ["resize", "pad"])
+def test_probes_do_not_see_whether_a_method_is_linear(tmp_path, fit):
+    dataset = open_dataset(labelled(tmp_path) / "images", tmp_path / "labels")
+    table = survey(dataset).table
+    pipeline = Pipeline(ToyBackbone(), image_size=ImageSize(short=60), fit=fit)
+    comparison = Comparison(pipeline, dataset.pairs[:4], dataset.pairs[4:], table, epochs=8)
+    rows = [comparison.measure(up) for up in (Bilinear(), Opaque(), ToyUpsampler())]
+    for probe in ("preserved", "fitted"):
+        same = [row[probe] for row in rows[:2]]
+        assert same[0]["miou"] == pytest.approx(same[1]["miou"], abs=2e-3)
+        assert same[0]["boundary_f"] == pytest.approx(same[1]["boundary_f"], abs=1e-2)
+    # Edges are where colours change, and that upsampler looks at colours.
+    assert rows[2]["fitted"]["band_miou"] > rows[0]["fitted"]["band_miou"]
+
+
+@pytest.mark.parametrize("fit", ["resize", "pad"])
+def test_features_at_pixels_are_those_of_the_map(tmp_path, fit):
+    sources = find_images([labelled(tmp_path, 1) / "images"])
+    for upsampler in (ToyUpsampler(), Opaque(), Bilinear()):
+        pipeline = Pipeline(ToyBackbone(), upsampler, image_size=ImageSize(short=60), fit=fit)
+        (item,) = pipeline.items(sources, on_error=None)
+        whole = pipeline.upsample(item)
+        pixels = torch.tensor([0, 5, whole.shape[2], whole[0].numel() - 1])
+        found = features_at(pipeline, item, pixels)
+        torch.testing.assert_close(found, whole.flatten(1)[:, pixels].T)
