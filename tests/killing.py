@@ -3,9 +3,9 @@
 Started as a script, it imports everything once and then forks a real process for each line of JSON
 on standard input: ``{"arguments": [...], "moment": n, "stop": bool}``. With ``moment`` the process
 kills (or stops) itself just before its n-th dealing with the disk: the opening, renaming or
-removing of a file, or the writing of bytes, of which it then leaves half. It answers with the number
-of the process, and when that has ended with how it ended, what it said, and how many moments there
-were.
+removing of a file, or the writing of bytes, of which it then leaves half. It answers with the
+number of the process, and when that has ended with how it ended, what it said, and how many moments
+there were.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ def _serve() -> None:
     from drawn import Blocks, PatchMeans
     from PIL import Image
 
-    import fmupsample.extraction.run
     from fmupsample.upsamplers import load_upsampler
     from fmupsample_cli import loading
     from fmupsample_cli.main import main

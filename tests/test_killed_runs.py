@@ -103,7 +103,7 @@ def test_killed_at_random_moments(way: str, runs: Runs, photos: Path, tmp_path: 
     assert code == 3, said
     assert visible(out) == expected
     assert records(out) == records(whole)
-    assert [path for path in out.rglob(".*")] == []
+    assert list(out.rglob(".*")) == []
 
 
 def _ok_so_far(out: Path) -> list[dict]:
@@ -131,4 +131,4 @@ def test_two_runs_at_once(runs: Runs, photos: Path, tmp_path: Path) -> None:
         os.kill(process, signal.SIGCONT)
     assert runs.end()[0] == 3
     assert visible(out) == visible(whole)
-    assert [path for path in out.rglob(".*")] == []
+    assert list(out.rglob(".*")) == []

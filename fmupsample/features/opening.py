@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -96,5 +97,9 @@ def _numpy(path: Path) -> Tensor:
         if array.ndim != 3 or array.dtype not in (np.float16, np.float32):
             raise ValueError(f"it holds {array.dtype} {list(array.shape)}, not features [C, H, W]")
         return torch.from_numpy(array)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise FeaturesError(f"{printable(path)} is not a readable feature file: {error}") from error
+    # numpy reads the header as Python does.
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FeaturesError(
+            f"{printable(path)} is not a readable feature file: {reason}"
+        ) from error

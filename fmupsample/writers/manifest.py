@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import threading
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fmupsample.atomic import replacing
@@ -96,8 +96,21 @@ class Manifest:
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("source"), str):
         return None
+    beside = record.get("beside", [])
+    if not isinstance(beside, list) or not all(_inside(name) for name in beside):
+        return None
+    if record.get("output") is not None and not _inside(record["output"]):
+        return None
     return record if isinstance(record.get("status"), str) else None
+
+
+def _inside(name: object) -> bool:
+    """Whether it names a file below the output folder: others are not removed or replaced."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
