@@ -84,6 +84,18 @@ Pca = Annotated[
         rich_help_panel=o.RESULTS,
     ),
 ]
+ShardSize = Annotated[
+    int | None,
+    typer.Option(
+        "--shard-size",
+        min=1,
+        metavar="N",
+        help="Write tar files of N pictures each, as WebDataset reads them, in place of a file a "
+        "picture.",
+        show_default=False,
+        rich_help_panel=o.RESULTS,
+    ),
+]
 
 
 def extract(
@@ -104,6 +116,7 @@ def extract(
     output_size: OutputSize = "image",
     tokens_only: TokensOnly = False,
     pca: Pca = None,
+    shard_size: ShardSize = None,
     device: o.Device = "auto",
     backend: o.Backend = o.BackendName.auto,
     precision: o.Precision = o.PrecisionName.fp32,
@@ -163,7 +176,9 @@ def extract(
         quiet=quiet,
         fit_on=sources if fit_head else None,
     )
-    wanted = ExtractOptions(format.value, dtype.value, output_size, tokens_only, pca, weight_bits)
+    wanted = ExtractOptions(
+        format.value, dtype.value, output_size, tokens_only, pca, weight_bits, shard_size
+    )
     with RichProgress(quiet=quiet) as progress:
         report = run(
             pipeline,

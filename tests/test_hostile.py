@@ -7,6 +7,7 @@ import io
 import re
 import shutil
 import subprocess
+import tarfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,12 +189,29 @@ def _manifest(path: Path) -> Path:
     return path
 
 
+def _shard(inside: Callable[[Path], Path], suffix: str) -> Callable[[Path], Path]:
+    def write(path: Path) -> Path:
+        part = inside(path.with_name(f"part{suffix}"))
+        with tarfile.open(path, "w") as tar:
+            tar.add(part, f"sub/a{suffix}")
+        return path
+
+    return write
+
+
+def _read_shard(path: Path) -> None:
+    for features in fmupsample.open_shards(path).values():
+        features.at([(3, 4)])
+
+
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
     "head": (hostile.write_head, lambda path: load_upsampler(PatchMeans(), path)),
     "probe": (hostile.write_probe, load_probe),
     "basis": (hostile.write_basis, Projection.load),
     "compact": (hostile.write_compact, lambda path: fmupsample.open(path).at([(3, 4)])),
     "npy": (hostile.write_map, lambda path: fmupsample.open(path).full()),
+    "shard": (_shard(hostile.write_compact, ".safetensors"), _read_shard),
+    "shard of npy": (_shard(hostile.write_map, ".npy"), _read_shard),
     "manifest": (_manifest, lambda path: Manifest(path.parent)),
     **{
         kind: (
