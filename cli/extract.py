@@ -143,12 +143,12 @@ def extract(
     --tokens-only make it smaller. Exit code 3 means that some pictures failed; the others are
     there.
     """
-    from fmupsample.images import find_images
     from fmupsample.images.size import ImageSize
-    from fmupsample_cli.progress import RichProgress, note, warn
+    from fmupsample_cli.pictures import find_pictures
+    from fmupsample_cli.progress import RichProgress, note
 
     # What cannot work is said before torch and the models are loaded.
-    sources = find_images(images or [], list_file=list_file, exclude=[output], warn=warn)
+    sources, complete = find_pictures(images, list_file, output)
     size = None if image_size is None else ImageSize.parse(image_size)
 
     from fmupsample.extraction.run import ExtractOptions
@@ -190,7 +190,7 @@ def extract(
             say=lambda message: note(message, quiet=quiet),
         )
     _summarise(report, used_backend(pipeline), json)
-    if report.failed:
+    if report.failed or not complete:
         raise typer.Exit(3 if report.done or report.skipped else 1)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fmupsample.analysis.pca import PCABasis
 from fmupsample.extraction.projection import Projection
 from fmupsample.features.layout import FORMAT as COMPACT
 from fmupsample.features.layout import Layout
@@ -247,7 +249,7 @@ NAMES += [
     Case("a file that may not be read", file("x.png", encoded("PNG")),
          "FILE cannot be read: Permission denied", fault=_unreadable),
     Case("a folder that may not be read", _folder,
-         "folder FILE cannot be read: Permission denied; left out", 0, fault=_unreadable),
+         "folder FILE cannot be read: Permission denied; left out", fault=_unreadable),
 ]  # fmt: skip
 
 
@@ -442,6 +444,61 @@ FEATURES = [
 ]  # fmt: skip
 
 
+def write_colours(path: Path) -> Path:
+    """A sound basis of ``visualize``, for :class:`drawn.PatchMeans`."""
+    made_for = {"backbone": PatchMeans.name, "layer": str(PatchMeans.layer)}
+    three = torch.ones(3)
+    PCABasis(torch.zeros(6), torch.eye(3, 6), -three, 0 * three, three, three / 3, made_for).save(
+        path
+    )
+    return path
+
+
+def shard(inside: Callable[[Path], Path], suffix: str = ".safetensors") -> Callable[[Path], Path]:
+    """What writes the file that ``inside`` writes into a tar file."""
+
+    def write(path: Path) -> Path:
+        part = inside(path.with_name(f"part{suffix}"))
+        with tarfile.open(path, "w") as tar:
+            tar.add(part, f"sub/a{suffix}")
+        return path
+
+    return write
+
+
+def _half_a_shard(folder: Path) -> Path:
+    path = shard(write_compact)(folder / "x.tar")
+    path.write_bytes(path.read_bytes()[:1200])
+    return path
+
+
+def _shard_of(content: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    return lambda folder: shard(lambda path: content(path.parent).rename(path))(folder / "x.tar")
+
+
+SHARDS = [
+    Case("no tar file", file("x.tar", b"no tar" * 200),
+         "FILE is not a readable shard (damaged or cut off?): ...", None),
+    Case("cut off", _half_a_shard, "FILE is not a readable shard (damaged or cut off?): ...", None),
+    Case("a sample cut off", _shard_of(cut(write_compact)), "FILE, sample sub/a is damaged: ...",
+         None),
+    Case("a sample that is a pickle in disguise", _shard_of(_PICKLE),
+         "FILE, sample sub/a is damaged: ...", None),
+]  # fmt: skip
+
+BASES = [
+    Case("an empty file", file("x.safetensors", b""), "FILE is not a PCA basis: ...", 2),
+    Case("a pickle in disguise", _PICKLE, "FILE is not a PCA basis: ...", 2),
+    Case("another safetensors file", write_in(write_basis),
+         "FILE is not a PCA basis: expected the basis.safetensors that 'fmupsample visualize' "
+         "leaves beside its pictures", 2),
+    Case("tensors of the wrong shape", changed(write_colours, _narrow("low")),
+         "FILE is a damaged PCA basis: its tensors do not fit together", 2),
+    Case("NaN", changed(write_colours, _nan("mean")),
+         "FILE is a damaged PCA basis: it holds NaN or infinity", 2),
+]  # fmt: skip
+
+
 # -- the output folder ----------------------------------------------------------------------------
 
 
@@ -528,6 +585,8 @@ GROUPS = {
     "`fmupsample probe predict FILE`": ("Nothing is started.", PROBES),
     "`--backbone-weights FILE`": ("Nothing is started; no code in a file is ever run.", WEIGHTS),
     "`fmupsample.open(FILE)`": ("A `FeaturesError`.", FEATURES),
+    "`fmupsample.open_shards(FILE)`": ("A `FeaturesError`, at once or for the sample.", SHARDS),
+    "`fmupsample visualize --basis FILE`": ("Nothing is drawn.", BASES),
     "`--output FILE`": ("What is in the folder stays.", OUTPUTS),
 }  # fmt: skip
 

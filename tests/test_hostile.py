@@ -7,7 +7,6 @@ import io
 import re
 import shutil
 import subprocess
-import tarfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 
 import fmupsample
 from fmupsample import backbones
+from fmupsample.analysis.pca import PCABasis
 from fmupsample.errors import FeaturesError, FmupsampleError
 from fmupsample.extraction.projection import Projection
 from fmupsample.images import read_picture, read_size
@@ -117,6 +117,23 @@ def test_feature_files(case: Case, tmp_path: Path) -> None:
     check(str(caught.value), case, path)
 
 
+@cases(hostile.SHARDS)
+def test_shards(case: Case, tmp_path: Path) -> None:
+    path = case.make(tmp_path)
+    with pytest.raises(FeaturesError) as caught:
+        _read_shard(path)
+    check(str(caught.value), case, path)
+
+
+@cases(hostile.BASES)
+def test_bases_of_colours(case: Case, tmp_path: Path, capsys) -> None:
+    path = case.make(tmp_path)
+    arguments = ("--basis", path, "--upsampler", "nearest")
+    assert call("visualize", "in", "-o", "out", *arguments) == case.code
+    check(capsys.readouterr().err, case, path)
+    assert not list(Path().glob("out/*"))
+
+
 @cases(hostile.OUTPUTS)
 def test_output_folders(case: Case, tmp_path: Path, monkeypatch, capsys) -> None:
     draw(tmp_path / "in/other.png")
@@ -189,16 +206,6 @@ def _manifest(path: Path) -> Path:
     return path
 
 
-def _shard(inside: Callable[[Path], Path], suffix: str) -> Callable[[Path], Path]:
-    def write(path: Path) -> Path:
-        part = inside(path.with_name(f"part{suffix}"))
-        with tarfile.open(path, "w") as tar:
-            tar.add(part, f"sub/a{suffix}")
-        return path
-
-    return write
-
-
 def _read_shard(path: Path) -> None:
     for features in fmupsample.open_shards(path).values():
         features.at([(3, 4)])
@@ -208,10 +215,11 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
     "head": (hostile.write_head, lambda path: load_upsampler(PatchMeans(), path)),
     "probe": (hostile.write_probe, load_probe),
     "basis": (hostile.write_basis, Projection.load),
+    "basis of colours": (hostile.write_colours, PCABasis.load),
     "compact": (hostile.write_compact, lambda path: fmupsample.open(path).at([(3, 4)])),
     "npy": (hostile.write_map, lambda path: fmupsample.open(path).full()),
-    "shard": (_shard(hostile.write_compact, ".safetensors"), _read_shard),
-    "shard of npy": (_shard(hostile.write_map, ".npy"), _read_shard),
+    "shard": (hostile.shard(hostile.write_compact, ".safetensors"), _read_shard),
+    "shard of npy": (hostile.shard(hostile.write_map, ".npy"), _read_shard),
     "manifest": (_manifest, lambda path: Manifest(path.parent)),
     **{
         kind: (

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from drawn import Blocks, PatchMeans, draw
 from killing import Runs
 
+from fmupsample import open_shards
 from fmupsample.errors import OutputError
 from fmupsample.extraction import extract
 from fmupsample.images import find_images
@@ -118,6 +120,37 @@ def _finished_so_far(out: Path) -> dict[str, object]:
         for source, record in latest.items()
         if record["status"] == "ok"
     }
+
+
+def test_killed_while_shards_are_repacked(runs: Runs, tmp_path: Path) -> None:
+    """Pictures have changed: their old samples go, the others of their shards move."""
+    photos, out, whole = (tmp_path / name for name in ("photos", "out", "whole"))
+    for i in range(10):
+        draw(photos / f"{i}.png", 16, 24 + i)
+    command = ("extract", photos, "-q", "--shard-size", 3, "-o")
+    assert runs.run(*command, out)[0] == 0
+    for i in (1, 4, 9):
+        draw(photos / f"{i}.png", 40, 40 + i)
+    code, _, moments = runs.run(*command, whole)
+    assert code == 0
+    rng, kills = random.Random("repacked"), 0
+    while kills < 12:
+        code, said, _ = runs.run(*command, out, moment=rng.randrange(1, moments // 4))
+        assert code in (0, -signal.SIGKILL), said
+        if code == 0:
+            break
+        kills += 1
+        shards = open_shards(out)  # nothing that has its name is less than whole
+        assert all(shards[key].full().isfinite().all() for key in shards)
+    assert kills >= 3
+    assert runs.run(*command, out)[0] == 0
+    found, expected = open_shards(out), open_shards(whole)
+    assert set(found) == set(expected) and len(found) == 10
+    for key in expected:
+        assert found.info(key) == expected.info(key)
+        assert torch.equal(found[key].full(), expected[key].full())
+    assert sum(len(open_shards(tar)) for tar in out.glob("*.tar")) == 10  # nothing outdated
+    assert list(out.rglob(".*")) == []
 
 
 def test_two_runs_at_once(runs: Runs, photos: Path, tmp_path: Path) -> None:
