@@ -78,8 +78,8 @@ def test_killed_at_random_moments(way: str, runs: Runs, photos: Path, tmp_path: 
     rng = random.Random(way)
     kills = 0
     finished: dict[str, object] = {}  # pictures that some run had finished: when, or where
-    while kills < 10:
-        by_clock = kills % 5 == 4
+    while kills < 8:
+        by_clock = kills % 4 == 3
         moment = None if by_clock else rng.randrange(1, moments // 6)
         process = runs.begin("extract", photos, "-o", out, *options, moment=moment)
         if by_clock:
@@ -134,7 +134,7 @@ def test_killed_while_shards_are_repacked(runs: Runs, tmp_path: Path) -> None:
     code, _, moments = runs.run(*command, whole)
     assert code == 0
     rng, kills = random.Random("repacked"), 0
-    while kills < 12:
+    while kills < 8:
         code, said, _ = runs.run(*command, out, moment=rng.randrange(1, moments // 4))
         assert code in (0, -signal.SIGKILL), said
         if code == 0:
