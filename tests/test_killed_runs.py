@@ -80,7 +80,7 @@ def test_killed_at_random_moments(way: str, runs: Runs, photos: Path, tmp_path: 
     finished: dict[str, object] = {}  # pictures that some run had finished: when, or where
     while kills < 8:
         by_clock = kills % 4 == 3
-        moment = None if by_clock else rng.randrange(1, moments // 6)
+        moment = None if by_clock else rng.randrange(1, moments // 8)
         process = runs.begin("extract", photos, "-o", out, *options, moment=moment)
         if by_clock:
             time.sleep(rng.uniform(0, took / 2))
