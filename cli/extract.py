@@ -84,6 +84,18 @@ Pca = Annotated[
         rich_help_panel=o.RESULTS,
     ),
 ]
+ShardSize = Annotated[
+    int | None,
+    typer.Option(
+        "--shard-size",
+        min=1,
+        metavar="N",
+        help="Write tar files of N pictures each, as WebDataset reads them, in place of a file a "
+        "picture.",
+        show_default=False,
+        rich_help_panel=o.RESULTS,
+    ),
+]
 
 
 def extract(
@@ -104,6 +116,7 @@ def extract(
     output_size: OutputSize = "image",
     tokens_only: TokensOnly = False,
     pca: Pca = None,
+    shard_size: ShardSize = None,
     device: o.Device = "auto",
     backend: o.Backend = o.BackendName.auto,
     precision: o.Precision = o.PrecisionName.fp32,
@@ -130,12 +143,12 @@ def extract(
     --tokens-only make it smaller. Exit code 3 means that some pictures failed; the others are
     there.
     """
-    from fmupsample.images import find_images
     from fmupsample.images.size import ImageSize
-    from fmupsample_cli.progress import RichProgress, note, warn
+    from fmupsample_cli.pictures import find_pictures
+    from fmupsample_cli.progress import RichProgress, note
 
     # What cannot work is said before torch and the models are loaded.
-    sources = find_images(images or [], list_file=list_file, exclude=[output], warn=warn)
+    sources, complete = find_pictures(images, list_file, output)
     size = None if image_size is None else ImageSize.parse(image_size)
 
     from fmupsample.extraction.run import ExtractOptions
@@ -163,7 +176,9 @@ def extract(
         quiet=quiet,
         fit_on=sources if fit_head else None,
     )
-    wanted = ExtractOptions(format.value, dtype.value, output_size, tokens_only, pca, weight_bits)
+    wanted = ExtractOptions(
+        format.value, dtype.value, output_size, tokens_only, pca, weight_bits, shard_size
+    )
     with RichProgress(quiet=quiet) as progress:
         report = run(
             pipeline,
@@ -175,7 +190,7 @@ def extract(
             say=lambda message: note(message, quiet=quiet),
         )
     _summarise(report, used_backend(pipeline), json)
-    if report.failed:
+    if report.failed or not complete:
         raise typer.Exit(3 if report.done or report.skipped else 1)
 
 

@@ -62,11 +62,11 @@ def predict(
 
         fmupsample probe predict probe.safetensors photos/ -o masks/ --overlay
     """
-    from fmupsample.images import find_images
     from fmupsample.probing.probe import load_probe
-    from fmupsample_cli.progress import RichProgress, note, warn
+    from fmupsample_cli.pictures import find_pictures
+    from fmupsample_cli.progress import RichProgress, note
 
-    sources = find_images(images or [], list_file=list_file, exclude=[output], warn=warn)
+    sources, complete = find_pictures(images, list_file, output)
     fitted = load_probe(probe)
     pipeline = p.open_for_probe(
         fitted,
@@ -95,7 +95,7 @@ def predict(
             say=lambda message: note(message, quiet=quiet),
         )
     _summarise(fitted, report, json)
-    if report.failed:
+    if report.failed or not complete:
         raise typer.Exit(3 if report.done or report.skipped else 1)
 
 

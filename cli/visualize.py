@@ -119,11 +119,12 @@ def visualize(
 
         fmupsample visualize cat.jpg -o pictures/ --point 320,240
     """
-    from fmupsample.images import ImageSize, find_images
-    from fmupsample_cli.progress import RichProgress, warn
+    from fmupsample.images import ImageSize
+    from fmupsample_cli.pictures import find_pictures
+    from fmupsample_cli.progress import RichProgress
 
     # What cannot work is said before torch and the models are loaded.
-    sources = find_images(images or [], list_file=list_file, exclude=[output], warn=warn)
+    sources, complete = find_pictures(images, list_file, output)
     size = None if image_size is None else ImageSize.parse(image_size)
 
     from fmupsample.visualization.draw import Point
@@ -176,7 +177,7 @@ def visualize(
     }
     rows = {**_rows(report), "backend": backend_text(choice)}
     print_summary(_title(report), rows, as_json=as_json, payload=payload)
-    if report.failed:
+    if report.failed or not complete:
         raise typer.Exit(3 if report.drawn or report.skipped else 1)
 
 

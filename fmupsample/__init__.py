@@ -19,7 +19,7 @@ from fmupsample.errors import FmupsampleError
 if TYPE_CHECKING:
     from fmupsample.analysis.pca import PCABasis
     from fmupsample.backbones import Backbone, load_backbone
-    from fmupsample.features import CompactFeatures, FeatureArray
+    from fmupsample.features import CompactFeatures, FeatureArray, open_shards
     from fmupsample.features import open_features as open  # noqa: F401 - as in _HOMES
     from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers import (
@@ -44,6 +44,7 @@ _HOMES = {
     "load_official": "upsamplers",
     "load_upsampler": "upsamplers",
     "open": "features",
+    "open_shards": "features",
     "save_head": "upsamplers",
 }
 
@@ -62,6 +63,7 @@ __all__ = [
     "load_backbone",
     "load_official",
     "load_upsampler",
+    "open_shards",
     "save_head",
 ]
 

@@ -176,7 +176,7 @@ def test_names_are_unique_and_do_not_depend_on_the_order(pairs, random) -> None:
 
 
 def record(source: str, status: str = "ok", **more: object) -> dict:
-    return {"source": source, "status": status, "output": source + ".npy", **more}
+    return {"source": source, "status": status, "output": source + ".npy"} | more
 
 
 def test_manifest_is_appended_and_compacted(tmp_path: Path) -> None:
@@ -203,6 +203,33 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
     second.append(record("b"))
     second.close(compact=False)
     assert set(Manifest(tmp_path).records) == {"a", "b"}
+
+
+def test_records_of_a_million_pictures_share_their_options(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    for source, size in (("a", 1), ("b", 1), ("c", 2)):
+        manifest.append(record(source, options={"size": size}, options_hash=str(size)))
+    manifest.append(record("d", options={"size": 3}, options_hash="1"))  # a hash that lies
+    manifest.close()
+    read = Manifest(tmp_path).records
+    assert read["a"]["options"] is read["b"]["options"]
+    assert [read[s]["options"]["size"] for s in "abcd"] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"output": "../x"}, {"output": "/etc/x"}, {"output": 3}, {"output": "a/../../x"},
+        {"output": "a\0b"}, {"beside": ["/etc/x"]}, {"beside": "x"}, {"pictures": [1]},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_leaves_the_folder_is_refused(tmp_path: Path, changed: dict) -> None:
+    for sound in ({"output": "..a/b..c/...d"}, {"output": None}, {"beside": ["x/y.png"]}):
+        (tmp_path / "manifest.jsonl").write_text(json.dumps(record("a", **sound)) + "\n")
+        assert Manifest(tmp_path).records["a"]
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(record("a", **changed)) + "\n")
+    with pytest.raises(UsageError, match="not a manifest of fmupsample"):
+        Manifest(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["not json", '{"image": "a.jpg"}', "[1]", '{"source": 3}'])

@@ -220,7 +220,7 @@ class PCABasis:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = dict(file.metadata() or {})
                 tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise UsageError(f"{path} is not a PCA basis: {error}") from error
         names = ("mean", "components", "low", "middle", "high", "explained")
         missing = [name for name in names if name not in tensors]
@@ -235,8 +235,12 @@ class PCABasis:
                 f"{path} is a PCA basis of format {version}; this version reads {FORMAT_VERSION}"
             )
         basis = cls(*(tensors[name] for name in names), metadata)
-        if basis.mean.ndim != 1 or basis.components.shape != (3, basis.channels):
+        if basis.mean.ndim != 1 or basis.components.shape != (3, len(basis.mean)):
             raise UsageError(f"{path} is a damaged PCA basis: its tensors do not fit together")
+        if any(tensors[name].shape != (3,) for name in ("low", "middle", "high", "explained")):
+            raise UsageError(f"{path} is a damaged PCA basis: its tensors do not fit together")
+        if not all(torch.isfinite(tensors[name]).all() for name in names):
+            raise UsageError(f"{path} is a damaged PCA basis: it holds NaN or infinity")
         return basis
 
     def check(self, *, backbone: str, layer: str | int, channels: int, where: str = "") -> None:

@@ -100,7 +100,7 @@ def read_header(path: str | Path) -> BackboneHeader:
             image_size=int(metadata["image_size"]),
             card=dict(json.loads(metadata["card"])),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise BackboneError(f"{path}: the header cannot be understood ({error})") from error
 
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fmupsample.errors import ImageError, OutputError, UsageError
 from fmupsample.features.layout import WEIGHT_BITS, Layout, compact_bytes
@@ -28,6 +28,9 @@ from fmupsample.writers.formats import COMPACT, DTYPES, suffix_of
 from fmupsample.writers.manifest import NAME as MANIFEST_NAME
 from fmupsample.writers.manifest import Record
 
+if TYPE_CHECKING:
+    from fmupsample.writers.shards import Shards
+
 PCA_NAME = "pca.safetensors"
 # Headers read for the estimate; with more pictures, evenly spaced ones stand for the rest.
 _SAMPLE = 1000
@@ -45,6 +48,8 @@ class ExtractOptions:
         output_size: ``"image"``, ``"original"``, ``"HxW"`` or ``"x4"``.
         tokens_only: the low-resolution features, nothing upsampled.
         pca: keep this many principal components instead of all channels.
+        shard_size: write tar files of so many pictures each, see :mod:`fmupsample.writers.shards`;
+            ``None``: a file a picture.
     """
 
     format: str = "safetensors"
@@ -53,6 +58,7 @@ class ExtractOptions:
     tokens_only: bool = False
     pca: int | None = None
     weight_bits: int = 16
+    shard_size: int | None = None
 
     def checked(self, pipeline: Pipeline) -> ExtractOptions:
         """The same in normal form.
@@ -74,6 +80,13 @@ class ExtractOptions:
             raise UsageError("no upsampler was given: name one, or ask for --tokens-only")
         if self.format == COMPACT:
             self._check_compact(pipeline)
+        if self.shard_size is not None:
+            if self.shard_size < 1:
+                raise UsageError(f"a shard of {self.shard_size} pictures is not possible")
+            if self.format == "pt":
+                raise UsageError(
+                    "shards hold no pt files: use --format safetensors, compact or npy"
+                )
         return replace(self, output_size=size)
 
     def _check_compact(self, pipeline: Pipeline) -> None:
@@ -141,6 +154,8 @@ def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:
         described["window"] = pipeline.window
     if options.format == COMPACT:
         described["weight_bits"] = options.weight_bits
+    if options.shard_size is not None:
+        described["shards"] = True
     return described
 
 
@@ -167,6 +182,7 @@ class Plan:
         moves: finished files (old, new) whose name is another one among today's pictures.
         bytes_needed: about, on top of what is there.
         estimate: the same as a sentence.
+        shards: of a run that writes shards, and the records of the samples that stay in them.
     """
 
     options: ExtractOptions
@@ -177,6 +193,8 @@ class Plan:
     moves: list[tuple[PurePosixPath, Record]] = field(default_factory=list)
     bytes_needed: int = 0
     estimate: str = ""
+    shards: Shards | None = None
+    kept_samples: list[Record] = field(default_factory=list)
 
 
 def make_plan(
@@ -200,16 +218,21 @@ def make_plan(
     """
     described = describe(pipeline, options)
     plan = Plan(options, described, options_hash(described))
-    names = output_names(sources, suffix_of(options.format), reserved=(MANIFEST_NAME, PCA_NAME))
-    replaced = sort_out(
-        plan,
-        sources,
-        names,
-        out,
-        manifest,
-        overwrite=overwrite,
-        current=lambda record: record.get("pca_fingerprint") == pca_fingerprint,
-    )
+
+    def current(record: Record) -> bool:
+        return record.get("pca_fingerprint") == pca_fingerprint
+
+    if options.shard_size is not None:
+        from fmupsample.extraction.shards import sort_out_shards
+
+        replaced = sort_out_shards(
+            plan, sources, out, manifest, overwrite=overwrite, current=current
+        )
+    else:
+        names = output_names(sources, suffix_of(options.format), reserved=(MANIFEST_NAME, PCA_NAME))
+        replaced = sort_out(
+            plan, sources, names, out, manifest, overwrite=overwrite, current=current
+        )
     _estimate(plan, pipeline, out, replaced)
     return plan
 
@@ -237,7 +260,7 @@ def sort_out(
         UsageError: as :func:`make_plan`.
     """
     if not overwrite:
-        _check_options(out, manifest, plan)
+        check_options(out, manifest, plan)
     owner = {r["output"]: r["source"] for r in manifest.records.values() if r.get("output")}
     replaced = 0
     for source, output in zip(sources, names, strict=True):
@@ -269,29 +292,39 @@ def source_stat(source: Source) -> dict[str, int]:
     return {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns}
 
 
-def _is_done(out: Path, source: Source, record: Record, wanted_hash: str) -> bool:
+def is_current(source: Source, record: Record, wanted_hash: str) -> bool:
+    """Whether ``record`` is of a result made with these options, of the file as it is now."""
     if record["status"] != "ok" or record.get("options_hash") != wanted_hash:
         return False
     try:
-        if any(record.get(k) != v for k, v in source_stat(source).items()):
-            return False
-        return (out / record["output"]).stat().st_size == record.get("bytes")
+        return all(record.get(k) == v for k, v in source_stat(source).items())
+    except OSError:
+        return False
+
+
+def _is_done(out: Path, source: Source, record: Record, wanted_hash: str) -> bool:
+    try:
+        return is_current(source, record, wanted_hash) and (
+            out / record["output"]
+        ).stat().st_size == record.get("bytes")
     except (OSError, KeyError, TypeError):
         return False
 
 
-def _check_options(out: Path, manifest: Manifest, plan: Plan) -> None:
+def check_options(out: Path, manifest: Manifest, plan: Plan) -> None:
+    """Raise a UsageError for finished results that were made with other options."""
     for record in manifest.records.values():
         if record["status"] != "ok" or record.get("options_hash") == plan.hash:
             continue
         before = record.get("options") if isinstance(record.get("options"), dict) else {}
-        changed = {key for key, value in plan.described.items() if before.get(key) != value}
+        keys = [*plan.described, *(key for key in before if key not in plan.described)]
+        changed = {key for key in keys if before.get(key) != plan.described.get(key)}
         for model in ("backbone", "upsampler"):
             if model in changed:  # another model has other weights: no need to say so
                 changed.discard(f"{model}_fingerprint")
         shown = [
-            f"{key.replace('_', ' ')} {before.get(key)} (now {value})"
-            for key, value in plan.described.items()
+            f"{key.replace('_', ' ')} {before.get(key)} (now {plan.described.get(key)})"
+            for key in keys
             if key in changed
         ]
         raise UsageError(

@@ -75,12 +75,19 @@ class Projection:
                 meta = dict(file.metadata() or {})
                 tensors = [file.get_tensor(k) for k in ("mean", "components", "variance")]
             total = float(meta.pop("total_variance"))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            mean, components, variance = (tensor.float() for tensor in tensors)
+            if components.ndim != 2 or mean.shape != components.shape[1:]:
+                raise ValueError("its tensors do not fit together")
+            if variance.shape != components.shape[:1]:
+                raise ValueError("its tensors do not fit together")
+            if not all(torch.isfinite(t).all() for t in (mean, components, variance)):
+                raise ValueError("it holds NaN or infinity")
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UsageError(
                 f"{printable(path)} is not the PCA basis of an earlier run: move it away, or "
                 "choose another output folder"
             ) from error
-        return cls(*tensors, total), meta
+        return cls(mean, components, variance, total), meta
 
 
 class ProjectionFit:

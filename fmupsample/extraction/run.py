@@ -33,7 +33,7 @@ from fmupsample.images import Source, parse_output_size, storable
 from fmupsample.pipeline import Item, Pipeline, map_sizes
 from fmupsample.progress import SILENT, Progress
 from fmupsample.writers import FORMATS, Manifest
-from fmupsample.writers.background import BackgroundWriter, Output
+from fmupsample.writers.background import BackgroundWriter, Keep, Output
 from fmupsample.writers.compact import CompactFile
 from fmupsample.writers.formats import COMPACT, DTYPES
 from fmupsample.writers.lock import FolderLock
@@ -104,7 +104,8 @@ def extract(
         )
         say(plan.estimate)
         report = ExtractReport(manifest.path, plan.described, plan.estimate, skipped=plan.skipped)
-        run = Run(pipeline, out, plan, manifest, report, progress)
+        kind = _run_kind(options)
+        run = kind(pipeline, out, plan, manifest, report, progress)
         try:
             run.tidy()
             if options.pca is not None:
@@ -123,6 +124,14 @@ def extract(
             manifest.close()
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _run_kind(options: ExtractOptions) -> type[Run]:
+    if options.shard_size is None:
+        return Run
+    from fmupsample.extraction.shards import ShardRun  # which is a Run
+
+    return ShardRun
 
 
 class Run:
@@ -171,7 +180,7 @@ class Run:
         """Every task of the plan."""
         self.progress.start(len(self.tasks), self.label)
         items = self.pipeline.items([task.source for task in self.plan.tasks], on_error=self.fail)
-        writer = BackgroundWriter(self.manifest)
+        writer = BackgroundWriter(self.manifest, self.keeper())
         try:
             last = time.perf_counter()
             for item in items:
@@ -212,6 +221,14 @@ class Run:
             else:
                 self.fail(item.source, reason)
 
+    def keeper(self) -> Keep | None:
+        """What is done with finished files; ``None``: they get their names."""
+        return None
+
+    def path(self, source: Source) -> Path:
+        """Where the file of a picture goes."""
+        return self.out / self.tasks[source].output
+
     def size(self, item: Item) -> tuple[int, int]:
         """``(H, W)`` of the map of a picture."""
         options = self.plan.options
@@ -242,7 +259,7 @@ class Run:
             if not started:
                 kind, shape = self.kind(item, value, rows)
                 record["shape"] = [value.shape[0], *self.size(item)]
-                path = self.out / self.tasks[item.source].output
+                path = self.path(item.source)
                 yield Output(path, kind, shape, dtype, _meta(record), record)
                 started = True
             yield rows

@@ -4,5 +4,13 @@ from fmupsample.features.array import FeatureArray
 from fmupsample.features.compact import CompactFeatures
 from fmupsample.features.dense import DenseFeatures
 from fmupsample.features.opening import open_features
+from fmupsample.features.shards import Shards, open_shards
 
-__all__ = ["CompactFeatures", "DenseFeatures", "FeatureArray", "open_features"]
+__all__ = [
+    "CompactFeatures",
+    "DenseFeatures",
+    "FeatureArray",
+    "Shards",
+    "open_features",
+    "open_shards",
+]

@@ -79,13 +79,16 @@ def find_images(
     search = _Search(exclude, warn)
     found: dict[tuple[str, str], Source] = {}
     searched: list[str] = []
+    real: dict[str, str] = {}  # folders, links followed: the same for all that lies in one
     for named, relative, where in _named(inputs, list_file):
         searched.append(str(named))
         for source in search.expand(named, relative, where):
             # The same file named twice has the same folder and name; a link with a name of its own
             # is a picture of its own.
-            folder = os.path.realpath(source.path.parent)
-            found.setdefault((folder, source.path.name), source)
+            parent, name = os.path.split(source.path)
+            if parent not in real:
+                real[parent] = os.path.realpath(parent)
+            found.setdefault((real[parent], name), source)
     if not searched:
         raise UsageError(
             "no pictures named: give files, folders or patterns, or a list with --list"

@@ -24,6 +24,7 @@ from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.learned import LEARNED, build_learned
 
 FORMAT = "fmupsample-head/1"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class BackboneLike(Protocol):
@@ -105,7 +106,9 @@ def read_head_metadata(path: str | Path) -> dict[str, Any]:
         )
     try:
         decoded = {k: json.loads(raw[k]) for k in ("config", "backbone", "card")}
-    except (KeyError, ValueError) as error:
+        if not all(isinstance(value, dict) for value in decoded.values()):
+            raise ValueError("config, backbone and card must be mappings")
+    except (KeyError, ValueError, RecursionError) as error:
         raise HeadError(f"the header of the head file {path} is damaged: {error}") from error
     return {"upsampler": raw.get("upsampler", ""), **decoded}
 
@@ -125,14 +128,20 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
     if backbone is not None:
         check_fit(path, metadata["backbone"], backbone)
     try:
-        head = build_learned(metadata["upsampler"], metadata["config"])
+        # Without memory first: a damaged configuration may ask for any amount of it.
+        with torch.device("meta"):
+            expected = build_learned(metadata["upsampler"], metadata["config"]).state_dict()
     except UsageError as error:
         raise HeadError(
             f"the configuration in the head file {path} is unusable: {error}"
         ) from error
-    with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    _check_state(path, state, head.state_dict())
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise HeadError(f"the head file {path} is damaged: {error}") from error
+    _check_state(path, state, expected)
+    head = build_learned(metadata["upsampler"], metadata["config"])
     head.load_state_dict(state)
     head.fingerprint = fingerprint(state)
     return head.eval().requires_grad_(False)
@@ -152,6 +161,8 @@ def _check_state(path: str | Path, state: dict[str, Tensor], expected: dict[str,
                 f"the head file {path} is damaged: {name} has shape {list(tensor.shape)}, "
                 f"its configuration asks for {list(expected[name].shape)}"
             )
+        if tensor.dtype not in _FLOATS:
+            raise HeadError(f"the head file {path} is damaged: {name} holds {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise HeadError(f"the head file {path} is damaged: {name} holds NaN or infinity")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fmupsample.errors import UsageError
+from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.fade import FADE, FADEConfig
@@ -49,5 +49,8 @@ def build_learned(name: str, config: Mapping[str, Any]) -> Upsampler:
     module, config_class = LEARNED[name]
     try:
         return module(config_class.from_dict(dict(config)))
-    except TypeError as error:
+    except FmupsampleError:
+        raise
+    # What numbers that cannot be lead to: groups of 0, channels of -1, words for numbers.
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
         raise UsageError(f"the configuration of {name} is unusable: {error}") from error

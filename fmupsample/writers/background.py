@@ -44,16 +44,25 @@ class Output:
     record: Record  # for the manifest; status and bytes are filled in here
 
 
+# What becomes of a file that is whole, and still has its temporary name: it goes to where `output`
+# says, and the record learns how large it is. The manifest hears of it afterwards.
+Keep = Callable[[Path, Output, Record], None]
+
+
 class BackgroundWriter:
     """Writes maps slice by slice in one thread; used by one other thread.
 
     ``begin(output)``, ``add(slice)`` ..., ``end(seconds)``; ``finished()`` gives the records of
     what is done by now. A picture that cannot be written becomes a ``failed`` record; a disk that
     is full, or gone, ends everything with an OutputError at the next call.
+
+    Args:
+        keep: where finished files go; default: under the name of the output.
     """
 
-    def __init__(self, manifest: Manifest, *, depth: int = 2) -> None:
+    def __init__(self, manifest: Manifest, keep: Keep | None = None, *, depth: int = 2) -> None:
         self._manifest = manifest
+        self._keep = keep or self._rename
         self._jobs: queue.Queue[Output | Tensor | float | str | None] = queue.Queue(depth)
         self._done: queue.SimpleQueue[Record] = queue.SimpleQueue()
         self._fatal: BaseException | None = None
@@ -126,6 +135,11 @@ class BackgroundWriter:
         except BaseException as error:
             self._fatal = error
 
+    def _rename(self, temporary: Path, output: Output, record: Record) -> None:
+        record["bytes"] = temporary.stat().st_size
+        self._manifest.append({**record, "status": "pending"})
+        temporary.replace(output.path)
+
     def _write(self, output: Output) -> None:
         """One file, from its ``begin`` to its ``end``."""
         temporary = temporary_for(output.path)
@@ -148,9 +162,7 @@ class BackgroundWriter:
                 file.close()
                 try:
                     record["seconds"] = round(job, 4)
-                    record["bytes"] = temporary.stat().st_size
-                    self._manifest.append({**record, "status": "pending"})
-                    temporary.replace(output.path)
+                    self._keep(temporary, output, record)
                 except OSError as error:
                     failure = _only_this(error)
             if failure is not None:

@@ -7,6 +7,7 @@ metadata is in the manifest); ``pt`` a dict of the tensor and the metadata, whic
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -64,7 +65,8 @@ class TensorFile:
 
     def discard(self) -> None:
         """Close without finishing."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk: what is in hand cannot be written either
+            self._file.close()
 
     def _begin(self) -> None:
         """Write what comes before the numbers."""

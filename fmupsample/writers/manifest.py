@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import threading
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fmupsample.atomic import replacing
@@ -49,6 +49,7 @@ class Manifest:
         except OSError as error:
             raise OutputError(f"cannot read {printable(self.path)}: {error.strerror}") from error
         self._whole = content.rfind(b"\n") + 1
+        options: dict[str, Any] = {}  # one object for all records that have the same
         for number, line in enumerate(content[: self._whole].splitlines(), start=1):
             if line.strip():
                 record = _parse(line)
@@ -57,6 +58,11 @@ class Manifest:
                         f"{printable(self.path)} is not a manifest of fmupsample (line {number}): "
                         "choose another output folder, or move that file away"
                     )
+                if isinstance(record.get("options"), dict):
+                    mark = str(record.get("options_hash"))
+                    known = options.setdefault(mark, record["options"])
+                    if known == record["options"]:
+                        record["options"] = known
                 self.records[record["source"]] = record
 
     def append(self, record: Record) -> None:
@@ -96,8 +102,26 @@ class Manifest:
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("source"), str):
         return None
+    beside = record.get("beside", [])
+    if not isinstance(beside, list) or not all(_inside(name) for name in beside):
+        return None
+    pictures = record.get("pictures", {})  # of visualize
+    if not isinstance(pictures, dict) or not all(isinstance(p, dict) for p in pictures.values()):
+        return None
+    if record.get("output") is not None and not _inside(record["output"]):
+        return None
     return record if isinstance(record.get("status"), str) else None
+
+
+def _inside(name: object) -> bool:
+    """Whether it names a file below the output folder: others are not removed or replaced."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    if ".." not in name and name[0] != "/":
+        return True  # nearly all, of perhaps a million
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts

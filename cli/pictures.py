@@ -1,0 +1,30 @@
+"""The pictures that a command line names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fmupsample.images import Source
+
+
+def find_pictures(
+    images: list[str] | None, list_file: Path | None, output: Path
+) -> tuple[list[Source], bool]:
+    """They, and whether all are there: folders that cannot be read are warned of and left out.
+
+    Raises:
+        UsageError: as :func:`fmupsample.images.find_images`.
+    """
+    from fmupsample.images import find_images
+    from fmupsample_cli.progress import warn
+
+    left_out: list[str] = []
+
+    def say(message: str) -> None:
+        left_out.append(message)
+        warn(message)
+
+    found = find_images(images or [], list_file=list_file, exclude=[output], warn=say)
+    return found, not left_out
