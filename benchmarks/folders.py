@@ -24,13 +24,12 @@ import torch
 from PIL import Image
 
 from fmupsample.backbones import load_backbone
+from fmupsample.bench.machine import describe
 from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.images import find_images, storable
 from fmupsample.pipeline import Pipeline
 from fmupsample.upsamplers import load_upsampler
 from fmupsample.writers import Manifest, output_names
-
-from machine import describe
 
 EACH = 1000  # pictures in a folder
 
