@@ -13,7 +13,8 @@ import traceback
 
 import typer
 
-from fmupsample.errors import FmupsampleError
+from fmupsample.distributed import leads
+from fmupsample.errors import FmupsampleError, ProcessError
 
 INTERRUPTED = 130
 
@@ -47,11 +48,11 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
         code = 1
     except Exception as error:
         message, code = explain(error)
-        if message:
+        if message and (leads() or not isinstance(error, ProcessError)):
             _say(message, error)
     else:
         code = result if isinstance(result, int) else 0
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and leads():
         _say("interrupted", None, prefix="")
     _close_quietly()
     return code

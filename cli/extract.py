@@ -141,54 +141,73 @@ def extract(
 
     A 448 x 448 map of 384 channels takes 154 MB in fp16; --format compact, --pca, --output-size and
     --tokens-only make it smaller. Exit code 3 means that some pictures failed; the others are
-    there.
+    there. Several GPUs, or machines with a common disk, share the pictures:
+
+        torchrun --nproc-per-node 4 -m fmupsample extract photos/ -o features/
     """
+    from fmupsample.distributed import joined, leads
+    from fmupsample.errors import UsageError
     from fmupsample.images.size import ImageSize
     from fmupsample_cli.pictures import find_pictures
     from fmupsample_cli.progress import RichProgress, note
 
-    # What cannot work is said before torch and the models are loaded.
-    sources, complete = find_pictures(images, list_file, output)
-    size = None if image_size is None else ImageSize.parse(image_size)
+    with joined() as team:
+        if team is not None and fit_head:
+            raise UsageError(
+                "--fit-head is for one process: train with `torchrun -m fmupsample train` first, "
+                "and name the head with --head"
+            )
+        # What cannot work is said before torch and the models are loaded, and by one process only.
+        if leads():
+            sources, complete = find_pictures(images, list_file, output)
+        else:
+            from fmupsample.extraction.sharing import wait_for_share
 
-    from fmupsample.extraction.run import ExtractOptions
-    from fmupsample.extraction.run import extract as run
-    from fmupsample.writers.formats import check_format
-    from fmupsample_cli.loading import open_pipeline, used_backend
+            wait_for_share(team)
+            sources, complete, quiet = [], True, True
+        size = None if image_size is None else ImageSize.parse(image_size)
 
-    check_format(format, dtype)
-    pipeline = open_pipeline(
-        backbone,
-        layer,
-        backbone_weights,
-        # Tokens need no upsampler, and so no head.
-        "nearest" if tokens_only and upsampler is None and head is None else upsampler,
-        head,
-        device,
-        image_size=size,
-        fit=fit.value,
-        precision=precision.value,
-        backend=backend.value,
-        batch_size=batch_size,
-        workers=workers,
-        window=window,
-        max_memory=max_memory,
-        quiet=quiet,
-        fit_on=sources if fit_head else None,
-    )
-    wanted = ExtractOptions(
-        format.value, dtype.value, output_size, tokens_only, pca, weight_bits, shard_size
-    )
-    with RichProgress(quiet=quiet) as progress:
-        report = run(
-            pipeline,
-            sources,
-            output,
-            wanted,
-            overwrite=overwrite,
-            progress=progress,
-            say=lambda message: note(message, quiet=quiet),
+        from fmupsample.extraction.run import ExtractOptions
+        from fmupsample.extraction.run import extract as run
+        from fmupsample.writers.formats import check_format
+        from fmupsample_cli.loading import open_pipeline, used_backend
+
+        check_format(format, dtype)
+        pipeline = open_pipeline(
+            backbone,
+            layer,
+            backbone_weights,
+            # Tokens need no upsampler, and so no head.
+            "nearest" if tokens_only and upsampler is None and head is None else upsampler,
+            head,
+            device,
+            image_size=size,
+            fit=fit.value,
+            precision=precision.value,
+            backend=backend.value,
+            batch_size=batch_size,
+            workers=workers,
+            window=window,
+            max_memory=max_memory,
+            quiet=quiet,
+            fit_on=sources if fit_head else None,
         )
+        wanted = ExtractOptions(
+            format.value, dtype.value, output_size, tokens_only, pca, weight_bits, shard_size
+        )
+        with RichProgress(quiet=quiet) as progress:
+            report = run(
+                pipeline,
+                sources,
+                output,
+                wanted,
+                overwrite=overwrite,
+                progress=progress,
+                say=lambda message: note(message, quiet=quiet),
+                team=team,
+            )
+    if not leads():
+        return
     _summarise(report, used_backend(pipeline), json)
     if report.failed or not complete:
         raise typer.Exit(3 if report.done or report.skipped else 1)

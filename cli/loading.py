@@ -48,9 +48,9 @@ def load_models(
         raise UsageError("--head and --upsampler exclude each other; give one of them")
     # Here and not at the top: these import torch and timm, which takes seconds.
     from fmupsample.backbones import load_backbone
-    from fmupsample.pipeline import resolve_device
+    from fmupsample.distributed import own_device
 
-    place = resolve_device(device) if isinstance(device, str) else device
+    place = own_device(device)
     model = load_backbone(backbone, layer=layer, weights=weights, image_size=image_size)
     from fmupsample.upsamplers import load_upsampler
 
@@ -120,26 +120,28 @@ def open_pipeline(
     max_memory: str | None = None,
 ) -> Pipeline:
     """:func:`load_models`, in a pipeline with the options that commands on pictures share."""
+    from fmupsample.distributed import own_device
     from fmupsample.memory import parse_memory
     from fmupsample.ops.backend import check_backend, set_backend
-    from fmupsample.pipeline import Pipeline, resolve_device
+    from fmupsample.pipeline import Pipeline
 
     allowed = None if max_memory is None else parse_memory(max_memory)
     set_backend(backend)
-    check_backend(resolve_device(device))
+    place = own_device(device)
+    check_backend(place)
     # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
     warnings.filterwarnings("ignore", module="PIL")
     exact = image_size.exact if image_size else None
     fitting = {} if fit_on is None else {"fit_on": fit_on}
     model, method = load_models(
-        backbone, layer, weights, upsampler, head, device, image_size=exact, quiet=quiet, **fitting
+        backbone, layer, weights, upsampler, head, place, image_size=exact, quiet=quiet, **fitting
     )
     pipeline = Pipeline(
         model,
         method,
         image_size=image_size,
         fit=fit,
-        device=device,
+        device=place,
         precision=precision,
         batch_size=batch_size,
         workers=workers,

@@ -61,39 +61,53 @@ def predict(
     continue, or to add pictures. Exit code 3 means that some pictures failed.
 
         fmupsample probe predict probe.safetensors photos/ -o masks/ --overlay
+
+    With `torchrun --nproc-per-node N -m fmupsample probe predict ...` N GPUs share the pictures.
     """
-    from fmupsample.probing.probe import load_probe
+    from fmupsample.distributed import joined, leads
     from fmupsample_cli.pictures import find_pictures
     from fmupsample_cli.progress import RichProgress, note
 
-    sources, complete = find_pictures(images, list_file, output)
-    fitted = load_probe(probe)
-    pipeline = p.open_for_probe(
-        fitted,
-        backbone=backbone,
-        weights=backbone_weights,
-        head=head,
-        device=device,
-        image_size=image_size,
-        precision=precision,
-        backend=backend.value,
-        batch_size=batch_size,
-        workers=workers,
-        quiet=quiet,
-    )
-    from fmupsample.probing.predict import PredictOptions, predict_folder
+    with joined() as team:
+        if leads():
+            sources, complete = find_pictures(images, list_file, output)
+        else:
+            from fmupsample.extraction.sharing import wait_for_share
 
-    with RichProgress(quiet=quiet) as progress:
-        report = predict_folder(
+            wait_for_share(team)
+            sources, complete, quiet = [], True, True
+        from fmupsample.probing.probe import load_probe
+
+        fitted = load_probe(probe)
+        pipeline = p.open_for_probe(
             fitted,
-            pipeline,
-            sources,
-            output,
-            PredictOptions(overlay, npy),
-            overwrite=overwrite,
-            progress=progress,
-            say=lambda message: note(message, quiet=quiet),
+            backbone=backbone,
+            weights=backbone_weights,
+            head=head,
+            device=device,
+            image_size=image_size,
+            precision=precision,
+            backend=backend.value,
+            batch_size=batch_size,
+            workers=workers,
+            quiet=quiet,
         )
+        from fmupsample.probing.predict import PredictOptions, predict_folder
+
+        with RichProgress(quiet=quiet) as progress:
+            report = predict_folder(
+                fitted,
+                pipeline,
+                sources,
+                output,
+                PredictOptions(overlay, npy),
+                overwrite=overwrite,
+                progress=progress,
+                say=lambda message: note(message, quiet=quiet),
+                team=team,
+            )
+    if not leads():
+        return
     _summarise(fitted, report, json)
     if report.failed or not complete:
         raise typer.Exit(3 if report.done or report.skipped else 1)

@@ -235,10 +235,10 @@ def train(
 
     from fmupsample.backbones import load_backbone
     from fmupsample.device import resolve_device
+    from fmupsample.distributed import leads
     from fmupsample.ops.backend import check_backend, prepare, set_backend
     from fmupsample.training.checkpoint import NAME
     from fmupsample.training.config import TrainConfig, parse_objective
-    from fmupsample.training.distributed import leads
     from fmupsample.training.run import train as run
     from fmupsample.training.run import work_folder
 

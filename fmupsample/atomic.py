@@ -14,7 +14,8 @@ _numbers = itertools.count()
 
 def temporary_for(path: Path) -> Path:
     """A name in the folder of ``path`` under which to write it first; short, hidden, unique."""
-    return path.with_name(f"{_PREFIX}{os.getpid()}-{next(_numbers)}{_SUFFIX}")
+    rank = os.environ.get("RANK", "0")  # processes of two machines may have the same number
+    return path.with_name(f"{_PREFIX}{rank}-{os.getpid()}-{next(_numbers)}{_SUFFIX}")
 
 
 @contextlib.contextmanager

@@ -48,6 +48,10 @@ class OutputError(FmupsampleError):
     """Results that cannot be written: no space, no permission, a folder in the way."""
 
 
+class ProcessError(FmupsampleError):
+    """Another process of the same run has failed or gone; finished results stay."""
+
+
 class ExtensionError(FmupsampleError):
     """The compiled extension cannot be had here; plain PyTorch can.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fmupsample.distributed import processes_here
 from fmupsample.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -30,11 +31,14 @@ def parse_memory(text: str | int) -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that could be had on ``device`` now; ``None`` where nobody says."""
+    """Bytes that could be had on ``device`` now; ``None`` where nobody says.
+
+    Processes of one run that share the machine share its memory.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [n for n in (_of_system(), _of_group()) if n is not None]
-    return min(found) if found else None
+    return min(found) // processes_here() if found else None
 
 
 def _of_system() -> int | None:

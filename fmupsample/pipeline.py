@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fmupsample.backbones import Backbone
 from fmupsample.device import autocast, check_precision, is_out_of_memory, resolve_device
+from fmupsample.distributed import processes_here
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
 from fmupsample.images.find import Source
 from fmupsample.images.prepare import fit_to_frame, normalise
@@ -512,7 +513,7 @@ def _finish(full: Tensor, crop: tuple[int, int], size: tuple[int, int]) -> Tenso
 
 
 def _default_workers(device: torch.device) -> int:
-    cores = os.cpu_count() or 1
+    cores = (os.cpu_count() or 1) // processes_here()
     return max(1, min(4, cores // 2 if device.type == "cpu" else cores))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fmupsample._version import __version__
 from fmupsample.atomic import remove_leftovers
 from fmupsample.device import is_out_of_memory
+from fmupsample.distributed import Team
 from fmupsample.errors import FmupsampleError, OutputError
 from fmupsample.extraction.basis import fit_basis, saved_basis
 from fmupsample.extraction.plan import (
@@ -24,10 +25,13 @@ from fmupsample.extraction.plan import (
     Plan,
     Task,
     compact_layout,
+    describe,
     make_plan,
+    options_hash,
     source_stat,
 )
 from fmupsample.extraction.projection import Projection
+from fmupsample.extraction.sharing import help_out, shared
 from fmupsample.features.layout import encode_weights
 from fmupsample.images import Source, parse_output_size, storable
 from fmupsample.pipeline import Item, Pipeline, map_sizes
@@ -37,6 +41,7 @@ from fmupsample.writers.background import BackgroundWriter, Keep, Output
 from fmupsample.writers.compact import CompactFile
 from fmupsample.writers.formats import COMPACT, DTYPES
 from fmupsample.writers.lock import FolderLock
+from fmupsample.writers.manifest import NAME as MANIFEST_NAME
 from fmupsample.writers.manifest import Record
 
 
@@ -71,6 +76,7 @@ def extract(
     overwrite: bool = False,
     progress: Progress = SILENT,
     say: Callable[[str], None] = lambda message: None,
+    team: Team | None = None,
 ) -> ExtractReport:
     """Write the features of each picture into ``out``, with a ``manifest.jsonl``.
 
@@ -82,14 +88,19 @@ def extract(
     Args:
         overwrite: redo everything, also over results made with other options.
         say: is told the estimate of the disk space, before anything is computed.
+        team: processes that share the work, see :mod:`.sharing`. The first is given all
+            pictures; the others none, and their report is empty.
 
     Raises:
         UsageError: options that cannot be, or that differ from those of the results in ``out``.
         OutputError: the results do not fit, or can no longer be written; finished ones stay.
         KeyboardInterrupt: finished ones stay, ``progress.warn`` says how to go on.
+        ProcessError: another process has failed; finished ones stay.
     """
     began = time.perf_counter()
     options = (options or ExtractOptions()).checked(pipeline)
+    if team is not None and not team.leads:
+        return _help_out(pipeline, out, options, team)
     with FolderLock(out):
         manifest = Manifest(out)
         basis = None if overwrite else saved_basis(pipeline, options, out)
@@ -112,7 +123,8 @@ def extract(
                 if basis is None and plan.tasks:
                     basis = fit_basis(pipeline, options, out, sources, progress)
                 report.explained = basis and basis.explained
-            run.all(basis)
+            with shared(run, team):
+                run.all(basis)
         except KeyboardInterrupt:
             finished = len(report.done) + len(report.skipped)
             progress.warn(
@@ -123,6 +135,21 @@ def extract(
         finally:
             manifest.close()
     report.seconds = time.perf_counter() - began
+    return report
+
+
+def _help_out(pipeline: Pipeline, out: Path, options: ExtractOptions, team: Team) -> ExtractReport:
+    """The part of a process that is not the first."""
+    described = describe(pipeline, options)
+    report = ExtractReport(out / MANIFEST_NAME, described)
+
+    def begin(plan: Plan, manifest: Manifest, progress: Progress) -> Run:
+        return _run_kind(options)(pipeline, out, plan, manifest, report, progress)
+
+    def work(run: Run) -> None:
+        run.all(saved_basis(pipeline, options, out))
+
+    help_out(begin, work, Plan(options, described, options_hash(described)), out, team)
     return report
 
 
@@ -163,6 +190,19 @@ class Run:
         }
         self.kept = {r["output"] for r in plan.skipped} | {r["output"] for _, r in plan.moves}
         self.kept |= {str(task.output) for task in plan.tasks}
+
+    def share(self, team: Team, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Prepare to write beside the other processes of ``team``.
+
+        Args:
+            facts: what this gave in the first process; ``None`` there.
+        """
+        return {}
+
+    def take(self, tasks: Sequence[Task]) -> None:
+        """Do these of the plan's tasks; others do the rest."""
+        self.plan.tasks = list(tasks)
+        self.tasks = {task.source: task for task in tasks}
 
     def tidy(self) -> None:
         """Remove what killed runs left, and rename results whose name is another one now."""

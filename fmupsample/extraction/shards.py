@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from fmupsample.distributed import Team
 from fmupsample.errors import OutputError
 from fmupsample.extraction.plan import Plan, Task, check_options, is_current
 from fmupsample.extraction.projection import Projection
@@ -82,6 +84,23 @@ class ShardRun(Run):
             raise OutputError(f"the shards cannot be written: {error.strerror}") from error
         now = {record["source"]: record for record in moved}
         plan.skipped[:] = [now.get(record["source"], record) for record in plan.skipped]
+
+    def share(self, team: Team, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Each process fills shards of its own; their numbers are given out one by one."""
+        plan = self.plan
+        if facts is None:
+            assert plan.shards is not None
+            facts = {"next": plan.shards.next}
+        else:
+            assert plan.options.shard_size is not None
+            plan.shards = Shards(self.out)
+            plan.shards.size, plan.shards.suffix = (
+                plan.options.shard_size,
+                suffix_of(plan.options.format),
+            )
+        first = facts["next"]
+        plan.shards.number = lambda: first + team.add("shards begun", 1) - 1
+        return facts
 
     def all(self, basis: Projection | None) -> None:
         assert self.plan.shards is not None

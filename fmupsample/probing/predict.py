@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from fmupsample.atomic import replacing
+from fmupsample.distributed import Team
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.extraction.plan import Plan, Task, options_hash, sort_out
 from fmupsample.extraction.run import ExtractReport, Run
+from fmupsample.extraction.sharing import help_out, shared
 from fmupsample.fingerprint import fingerprint
 from fmupsample.images.find import Source, printable, storable
 from fmupsample.images.read import read_image
@@ -36,6 +38,7 @@ from fmupsample.render.heat import heat_colours
 from fmupsample.visualization.album import encode
 from fmupsample.writers.background import Output
 from fmupsample.writers.lock import FolderLock
+from fmupsample.writers.manifest import NAME as MANIFEST_NAME
 from fmupsample.writers.manifest import Manifest, Record
 from fmupsample.writers.names import output_names
 from fmupsample.writers.pictures import (
@@ -48,7 +51,7 @@ from fmupsample.writers.pictures import (
 )
 
 AREAS, LEGEND, CLASSES = "areas.csv", "legend.png", "classes.json"
-_RESERVED = ("manifest.jsonl", AREAS, LEGEND, CLASSES)
+_RESERVED = (MANIFEST_NAME, AREAS, LEGEND, CLASSES)
 # The same maps made by another revision of this code are made again.
 _REVISION = 1
 
@@ -79,12 +82,14 @@ def predict_folder(
     overwrite: bool = False,
     progress: Progress = SILENT,
     say: Callable[[str], None] = lambda message: None,
+    team: Team | None = None,
 ) -> ExtractReport:
     """Write a mask (or depth map) of each picture into ``out``, at its original pixels.
 
     Masks are indexed PNGs whose values are the classes' own numbers; depths are 16-bit PNGs. Each
     record of ``manifest.jsonl`` holds the share of the picture that each class takes, and so does
-    ``areas.csv`` at the end. Finished pictures are skipped when the run is repeated.
+    ``areas.csv`` at the end. Finished pictures are skipped when the run is repeated. A ``team``
+    shares the work as in :func:`fmupsample.extraction.extract`.
 
     Raises:
         ProbeError: the probe was fitted on other features.
@@ -93,6 +98,8 @@ def predict_folder(
     begun = time.perf_counter()
     options = options or PredictOptions()
     probe.check(pipeline)
+    if team is not None and not team.leads:
+        return _help_out(probe, pipeline, out, options, team)
     names = output_names(sources, ".png", reserved=_RESERVED)
     _lie_elsewhere(sources, out)
     with FolderLock(out):
@@ -120,7 +127,8 @@ def predict_folder(
             run.check_beside()
         try:
             run.tidy()
-            run.all(None)
+            with shared(run, team):
+                run.all(None)
             _describe_folder(probe, out, [*report.done, *report.skipped])
         except KeyboardInterrupt:
             finished = len(report.done) + len(report.skipped)
@@ -132,6 +140,21 @@ def predict_folder(
         finally:
             manifest.close()
     report.seconds = time.perf_counter() - begun
+    return report
+
+
+def _help_out(
+    probe: Probe, pipeline: Pipeline, out: Path, options: PredictOptions, team: Team
+) -> ExtractReport:
+    """The part of a process that is not the first."""
+    described = describe(probe, pipeline, options)
+    report = ExtractReport(out / MANIFEST_NAME, described)
+
+    def begin(plan: Plan, manifest: Manifest, progress: Progress) -> Run:
+        return _Masks(probe, options, pipeline, out, plan, manifest, report, progress)
+
+    plan = Plan(options, described, options_hash(described))  # type: ignore[arg-type]
+    help_out(begin, lambda run: run.all(None), plan, out, team)
     return report
 
 

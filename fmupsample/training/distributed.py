@@ -8,7 +8,6 @@ noticing (the hooks of DistributedDataParallel would leave them waiting).
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmupsample.device import resolve_device
-from fmupsample.errors import UsageError
+from fmupsample.distributed import is_distributed, own_device
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,6 @@ class World:
             dist.barrier()
 
 
-def is_distributed() -> bool:
-    """Whether this process was started by ``torchrun``, with others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def leads() -> bool:
-    """Whether this is the only process, or the first."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 @contextlib.contextmanager
 def world(device: str | torch.device) -> Iterator[World]:
     """Join the other processes of ``torchrun``, if there are any.
@@ -79,19 +67,10 @@ def world(device: str | torch.device) -> Iterator[World]:
     Raises:
         UsageError: more processes than GPUs.
     """
-    place = resolve_device(device)
+    place = own_device(device)
     if not is_distributed():
         yield World(0, 1, place)
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if place.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UsageError(
-                f"process {local} has no GPU: there are {torch.cuda.device_count()}; start fewer "
-                "with --nproc-per-node, or give --device cpu"
-            )
-        place = torch.device("cuda", local)
-        torch.cuda.set_device(place)
     joined_here = not dist.is_initialized()
     if joined_here:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")

@@ -4,6 +4,10 @@ While a run lasts, lines are only appended, each in one write: a run that is kil
 one torn line at the end, which the next run drops. Before a result takes its final name, a line
 with status ``pending`` says so: a file that no line names is not ours and is never overwritten.
 At the end the file is rewritten, atomically, with one line a picture.
+
+Where several processes share a run, the first appends here and each other to a file of its own in
+the hidden folder ``.manifest``. Who opens a manifest reads those too, and merges them before it
+writes a line.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import printable
 
 NAME = "manifest.jsonl"
+_PARTS = ".manifest"
 Record = dict[str, Any]
 
 
@@ -41,29 +46,68 @@ class Manifest:
         self.records: dict[str, Record] = {}
         self._lock = threading.Lock()
         self._handle: int | None = None
-        self._whole = 0  # bytes up to the end of the last whole line
+        self._options: dict[str, Any] = {}  # one object for all records that have the same
+        self._whole = self._read(self.path)  # bytes up to the end of the last whole line
+        self._shared = False  # other processes write parts
+        self._parts: list[Path] = []
+        self._find_parts()
+
+    def _find_parts(self) -> None:
+        self._parts = sorted((self.path.parent / _PARTS).glob("*.jsonl"))
+        for part in self._parts:
+            self._read(part)
+
+    def _read(self, path: Path) -> int:
+        """Add the records in a file; the bytes of its whole lines."""
         try:
-            content = self.path.read_bytes()
+            content = path.read_bytes()
         except FileNotFoundError:
-            return
+            return 0
         except OSError as error:
-            raise OutputError(f"cannot read {printable(self.path)}: {error.strerror}") from error
-        self._whole = content.rfind(b"\n") + 1
-        options: dict[str, Any] = {}  # one object for all records that have the same
-        for number, line in enumerate(content[: self._whole].splitlines(), start=1):
+            raise OutputError(f"cannot read {printable(path)}: {error.strerror}") from error
+        whole = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
             if line.strip():
                 record = _parse(line)
                 if record is None:
                     raise UsageError(
-                        f"{printable(self.path)} is not a manifest of fmupsample (line {number}): "
+                        f"{printable(path)} is not a manifest of fmupsample (line {number}): "
                         "choose another output folder, or move that file away"
                     )
                 if isinstance(record.get("options"), dict):
                     mark = str(record.get("options_hash"))
-                    known = options.setdefault(mark, record["options"])
+                    known = self._options.setdefault(mark, record["options"])
                     if known == record["options"]:
                         record["options"] = known
                 self.records[record["source"]] = record
+        return whole
+
+    def share(self) -> None:
+        """From now on other processes write parts; earlier parts are merged.
+
+        Raises:
+            OSError: that cannot be written.
+        """
+        with self._lock:
+            self._open()
+            self._shared = True
+
+    def absorb(self) -> dict[str, Record]:
+        """The other processes have ended: read their parts, which :meth:`close` will merge.
+
+        Returns:
+            Their records, by source.
+
+        Raises:
+            OutputError: a part cannot be read.
+        """
+        with self._lock:
+            own, self.records = self.records, {}
+            self._find_parts()
+            theirs = self.records
+            self.records = own | theirs
+            self._shared = False
+        return theirs
 
     def append(self, record: Record) -> None:
         """Add a line, in one write.
@@ -73,30 +117,68 @@ class Manifest:
         """
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._lock:
-            if self._handle is None:
-                self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                os.ftruncate(self._handle, self._whole)
+            self._open()
             view = memoryview(line)
             while view:
                 view = view[os.write(self._handle, view) :]
             self.records[record["source"]] = record
 
+    def _open(self) -> None:
+        if self._handle is not None:
+            return
+        if self._parts:
+            self._rewrite()
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(self._handle, self._whole)
+
+    def _rewrite(self) -> None:
+        """One line a picture, sorted by output, and no parts."""
+        ordered = sorted(self.records.values(), key=lambda r: (r.get("output") or "", r["source"]))
+        with replacing(self.path) as temporary:
+            lines = (json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in ordered)
+            self._whole = temporary.write_bytes(b"".join(lines))
+        for part in self._parts:
+            part.unlink(missing_ok=True)
+        self._parts = []
+        with contextlib.suppress(OSError):
+            (self.path.parent / _PARTS).rmdir()
+
     def close(self, *, compact: bool = True) -> None:
         """Close the file; ``compact``: rewrite it with one line a picture, sorted by output."""
         with self._lock:
-            if self._handle is None:
+            if self._handle is None and not self._parts:
                 return
-            os.close(self._handle)
-            self._handle = None
-            if not compact:
+            if self._handle is not None:
+                os.close(self._handle)
+                self._handle = None
+            if not compact or self._shared:
                 return
-            ordered = sorted(
-                self.records.values(), key=lambda r: (r.get("output") or "", r["source"])
-            )
             # On a full disk the longer form stays, which says the same.
-            with contextlib.suppress(OSError), replacing(self.path) as temporary:
-                lines = (json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in ordered)
-                temporary.write_bytes(b"".join(lines))
+            with contextlib.suppress(OSError):
+                self._rewrite()
+
+
+class ManifestPart(Manifest):
+    """What one process adds beside the one that leads the run; see :meth:`Manifest.share`."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        """Make the file.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
+        path = folder / _PARTS / f"{rank:05}.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        except OSError as error:
+            raise OutputError(f"cannot write {printable(path)}: {error.strerror}") from error
+        super().__init__(path.parent)  # where no manifest is
+        self.path = path
+
+    def close(self, *, compact: bool = True) -> None:
+        """Close the file; nothing is rewritten."""
+        super().close(compact=False)
 
 
 def _parse(line: bytes) -> Record | None:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from fmupsample.errors import OutputError
@@ -60,7 +60,14 @@ def sample_keys(sources: Sequence[Source], suffix: str, taken: Iterable[str]) ->
 class Shards:
     """The shards of an output folder: what they hold, and the one that grows.
 
-    Used by one thread at a time, under the :class:`~fmupsample.writers.lock.FolderLock`.
+    Used by one thread at a time, under the :class:`~fmupsample.writers.lock.FolderLock`. Set
+    ``size`` and ``suffix``, or call :meth:`resume`, before anything is written.
+
+    Attributes:
+        next: the least number that no shard has or had.
+        number: gives the number of each new shard, ``next`` unless it is set to something else.
+        size: samples of a whole shard.
+        suffix: of the files in them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,6 +81,8 @@ class Shards:
         self.growing: set[str] = set()
         self._handle: int | None = None
         self._current, self._count, self._end = "", 0, 0
+        self.size, self.suffix, self.next = 1, "", 0
+        self.number: Callable[[], int] = self._number
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -122,7 +131,7 @@ class Shards:
         self.size, self.suffix = size, suffix
         names = {*self.sizes, *(str(r.get("output")) for r in records)}
         numbers = [int(match[1]) for name in names if (match := _NAME.fullmatch(name))]
-        self._next = max(numbers, default=-1) + 1
+        self.next = max(numbers, default=-1) + 1
         held: dict[str, list[Record]] = {name: [] for name in self.sizes}
         named = {str(r.get("output")) for r in records}
         for record in kept:
@@ -219,9 +228,12 @@ class Shards:
         self._end = start + len(before) + size + len(_padding(size))
         return {"output": self._current, "offset": start, "bytes": self._end - start}
 
+    def _number(self) -> int:
+        self.next += 1
+        return self.next - 1
+
     def _begin(self) -> None:
-        name = shard_name(self._next)
-        self._next += 1
+        name = shard_name(self.number())
         self.growing.add(name)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
         self._handle = os.open(self.path(name), flags, 0o644)

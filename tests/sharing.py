@@ -1,0 +1,63 @@
+"""A process of ``torchrun``: commands one after the other, with the drawn backbone.
+
+Started with a line of JSON: ``{"commands": [[...], ...], "kill": [rank, lines]}``; process ``rank``
+kills itself in the last command, after it has written so many lines into its manifest. The first
+process prints a line of JSON for each command: exit code, standard output, standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def _kill_after(lines: int) -> None:
+    from fmupsample.writers.manifest import Manifest
+
+    append, written = Manifest.append, 0
+
+    def counted(self: Manifest, record: dict) -> None:
+        nonlocal written
+        append(self, record)
+        written += 1
+        if written == lines:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Manifest.append = counted
+
+
+def _main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from drawn import Blocks, PatchMeans
+
+    from fmupsample.upsamplers import load_upsampler
+    from fmupsample_cli import loading
+    from fmupsample_cli.main import main
+
+    def load(backbone, layer, weights, upsampler, *rest, **more):
+        model = PatchMeans()
+        return model, load_upsampler(model, upsampler) if upsampler else Blocks()
+
+    loading.load_models = load
+    work = json.loads(sys.argv[1])
+    rank, lines = work["kill"]
+    for command in work["commands"]:
+        if command == work["commands"][-1] and int(os.environ["RANK"]) == rank:
+            _kill_after(lines)
+        out, error = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            code = main(command)
+        if os.environ["RANK"] == "0":
+            print(json.dumps([code, out.getvalue(), error.getvalue()]), flush=True)
+        elif code or out.getvalue() or error.getvalue():
+            said = out.getvalue() + error.getvalue() or "nothing"
+            print(f"process {os.environ['RANK']}: code {code}, said {said}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,126 @@
+"""``extract`` by several processes of ``torchrun`` ends with the files of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from drawn import Blocks, PatchMeans, draw
+from safetensors.torch import load_file
+from torch import distributed
+
+from fmupsample import open_shards
+from fmupsample.extraction import ExtractOptions, extract
+from fmupsample.images import find_images
+from fmupsample.pipeline import Pipeline
+from fmupsample.writers.manifest import Manifest
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
+
+PICTURES = 18
+
+
+def torchrun(processes: int, *commands: list, kill: tuple[int, int] = (-1, 0)) -> tuple:
+    """The exit code of ``torchrun``, standard error, and what each command came to."""
+    work = {"commands": [[str(word) for word in c] for c in commands], "kill": kill}
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc-per-node={processes}", Path(__file__).with_name("sharing.py"), json.dumps(work)],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return ended.returncode, ended.stderr, [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def alone(photos: Path, out: Path, **options):
+    """The same in this process."""
+    pipeline = Pipeline(PatchMeans(), Blocks())
+    return extract(pipeline, find_images([photos]), out, ExtractOptions(**options))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(PICTURES):
+        draw(folder / ("deep" if i % 3 == 0 else ".") / f"{i:02}.png", 16 + i, 40)
+    (folder / "bad.jpg").write_text("no picture")
+    return folder
+
+
+def visible(out: Path) -> dict[str, object]:
+    """Every file; of the basis, whose header has no order, only the numbers."""
+    assert list(out.rglob(".*")) == []
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        if path.name != "pca.safetensors"
+        else {name: numbers.tolist() for name, numbers in load_file(path).items()}
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != "manifest.jsonl"
+    }
+
+
+def records(out: Path) -> list[dict]:
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def samples(out: Path) -> dict[str, tuple]:
+    shards = open_shards(out)
+    return {key: (shards.info(key), shards[key].full().tolist()) for key in shards}
+
+
+def test_two_processes_write_the_files_of_one(photos, tmp_path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone(photos, one / "pca", pca=2)
+    alone(photos, one / "shards", shard_size=3)
+    (tmp_path / "file").write_text("in the way")
+    pca = ["extract", photos, "-o", two / "pca", "--pca", 2, "--json", "--device", "cpu"]
+    shards = ["extract", photos, "-o", two / "shards", "--shard-size", 3, "-q"]
+    wrong = ["extract", photos, "-o", tmp_path / "file", "-q"]
+    code, said, ends = torchrun(2, pca, shards, [*pca, "-q"], wrong)
+    assert code == 0 and len(ends) == 4, said
+    assert visible(two / "pca") == visible(one / "pca")
+    assert records(two / "pca") == records(one / "pca")
+    names = sorted(path.name for path in (two / "shards").glob("*.tar"))
+    assert names == [f"features-{i:06}.tar" for i in range(6)]
+    assert samples(two / "shards") == samples(one / "shards")
+
+    code, out, warned = ends[0]
+    summary = json.loads(out)
+    assert (code, summary["done"], summary["failed"]) == (3, PICTURES, 1)
+    assert warned.count("bad.jpg is not a picture") == 1
+    assert f"extracting, 2 processes: {PICTURES + 1}/{PICTURES + 1} pictures" in warned
+    assert ends[1][0] == 3
+    code, out, _ = ends[2]  # all is there, but for the bad one
+    assert code == 3 and json.loads(out)["skipped"] == PICTURES
+    # An error is said by the first process, and the other ends with it.
+    code, _, error = ends[3]
+    assert code == 1 and error.endswith("is a file; the output must be a folder\n")
+    assert said.strip().splitlines()[-1] == "process 1: code 1, said nothing"
+
+
+def test_four_processes_of_which_one_dies(photos, tmp_path) -> None:
+    """Its share is done by the next run, of one process, and nothing is done twice."""
+    one, four, out = tmp_path / "one", tmp_path / "four", tmp_path / "out"
+    alone(photos, one)
+    command = ["extract", photos, "-q", "--device", "cpu", "-o"]
+    code, said, ends = torchrun(4, [*command, four], [*command, out], kill=(2, 3))
+    assert visible(four) == visible(one) and records(four) == records(one)
+    assert code != 0 and len(ends) >= 1 and "SIGKILL" in said
+    before = {
+        source: (out / record["output"]).stat().st_mtime_ns
+        for source, record in Manifest(out).records.items()
+        if record["status"] == "ok"
+    }
+    assert 1 <= len(before) < PICTURES
+    report = alone(photos, out)
+    assert {record["source"] for record in report.skipped} == set(before)
+    assert len(report.done) == PICTURES - len(before) and len(report.failed) == 1
+    for record in report.skipped:
+        assert (out / record["output"]).stat().st_mtime_ns == before[record["source"]]
+    assert visible(out) == visible(one)
+    assert records(out) == records(one)
