@@ -148,9 +148,11 @@ def bench(
     from fmupsample.device import resolve_device
     from fmupsample.images import find_images
     from fmupsample.ops.backend import check_backend, prepare, set_backend
+    from fmupsample_cli.pictures import refuse_several
     from fmupsample_cli.progress import BuildLine, RichProgress, note
     from fmupsample_cli.report import save_files
 
+    refuse_several("bench")
     options = BenchOptions(wanted, rounds, seconds, not no_memory)
     place = resolve_device(device)
     set_backend(backend.value)

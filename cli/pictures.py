@@ -28,3 +28,13 @@ def find_pictures(
 
     found = find_images(images or [], list_file=list_file, exclude=[output], warn=say)
     return found, not left_out
+
+
+def refuse_several(command: str) -> None:
+    """Raise a UsageError, in the first of several processes, where a command is for one alone."""
+    from fmupsample.distributed import is_distributed, leads
+    from fmupsample.errors import ProcessError, UsageError
+
+    if is_distributed():
+        text = f"{command} is for one process: torchrun is for extract, probe predict and train"
+        raise UsageError(text) if leads() else ProcessError(text)

@@ -74,8 +74,10 @@ def evaluate(
     from fmupsample.labels import open_dataset, parse_ignore, survey
     from fmupsample.labels.depth import survey_depth
     from fmupsample.probing.probe import load_probe
+    from fmupsample_cli.pictures import refuse_several
     from fmupsample_cli.progress import RichProgress
 
+    refuse_several("probe eval")
     if output is not None:
         p.check_writable(output)
     ignored = parse_ignore(ignore)

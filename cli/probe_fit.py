@@ -257,8 +257,10 @@ def fit(
     from fmupsample.images import ImageSize, find_images
     from fmupsample.labels import open_dataset, parse_classes, parse_ignore, survey
     from fmupsample.labels.depth import SCALE, survey_depth
+    from fmupsample_cli.pictures import refuse_several
     from fmupsample_cli.progress import RichProgress, note
 
+    refuse_several("probe fit")
     # What cannot work is said before torch and the models are loaded.
     inputs = [path for path in (points, Path(classes) if classes else None) if path]
     _check_output(output, overwrite, inputs)

@@ -120,9 +120,10 @@ def visualize(
         fmupsample visualize cat.jpg -o pictures/ --point 320,240
     """
     from fmupsample.images import ImageSize
-    from fmupsample_cli.pictures import find_pictures
+    from fmupsample_cli.pictures import find_pictures, refuse_several
     from fmupsample_cli.progress import RichProgress
 
+    refuse_several("visualize")
     # What cannot work is said before torch and the models are loaded.
     sources, complete = find_pictures(images, list_file, output)
     size = None if image_size is None else ImageSize.parse(image_size)

@@ -82,11 +82,11 @@ def joined() -> Iterator[Team | None]:
         store = distributed.PrefixStore(f"fmupsample/{attempt}/{_joined}", store)
     except (RuntimeError, ValueError, OSError) as error:
         raise ProcessError(f"the other processes cannot be reached: {error}") from error
+    team = Team(store, rank, size)
     try:
-        yield Team(store, rank, size)
+        yield team
     except Exception:
-        with contextlib.suppress(RuntimeError):
-            store.set("failed", str(rank))
+        team.fail()
         raise
 
 
@@ -149,6 +149,11 @@ class Team:
                 data += self._store.get(f"{name}/{number}")
                 self._store.delete_key(f"{name}/{number}")
         return json.loads(data)
+
+    def fail(self) -> None:
+        """Let the others know that this process ends without what they wait for."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set("failed", str(self.rank))
 
     def add(self, name: str, count: int) -> int:
         """Add to a number that all share, and begins at 0; what it is then."""

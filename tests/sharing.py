@@ -1,8 +1,10 @@
-"""A process of ``torchrun``: commands one after the other, with the drawn backbone.
+"""Processes that share a run: real ones of ``torchrun``, or threads that stand for them.
 
-Started with a line of JSON: ``{"commands": [[...], ...], "kill": [rank, lines]}``; process ``rank``
-kills itself in the last command, after it has written so many lines into its manifest. The first
-process prints a line of JSON for each command: exit code, standard output, standard error.
+As a script it is a process of ``torchrun`` and runs commands one after the other, with the drawn
+backbone. It is started with a line of JSON: ``{"commands": [[...], ...], "kill": [rank, lines]}``;
+process ``rank`` kills itself in the last command, after it has written so many lines into its
+manifest. The first process prints a line of JSON for each command: exit code, standard output,
+standard error.
 """
 
 from __future__ import annotations
@@ -13,7 +15,34 @@ import json
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import distributed
+
+from fmupsample.distributed import Team
+
+
+def in_threads(size: int, work: Callable[[Team], object]) -> list[object]:
+    """``work(team)`` in ``size`` threads; what each returned or raised."""
+    store = distributed.HashStore()
+    ends: list[object] = [None] * size
+
+    def one(rank: int) -> None:
+        team = Team(store, rank, size)
+        try:
+            ends[rank] = work(team)
+        except Exception as error:
+            team.fail()
+            ends[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return ends
 
 
 def _kill_after(lines: int) -> None:
@@ -46,8 +75,9 @@ def _main() -> None:
     loading.load_models = load
     work = json.loads(sys.argv[1])
     rank, lines = work["kill"]
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     for command in work["commands"]:
-        if command == work["commands"][-1] and int(os.environ["RANK"]) == rank:
+        if command == work["commands"][-1] and int(os.environ["RANK"]) == rank and first:
             _kill_after(lines)
         out, error = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):

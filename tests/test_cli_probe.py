@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from sharing import in_threads
 from toy import ToyBackbone, ToyUpsampler
 from typer.testing import CliRunner
 
 import fmupsample_cli.loading
 from fmupsample.images import ImageSize, find_images
 from fmupsample.pipeline import Pipeline
+from fmupsample.probing.predict import PredictOptions, predict_folder
 from fmupsample.probing.probe import load_probe
 from fmupsample_cli.main import build_app, main
 
@@ -239,6 +241,26 @@ def test_predict_writes_masks_with_everything_beside_them(tmp_path, fitted, caps
     assert json.loads(capsys.readouterr().out)["done"] == 2
     assert call("predict", fitted, photos, "-o", out) == 2  # without the overlay: other options
     assert "made with other options" in capsys.readouterr().err
+
+
+def test_processes_that_share_the_pictures_write_what_one_does(tmp_path, fitted):
+    photos = draw(tmp_path / "new", 5, first=50) / "images"
+    assert call("predict", fitted, photos, "-o", tmp_path / "one", "--overlay", "--quiet") == 0
+
+    def work(team):
+        probe, sources = load_probe(fitted), find_images([photos]) if team.leads else []
+        size = ImageSize.parse("64")
+        pipeline = Pipeline(ToyBackbone(), ToyUpsampler(), image_size=size, workers=0)
+        options = PredictOptions(overlay=True)
+        return predict_folder(probe, pipeline, sources, tmp_path / "two", options, team=team)
+
+    first, second = in_threads(2, work)
+    assert (len(first.done), len(second.done)) == (5, 2)
+    names = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
+    assert names == sorted(p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.*"))
+    for name in names:
+        if name.name != "manifest.jsonl":
+            assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_the_mask_is_what_the_features_upsampled_whole_would_give(tmp_path, fitted):

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from drawn import Blocks, PatchMeans, draw
 from safetensors.torch import load_file
+from sharing import in_threads
 from torch import distributed
 
 from fmupsample import open_shards
+from fmupsample.errors import OutputError, ProcessError
 from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.images import find_images
 from fmupsample.pipeline import Pipeline
@@ -81,8 +83,9 @@ def test_two_processes_write_the_files_of_one(photos, tmp_path) -> None:
     pca = ["extract", photos, "-o", two / "pca", "--pca", 2, "--json", "--device", "cpu"]
     shards = ["extract", photos, "-o", two / "shards", "--shard-size", 3, "-q"]
     wrong = ["extract", photos, "-o", tmp_path / "file", "-q"]
-    code, said, ends = torchrun(2, pca, shards, [*pca, "-q"], wrong)
-    assert code == 0 and len(ends) == 4, said
+    drawn = ["visualize", photos, "-o", tmp_path / "drawn"]
+    code, said, ends = torchrun(2, pca, shards, [*pca, "-q"], wrong, drawn)
+    assert code == 0 and len(ends) == 5, said
     assert visible(two / "pca") == visible(one / "pca")
     assert records(two / "pca") == records(one / "pca")
     names = sorted(path.name for path in (two / "shards").glob("*.tar"))
@@ -97,10 +100,12 @@ def test_two_processes_write_the_files_of_one(photos, tmp_path) -> None:
     assert ends[1][0] == 3
     code, out, _ = ends[2]  # all is there, but for the bad one
     assert code == 3 and json.loads(out)["skipped"] == PICTURES
+    assert ends[4][0] == 2
+    assert ends[4][2].endswith("torchrun is for extract, probe predict and train\n")
     # An error is said by the first process, and the other ends with it.
     code, _, error = ends[3]
     assert code == 1 and error.endswith("is a file; the output must be a folder\n")
-    assert said.strip().splitlines()[-1] == "process 1: code 1, said nothing"
+    assert said.strip().splitlines()[-2:] == ["process 1: code 1, said nothing"] * 2
 
 
 def test_four_processes_of_which_one_dies(photos, tmp_path) -> None:
@@ -124,3 +129,59 @@ def test_four_processes_of_which_one_dies(photos, tmp_path) -> None:
         assert (out / record["output"]).stat().st_mtime_ns == before[record["source"]]
     assert visible(out) == visible(one)
     assert records(out) == records(one)
+
+
+def share(photos: Path, out: Path, size: int, options: dict | None = None, folders=None) -> list:
+    """Like ``torchrun``, in threads; ``options`` of the last process are others."""
+
+    def work(team):
+        last = team.rank == size - 1
+        wanted = ExtractOptions(**(options or {})) if last else ExtractOptions()
+        sources = find_images([photos]) if team.leads else []
+        here = (folders or {}).get(team.rank, out)
+        return extract(Pipeline(PatchMeans(), Blocks()), sources, here, wanted, team=team)
+
+    return in_threads(size, work)
+
+
+def test_results_of_pictures_whose_names_or_contents_changed(tmp_path) -> None:
+    """Results are moved, replaced and removed as by one process."""
+    for name in ("photos", "more/photos"):
+        for i in range(6):
+            draw(tmp_path / name / f"{i}.png", 24, 40 + i)
+    outs = {1: tmp_path / "one", 3: tmp_path / "three"}
+    for size, out in outs.items():
+        photos = tmp_path / ("photos" if size == 1 else "more/photos")
+        alone(photos, out)
+        draw(photos / "0.jpg", 32, 32)  # 0.safetensors becomes 0.png.safetensors
+        draw(photos / "3.png", 48, 32)
+        (photos / "4.png").write_text("no picture any more")
+        report = alone(photos, out) if size == 1 else share(photos, out, size)[0]
+        assert (len(report.done), len(report.skipped), len(report.failed)) == (2, 4, 1)
+    maps = [
+        {path.name: load_file(path)["features"].tolist() for path in out.glob("*.safetensors")}
+        for out in outs.values()
+    ]
+    assert maps[0] == maps[1] and len(maps[0]) == 6
+    assert "0.png.safetensors" in maps[1] and "4.safetensors" not in maps[1]
+    assert [r["output"] for r in records(outs[3])] == [r["output"] for r in records(outs[1])]
+
+
+def test_processes_that_do_not_fit_together(photos, tmp_path) -> None:
+    first, second = share(photos, tmp_path / "out", 2, {"dtype": "fp32"})
+    assert "process 2 of 2 has other models or options than the first" in str(second)
+    assert isinstance(first, ProcessError) and "process 2 of 2 has failed" in str(first)
+    alone(photos, tmp_path / "out")  # goes on
+    alone(photos, tmp_path / "one")
+    assert visible(tmp_path / "out") == visible(tmp_path / "one")
+
+    elsewhere = {1: tmp_path / "elsewhere"}
+    first, _ = share(photos, tmp_path / "disk", 2, folders=elsewhere)
+    assert isinstance(first, OutputError) and "into one and the same folder?" in str(first)
+
+
+def test_more_processes_than_pictures(tmp_path) -> None:
+    draw(tmp_path / "photos/a.png")
+    first, *others = share(tmp_path / "photos", tmp_path / "out", 3)
+    assert len(first.done) == 1 and all(not other.done for other in others)
+    assert list(visible(tmp_path / "out")) == ["a.safetensors"]
