@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 _PIECE = 2**20  # bytes of a message in one value of the store, which takes 8 MB at most
+# A process that is not the first gives a sign of life so often, and is taken for dead without; in
+# seconds. torchrun notices deaths by itself, but not everything that starts processes does.
+_BEAT, _SILENCE = 5.0, 120.0
 _joined = 0  # teams of this process: the number is the same in all processes
 
 
@@ -84,7 +88,8 @@ def joined() -> Iterator[Team | None]:
         raise ProcessError(f"the other processes cannot be reached: {error}") from error
     team = Team(store, rank, size)
     try:
-        yield team
+        with team.beating():
+            yield team
     except Exception:
         team.fail()
         raise
@@ -118,16 +123,45 @@ class Team:
                 self._store.set(f"{name}/{number}", piece)
             self._store.set(name, str(len(pieces)))
 
-    def wait(self, name: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """``with team.beating():`` the first process sees that this one lives."""
+        if self.leads:
+            yield
+            return
+        ended = threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # what that means is seen elsewhere
+                while not ended.wait(_BEAT):
+                    self._store.add(f"beats of {self.rank}", 1)
+
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def wait(
+        self,
+        name: str,
+        meanwhile: Callable[[], object] = lambda: None,
+        *,
+        by: int | None = None,
+    ) -> None:
         """Until ``name`` has been posted.
 
         Args:
             meanwhile: called some times a second.
+            by: the process that will, which must be :meth:`beating`; default: the first, with
+                whom the store goes, or its keeper ends all.
 
         Raises:
             ProcessError: another process has failed, or is gone.
         """
-        pause = 0.01
+        pause, beats, heard = 0.01, -1, time.monotonic()
         with _reaching():
             while not self._store.check([name]):
                 if self._store.check(["failed"]):
@@ -135,6 +169,13 @@ class Team:
                     raise ProcessError(
                         f"process {number} of {self.size} has failed; what is finished is kept, "
                         "and the same command goes on from there"
+                    )
+                if by is not None and (now := self._store.add(f"beats of {by}", 0)) != beats:
+                    beats, heard = now, time.monotonic()
+                if by is not None and time.monotonic() - heard > _SILENCE:
+                    raise ProcessError(
+                        f"process {by + 1} of {self.size} gives no sign of life; what is finished "
+                        "is kept, and the same command goes on from there"
                     )
                 meanwhile()
                 time.sleep(pause)

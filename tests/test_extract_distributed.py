@@ -180,6 +180,25 @@ def test_processes_that_do_not_fit_together(photos, tmp_path) -> None:
     assert isinstance(first, OutputError) and "into one and the same folder?" in str(first)
 
 
+def test_a_process_that_is_gone_without_a_word(photos, tmp_path, monkeypatch) -> None:
+    """Where nobody else notices, the first does."""
+    monkeypatch.setattr("fmupsample.distributed._SILENCE", 0.5)
+    monkeypatch.setattr("fmupsample.distributed._BEAT", 0.1)
+
+    def work(team):
+        if team.rank == 2:
+            return None
+        with team.beating():
+            sources = find_images([photos]) if team.leads else []
+            return extract(Pipeline(PatchMeans(), Blocks()), sources, tmp_path / "out", team=team)
+
+    first, second, _ = in_threads(3, work)
+    assert isinstance(first, ProcessError) and "process 3 of 3 gives no sign of life" in str(first)
+    assert second is not None and not isinstance(second, Exception)
+    report = alone(photos, tmp_path / "out")
+    assert len(report.skipped) == 12 and len(report.done) == 6 and len(report.failed) == 1
+
+
 def test_more_processes_than_pictures(tmp_path) -> None:
     draw(tmp_path / "photos/a.png")
     first, *others = share(tmp_path / "photos", tmp_path / "out", 3)

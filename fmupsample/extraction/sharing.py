@@ -78,7 +78,7 @@ def shared(run: Run, team: Team | None) -> Iterator[None]:
 def _sum_up(run: Run, team: Team, others: list[Task], meanwhile: Callable[[], None]) -> None:
     """Wait for all, and report what they did; ``others`` must be among that."""
     for rank in range(1, team.size):
-        team.wait(_end(rank), meanwhile)
+        team.wait(_end(rank), meanwhile, by=rank)
     meanwhile()
     records = run.manifest.absorb()
     for task in others:
