@@ -40,6 +40,7 @@ class TrainConfig:
     scaling: str = "standard"  # a few channels of a ViT are 100 times larger than the rest
     clusters: int = 100  # more are finer; a hundred is what a few dozen crops can fill
     cluster_share: float = 0.0  # of the region's mean in what a pixel's cluster is told by
+    cluster_balance: float = 0.0  # 0: all pixels count alike; 1: all clusters of a picture do
     enlarge: int = 2  # the crop shown larger; 2 keeps it near the sizes the backbone knows
     region_share: float = 0.8  # of the region's mean; the rest keeps shading inside a region
     region_block: float = 2.0  # cells; a pixel cannot reach farther with 3 x 3 neighbours
@@ -248,6 +249,7 @@ _RANGES = (
     ("mse", 0, 1e6),
     ("clusters", 2, 65536),
     ("cluster_share", 0, 1),
+    ("cluster_balance", 0, 2),
     ("enlarge", 1, 8),
     ("region_share", 0, 1),
     ("region_block", 0.5, 64),
