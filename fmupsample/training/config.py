@@ -32,8 +32,8 @@ class TrainConfig:
     upsampler: str = "resfu"
     upsampler_config: dict[str, Any] = field(default_factory=dict)  # fields of its own config
 
-    # --- for what: weights of the terms in objective.py. Those that compare features (crops, regions)
-    # are best served by mixing neighbours, which costs what a linear probe tells apart.
+    # --- for what: weights of the terms in objective.py. Those that compare features (crops and
+    # regions) are best served by mixing neighbours, which costs what a linear probe tells apart.
     objective: dict[str, float] = field(default_factory=lambda: {"clusters": 1.0})
     cosine: float = 1.0  # distance of two features: this times 1 - cos,
     mse: float = 0.5  # plus this times the mean squared error, on scaled channels
