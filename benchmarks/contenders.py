@@ -17,6 +17,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-detail": {"detail": False},
     "no-align": {"align": False},
     "inner": {"similarity": "inner"},
+    "no-colours": {"sigma_range": None},
+    "no-prior": {"sigma_space": None, "sigma_range": None},
+    "fine": {"neighbours": "fine", "sigma_space": None, "sigma_range": None},
     "coarse": {"neighbours": "coarse"},
 }
 

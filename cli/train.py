@@ -129,8 +129,8 @@ ObjectiveOption = Annotated[
     typer.Option(
         "--objective",
         metavar="TERM[=WEIGHT],...",
-        help="What to train for, of crops, regions, area, preserve, augment, task. "
-        "Default: crops,regions.",
+        help="What to train for, of clusters, crops, regions, area, preserve, augment, task. "
+        "Default: clusters.",
         show_default=False,
         rich_help_panel=TRAINING,
     ),

@@ -14,9 +14,17 @@ from fmupsample.images import find_images
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.run import TrainReport, train
 
-HEAD = {"embedding": 8, "middle": 16, "groups": 2, "norm_groups": 2, "guidance_channels": 4}
+HEAD = {
+    "embedding": 8,
+    "middle": 16,
+    "groups": 2,
+    "norm_groups": 2,
+    "guidance_channels": 4,
+    "neighbours": "fine",  # the paper's form: without a prior, it has more to learn
+}
 SMALL = {
     "upsampler_config": HEAD,
+    "objective": {"crops": 1.0, "regions": 1.0},
     "image_sizes": [32],
     "side": 48,
     "steps": 8,

@@ -1,7 +1,6 @@
 """ReSFU: the fast module against the literal definition, and its switches."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from reference.resfu import resfu as literal
 
 import fmupsample
 from fmupsample.errors import HeadError, ShapeError, UsageError
-from fmupsample.upsamplers import ReSFU, ReSFUConfig, load_official
+from fmupsample.upsamplers import JointBilateral, ReSFU, ReSFUConfig, load_official
 
 
 def official_state(channels, guidance, *, embedding=32, middle=128, groups=4, seed=0):
@@ -180,33 +179,42 @@ def test_ablations_are_all_different_and_all_convex():
         seen.append(out)
 
 
-def test_near_cells_count_more_where_distance_is_asked_for():
-    """With equal scores what is left is a Gaussian on the distance to the centres of the cells."""
-    up = small(neighbours="coarse", sigma_space=0.6)
+@pytest.mark.parametrize("size", [(31, 44), (28, 35)])
+def test_with_equal_scores_the_prior_is_joint_bilateral_upsampling(size):
+    up = small(neighbours="coarse", sigma_space=0.6, sigma_range=0.8)
     for pair in (up.semantic_scores, up.detail_scores):
         torch.nn.init.zeros_(pair.score.weight)
         torch.nn.init.zeros_(pair.score.bias)
-    h, w, height, width = 4, 5, 31, 44
-    weights = up.kernels(
-        torch.randn(1, 6, h, w).double(), torch.randn(1, 3, height, width).double()
-    )
-    for y, x in [(0, 0), (3, 20), (15, 22), (30, 43), (17, 9)]:
-        v, u = (y + 0.5) * h / height, (x + 0.5) * w / width  # in cells from the corner
-        expected = torch.zeros(3, 3).double()
-        for i, j in itertools.product(range(3), repeat=2):
-            cell = (math.floor(v) + i - 1, math.floor(u) + j - 1)
-            if 0 <= cell[0] < h and 0 <= cell[1] < w:
-                squared = (cell[0] + 0.5 - v) ** 2 + (cell[1] + 0.5 - u) ** 2
-                expected[i, j] = math.exp(-squared / (2 * 0.6**2))
-        expected /= expected.sum()
-        torch.testing.assert_close(weights[0, :, y, x], expected.flatten())
-    with pytest.raises(UsageError, match="coarse"):
-        ReSFUConfig(channels=6, sigma_space=0.6)
+    x, image = torch.randn(2, 6, 4, 5).double(), torch.randn(2, 3, *size).double()
+    bilateral = JointBilateral(3, sigma_space=0.6, sigma_range=0.8)
+    torch.testing.assert_close(up.kernels(x, image), bilateral.kernels(x, image))
 
 
-@pytest.mark.parametrize("similarity", ["pcdc", "inner"])
-def test_gradients(similarity):
-    up = small(similarity=similarity)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma_space": 0.6}, "sigma_space is for neighbours='coarse'"),
+        ({"sigma_range": 0.6}, "sigma_range is for neighbours='coarse'"),
+        ({"neighbours": "coarse", "sigma_range": 0}, "sigma_range must be more than 0"),
+        ({"neighbours": "coarse", "sigma_range": 1, "stem": False}, "see the picture"),
+    ],
+)
+def test_priors_that_cannot_be(options, message):
+    with pytest.raises(UsageError, match=message):
+        ReSFUConfig(channels=6, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"similarity": "pcdc"},
+        {"similarity": "inner"},
+        {"neighbours": "coarse", "sigma_space": 0.7, "sigma_range": 0.7},
+    ],
+    ids=str,
+)
+def test_gradients(options):
+    up = small(**options)
     x = torch.randn(1, 6, 2, 3).double().requires_grad_()
     image = torch.randn(1, 3, 6, 9).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: up(a, b).square().mean(), (x, image), atol=1e-6)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -304,6 +304,17 @@ def test_task(tmp_path) -> None:
         run(pictures, tmp_path / "x.safetensors", options(objective={"task": 1.0}))
     with pytest.raises(UsageError, match="for --objective task"):
         run(pictures, tmp_path / "x.safetensors", labels=[labels])
+
+
+def test_what_is_trained_where_nothing_is_asked_for(pictures, tmp_path) -> None:
+    config = TrainConfig(image_sizes=(32,), side=48, steps=2, batch_size=2, previews=0)
+    report = run(pictures, tmp_path / "head.safetensors", config)
+    assert set(report.score.terms) == {"clusters"}
+    head = load_head(tmp_path / "head.safetensors", ToyBackbone())
+    assert (head.config.neighbours, head.config.sigma_range) == ("coarse", 0.6)
+    faithful = replace(config, upsampler_config={"neighbours": "fine"})
+    run(pictures, tmp_path / "paper.safetensors", faithful)
+    assert load_head(tmp_path / "paper.safetensors", ToyBackbone()).config.sigma_range is None
 
 
 def test_a_head_learns_edges(tmp_path, monkeypatch) -> None:

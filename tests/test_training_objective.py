@@ -18,6 +18,7 @@ from fmupsample.training.objective import (
     at_centres,
     average,
     means_of_regions,
+    rarity,
     split_into_blocks,
 )
 from fmupsample.upsamplers import Bilinear, ReSFU, ReSFUConfig
@@ -124,6 +125,18 @@ def test_terms_are_what_they_are_defined_to_be(batch, scaling, clusters, upsampl
         for b in range(B)
     ]
     assert float(found["task"]) == pytest.approx(float(sum(each)) / B, abs=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_small_clusters_count_as_much_as_is_asked(exponent) -> None:
+    members = torch.tensor([[[3, 3, 3, 0], [3, 5, 5, 3]], [[1, 1, 1, 1], [1, 1, 1, 1]]])
+    weights = rarity(members, exponent)
+    assert weights[1].eq(1).all()
+    assert weights[0].mean() == pytest.approx(1)
+    # Five pixels of 3, two of 5, one of 0: what each cluster weighs in all.
+    totals = [float(weights[0][members[0] == number].sum()) for number in (3, 5, 0)]
+    assert totals[0] / totals[2] == pytest.approx(5 ** (1 - exponent))
+    assert totals[1] / totals[2] == pytest.approx(2 ** (1 - exponent))
 
 
 def test_clusters_of_three_groups_of_pixels() -> None:

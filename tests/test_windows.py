@@ -65,7 +65,7 @@ def small_windows(monkeypatch) -> None:
         {"kernel_size": 5},
         {"guided_radius": 5},
         {"similarity": "inner"},
-        {"neighbours": "coarse", "sigma_space": 0.75},
+        {"neighbours": "coarse", "sigma_space": 0.75, "sigma_range": 0.6},
     ],
     ids=str,
 )

@@ -32,14 +32,15 @@ class TrainConfig:
     upsampler: str = "resfu"
     upsampler_config: dict[str, Any] = field(default_factory=dict)  # fields of its own config
 
-    # --- for what: weights of the terms in objective.py. Crops alone leaves edges soft, for its
-    # targets are themselves coarse; regions alone drifts from what the backbone says.
-    objective: dict[str, float] = field(default_factory=lambda: {"crops": 1.0, "regions": 1.0})
+    # --- for what: weights of the terms in objective.py. Those that compare features (crops and
+    # regions) are best served by mixing neighbours, which costs what a linear probe tells apart.
+    objective: dict[str, float] = field(default_factory=lambda: {"clusters": 1.0})
     cosine: float = 1.0  # distance of two features: this times 1 - cos,
     mse: float = 0.5  # plus this times the mean squared error, on scaled channels
     scaling: str = "standard"  # a few channels of a ViT are 100 times larger than the rest
     clusters: int = 100  # more are finer; a hundred is what a few dozen crops can fill
-    cluster_share: float = 0.0  # of the region's mean in what a pixel's cluster is told by
+    cluster_share: float = 0.8  # of the region's mean in what a pixel's cluster is told by
+    cluster_balance: float = 0.0  # 0: all pixels count alike; 1: all clusters of a picture do
     enlarge: int = 2  # the crop shown larger; 2 keeps it near the sizes the backbone knows
     region_share: float = 0.8  # of the region's mean; the rest keeps shading inside a region
     region_block: float = 2.0  # cells; a pixel cannot reach farther with 3 x 3 neighbours
@@ -248,6 +249,7 @@ _RANGES = (
     ("mse", 0, 1e6),
     ("clusters", 2, 65536),
     ("cluster_share", 0, 1),
+    ("cluster_balance", 0, 2),
     ("enlarge", 1, 8),
     ("region_share", 0, 1),
     ("region_block", 0.5, 64),

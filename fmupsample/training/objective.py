@@ -5,7 +5,8 @@ all but two (``clusters``, ``task``) are the distance of two maps of them.
 
 * ``clusters``: a linear classifier of low-resolution features, fitted before and fixed, should say
   at every pixel in which cluster the features of the enlarged crop are (:mod:`.clusters`), each
-  first drawn to the mean of its region (see ``regions``) by ``cluster_share``.
+  first drawn to the mean of its region (see ``regions``) by ``cluster_share``. Small clusters count
+  by ``cluster_balance``.
 * ``crops``: upsampled features of a crop, averaged over the cells of a finer grid, should be what
   the backbone says about the same crop enlarged (the idea of FeatUp, Fu et al. 2024, in the
   single-view form of JAFAR, Couairon et al. 2025).
@@ -290,7 +291,9 @@ class _Job:
             None if regions is None else self._thinned(regions),
             self.config.cluster_share,
         )
-        return F.cross_entropy(self._thinned(self._logits(clusters.logits)), members)
+        logits = self._thinned(self._logits(clusters.logits))
+        each = F.cross_entropy(logits, members, reduction="none")
+        return (each * rarity(members, self.config.cluster_balance)).mean()
 
     def task(self, probe: nn.Module) -> Tensor:
         """Cross-entropy of the probe's upsampled logits, each picture's labelled pixels alike."""
@@ -301,6 +304,19 @@ class _Job:
         if self.weights is None:
             return classifier(self.map)
         return self.upsampler.reassemble(self.weights, classifier(self.low))
+
+
+def rarity(members: Tensor, exponent: float) -> Tensor:
+    """Weights ``[B, H, W]`` of pixels by the share that their class has of their picture.
+
+    ``share ** -exponent``, scaled to a mean of 1 in each picture: 0 counts pixels, 1 classes.
+    """
+    found = []
+    for own in members:
+        counts = torch.bincount(own.flatten())
+        weight = counts.clamp_min(1).float() ** -exponent
+        found.append(weight[own] / (weight * counts).sum() * own.numel())
+    return torch.stack(found)
 
 
 def average(full: Tensor, grid: tuple[int, int]) -> Tensor:

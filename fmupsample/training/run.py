@@ -59,7 +59,7 @@ from fmupsample.training.report import (
 from fmupsample.training.validate import Score, Validator
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.heads import load_head, save_head
-from fmupsample.upsamplers.learned import build_learned
+from fmupsample.upsamplers.learned import build_learned, recommended
 from fmupsample.writers.lock import FolderLock
 
 CONFIG = "config.json"
@@ -331,8 +331,8 @@ class _Run:
             if wanted != head.config.to_dict():
                 raise UsageError("upsampler_config: a head to go on from keeps its own")
         else:
-            options = {"channels": backbone.channels, **config.upsampler_config}
-            head = build_learned(config.upsampler, options)
+            options = recommended(config.upsampler, config.upsampler_config)
+            head = build_learned(config.upsampler, {"channels": backbone.channels, **options})
         check_trainable(head, backbone.stride)
         if getattr(head.config, "channels", backbone.channels) != backbone.channels:
             raise UsageError(

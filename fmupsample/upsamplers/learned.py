@@ -38,6 +38,21 @@ LEARNED: dict[str, tuple[type[Upsampler], type[Config]]] = {
 }
 
 
+# What training gives a new upsampler unless any of these fields is asked for: improvements on the
+# papers' own forms, measured in benchmarks/README.md.
+RECOMMENDED: dict[str, dict[str, Any]] = {
+    ReSFU.name: {"neighbours": "coarse", "sigma_space": 0.75, "sigma_range": 0.6},
+}
+
+
+def recommended(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration to train ``name`` with, given the fields that were asked for."""
+    fields = RECOMMENDED.get(name, {})
+    # "stem" is the form inside decoders, which sees no picture.
+    apart = fields.keys() & asked.keys() or not asked.get("stem", True)
+    return dict(asked) if apart else {**fields, **asked}
+
+
 def build_learned(name: str, config: Mapping[str, Any]) -> Upsampler:
     """A new upsampler with untrained parameters.
 

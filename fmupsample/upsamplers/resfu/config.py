@@ -27,9 +27,11 @@ class ReSFUConfig(Config):
     align: bool = True  # align queries with keys: guided filter and Gaussian
     similarity: str = "pcdc"  # "pcdc", or "inner": the plain inner product
     neighbours: str = "fine"  # "fine": bilinear samples; "coarse": whole cells
-    # Of a Gaussian on the distance of a pixel from the centre of a coarse neighbour, in cells: with
-    # it whole cells leave no mosaic. None: all neighbours are equally near, as in the paper.
+    # A bilateral prior on whole cells, for neighbours="coarse"; None: none, as in the paper. Sigmas
+    # of Gaussians on the distance of a pixel from a cell's centre, in cells (without it whole cells
+    # leave a mosaic), and on how its colour differs from the cell's mean, in units of the picture.
     sigma_space: float | None = None
+    sigma_range: float | None = None
     guided_radius: int = 8  # of the guided filter, in pixels
     guided_eps: float = 1e-3
 
@@ -42,10 +44,13 @@ class ReSFUConfig(Config):
             raise UsageError(f"ReSFU: similarity is 'pcdc' or 'inner', not {self.similarity!r}")
         if self.neighbours not in ("fine", "coarse"):
             raise UsageError(f"ReSFU: neighbours is 'fine' or 'coarse', not {self.neighbours!r}")
-        if self.sigma_space is not None:
-            if self.neighbours != "coarse":
-                raise UsageError("ReSFU: sigma_space is for neighbours='coarse'")
-            self.require_positive("sigma_space")
+        for name in ("sigma_space", "sigma_range"):
+            if getattr(self, name) is not None:
+                if self.neighbours != "coarse":
+                    raise UsageError(f"ReSFU: {name} is for neighbours='coarse'")
+                self.require_positive(name)
+        if self.sigma_range is not None and not self.stem:
+            raise UsageError("ReSFU: sigma_range is for heads that see the picture (stem=True)")
         for name in ("embedding", "middle"):
             for divisor in (self.groups, self.norm_groups):
                 if getattr(self, name) % divisor:

@@ -25,9 +25,10 @@ from fmupsample.layers.moments import (
     upsampled_group_moments,
 )
 from fmupsample.ops import reassemble, reassemble_at
-from fmupsample.ops.grid import interpolation_matrix, neighbour_inside, squared_distance
+from fmupsample.ops.grid import interpolation_matrix
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
+from fmupsample.upsamplers.resfu.prior import Prior
 from fmupsample.upsamplers.resfu.scores import PairedCDC, Workspace
 from fmupsample.upsamplers.resfu.stem import GuidanceStem
 from fmupsample.upsamplers.resfu.windows import (
@@ -82,8 +83,8 @@ class ReSFU(Upsampler):
         self._check_channels(x, guidance)
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            guidance = self._guidance_map(guidance.to(dtype), size)
-            return self._kernels(x.to(dtype), guidance, size, low=x.dtype == torch.bfloat16)
+            guidance = resized_guidance(guidance.to(dtype), size)
+            return self._kernels(x.to(dtype), guidance, low=x.dtype == torch.bfloat16)
 
     @torch.no_grad()
     def kernels_in_rows(
@@ -122,12 +123,11 @@ class ReSFU(Upsampler):
                 f"this ReSFU takes {what} with {expected} channels, got {guidance.shape[1]}"
             )
 
-    def _guidance_map(self, guidance: Tensor, size: tuple[int, int]) -> Tensor:
-        guidance = resized_guidance(guidance, size)
-        return guidance if self.stem is None else self.stem(guidance)
-
-    def _kernels(self, x: Tensor, guidance: Tensor, size: tuple[int, int], low: bool) -> Tensor:
+    def _kernels(self, x: Tensor, guidance: Tensor, low: bool) -> Tensor:
         c = self.config
+        prior = Prior(c, guidance, x.shape[-2:])
+        if self.stem is not None:
+            guidance = self.stem(guidance)
         query = pointwise_after_norm(
             guidance, self.guidance_norm, self.query.weight.flatten(1), self.query.bias
         )
@@ -137,7 +137,7 @@ class ReSFU(Upsampler):
         if c.detail:
             detail = self._detail(query, x.shape[-2:], workspace, low)
             scores = detail if scores is None else scores.add_(detail)
-        return self._by_position(scores, x.shape[-2:]).softmax(1)
+        return prior.add(scores).softmax(1)
 
     def _semantic(self, x: Tensor, query: Tensor, workspace: Workspace, low: bool) -> Tensor:
         c, size = self.config, query.shape[-2:]
@@ -196,36 +196,3 @@ class ReSFU(Upsampler):
         return [
             uy @ padded[:, :, i : i + h + 2, j : j + w + 2] @ ux.T for i in steps for j in steps
         ]
-
-    def _by_position(
-        self,
-        scores: Tensor,
-        cells: tuple[int, int],
-        size: tuple[int, int] | None = None,
-        window: tuple[slice, slice] = (slice(None), slice(None)),
-    ) -> Tensor:
-        """What the place of a neighbour adds, in place: -inf where its centre is outside the
-        picture, else minus its distance where that counts.
-
-        ``size`` and ``window``: where the scores are a part of a larger map.
-        """
-        size = size or scores.shape[-2:]
-        down, across = (
-            self._position_logits(n, pixels, scores)[:, part]
-            for n, pixels, part in zip(cells, size, window, strict=True)
-        )  # [K, H], [K, W]
-        grid = scores.unflatten(1, (self.config.kernel_size, -1))
-        grid.add_(down[:, None, :, None]).add_(across[:, None, :])
-        return scores
-
-    def _position_logits(self, cells: int, pixels: int, like: Tensor) -> Tensor:
-        """Of the K neighbours along an axis, ``[K, pixels]``."""
-        reach, sigma = self.config.kernel_size // 2, self.config.sigma_space
-        logits = []
-        for offset in range(-reach, reach + 1):
-            inside = neighbour_inside(cells, pixels, offset)
-            near = torch.zeros(pixels, dtype=torch.float64)
-            if sigma is not None:
-                near = squared_distance(cells, pixels, offset) / (-2 * sigma**2)
-            logits.append(near.masked_fill(~inside, float("-inf")))
-        return torch.stack(logits).to(like.dtype).to(like.device)

@@ -32,6 +32,7 @@ from fmupsample.layers.moments import (
     upsampled_group_moments,
 )
 from fmupsample.ops.grid import plan_axis
+from fmupsample.upsamplers.resfu.prior import Prior
 from fmupsample.upsamplers.resfu.scores import Workspace
 
 if TYPE_CHECKING:
@@ -136,8 +137,9 @@ class WindowedKernels:
     ) -> None:
         c = head.config
         self.head, self.guidance, self.size, self.low = head, guidance, size, low
-        self.cells = (x.shape[2], x.shape[3])
-        self.stride = neighbour_stride(size, self.cells)
+        cells = (x.shape[2], x.shape[3])
+        self.prior = Prior(c, guidance, cells)
+        self.stride = neighbour_stride(size, cells)
         self.reach = tuple(s * (c.kernel_size // 2) for s in self.stride)
         # Two box means on the half grid, and a bilinear sample of their result.
         filtered = 2 * (2 * (c.guided_radius // 2) + 1) + 2 if c.align and c.semantic else 0
@@ -200,8 +202,7 @@ class WindowedKernels:
             module = getattr(self.head, f"{pair}_scores")
             more = module.complete(parts, self.moments[f"{pair} middle"])
             scores = more if scores is None else scores.add_(more)
-        masked = self.head._by_position(scores, self.cells, self.size, window.own)
-        return masked.softmax(1)
+        return self.prior.add(scores, window.own).softmax(1)
 
     def _pairs(self, window: Window):
         """Of each pair: its name, keys and own queries."""
