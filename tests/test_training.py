@@ -28,7 +28,7 @@ from fmupsample.training import loop
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.model import Model, learning_rate, make_optimizer
 from fmupsample.training.run import train
-from fmupsample.upsamplers import load_head
+from fmupsample.upsamplers import ReSFUConfig, load_head
 from fmupsample.upsamplers.heads import read_head_metadata
 from fmupsample.upsamplers.learned import LEARNED, build_learned
 
@@ -307,14 +307,26 @@ def test_task(tmp_path) -> None:
 
 
 def test_what_is_trained_where_nothing_is_asked_for(pictures, tmp_path) -> None:
-    config = TrainConfig(image_sizes=(32,), side=48, steps=2, batch_size=2, previews=0)
-    report = run(pictures, tmp_path / "head.safetensors", config)
-    assert set(report.score.terms) == {"clusters"}
-    head = load_head(tmp_path / "head.safetensors", ToyBackbone())
-    assert (head.config.neighbours, head.config.sigma_range) == ("coarse", 0.6)
-    faithful = replace(config, upsampler_config={"neighbours": "fine"})
-    run(pictures, tmp_path / "paper.safetensors", faithful)
-    assert load_head(tmp_path / "paper.safetensors", ToyBackbone()).config.sigma_range is None
+    plain = TrainConfig(
+        image_sizes=(32,), side=48, steps=3, batch_size=2, validate_every=3, previews=0
+    )
+
+    def trained(name: str, **changes) -> ReSFUConfig:
+        report = run(pictures, tmp_path / name, replace(plain, **changes))
+        assert set(report.score.terms) == {"clusters"}
+        return load_head(tmp_path / name, ToyBackbone()).config
+
+    config = trained("plain.safetensors")
+    assert (config.neighbours, config.sigma_space, config.sigma_range) == ("coarse", 0.75, 0.6)
+    # The colours come in after training, which is one without them.
+    without = {"neighbours": "coarse", "sigma_space": 0.75}
+    assert trained("without.safetensors", upsampler_config=without).sigma_range is None
+    assert_same(tmp_path / "plain.safetensors", tmp_path / "without.safetensors")
+    assert trained("early.safetensors", late_prior=False) == config
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "plain.safetensors", tmp_path / "early.safetensors")
+    faithful = trained("paper.safetensors", upsampler_config={"neighbours": "fine"})
+    assert (faithful.neighbours, faithful.sigma_space, faithful.sigma_range) == ("fine", None, None)
 
 
 def test_a_head_learns_edges(tmp_path, monkeypatch) -> None:

@@ -59,7 +59,7 @@ from fmupsample.training.report import (
 from fmupsample.training.validate import Score, Validator
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.heads import load_head, save_head
-from fmupsample.upsamplers.learned import build_learned, recommended
+from fmupsample.upsamplers.learned import LATE, build_learned, recommended
 from fmupsample.writers.lock import FolderLock
 
 CONFIG = "config.json"
@@ -319,6 +319,9 @@ class _Run:
             validated=self._draw,
             progress=self.progress,
         )
+        # The averaged weights, which are judged and saved, keep the head's whole configuration.
+        for name in LATE.get(head.name, ()) if config.late_prior else ():
+            head.config = replace(head.config, **{name: None})
         self.resumed_at = 0
         self.say(self._plan(views))
 

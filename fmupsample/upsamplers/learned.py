@@ -44,6 +44,10 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
     ReSFU.name: {"neighbours": "coarse", "sigma_space": 0.75, "sigma_range": 0.6},
 }
 
+# Of these, what a head is given after its training only: trained with the colours of its prior, it
+# learns to argue with them.
+LATE: dict[str, tuple[str, ...]] = {ReSFU.name: ("sigma_range",)}
+
 
 def recommended(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration to train ``name`` with, given the fields that were asked for."""
