@@ -157,7 +157,9 @@ def test_ctrl_c(tmp_path: Path) -> None:
     for i in range(40):
         draw(tmp_path / "photos" / f"{i:02}.png")
     code = textwrap.dedent("""
-        import sys, time
+        import signal, sys, time
+        # What a shell runs in the background ignores it, and so would this.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.insert(0, sys.argv[1])
         from drawn import Blocks, PatchMeans
         from fmupsample_cli import loading
