@@ -72,7 +72,13 @@ class ReSFU(Upsampler):
         c = self.config
         if c.similarity == "inner":
             return nn.GroupNorm(c.norm_groups, c.embedding)
-        return PairedCDC(c.embedding, c.middle, c.groups, c.norm_groups, c.kernel_size)
+        scores = PairedCDC(c.embedding, c.middle, c.groups, c.norm_groups, c.kernel_size)
+        if c.sigma_space is not None:
+            # Training starts at the prior: random preferences among whole cells are a mosaic, which
+            # takes hundreds of steps to go away.
+            nn.init.zeros_(scores.score.weight)
+            nn.init.zeros_(scores.score.bias)
+        return scores
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
