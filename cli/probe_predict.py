@@ -92,7 +92,7 @@ def predict(
             workers=workers,
             quiet=quiet,
         )
-        from fmupsample.probing.predict import PredictOptions, predict_folder
+        from fmupsample.probing.prediction import PredictOptions, predict_folder
 
         with RichProgress(quiet=quiet) as progress:
             report = predict_folder(

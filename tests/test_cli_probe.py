@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import fmupsample_cli.loading
 from fmupsample.images import ImageSize, find_images
 from fmupsample.pipeline import Pipeline
-from fmupsample.probing.predict import PredictOptions, predict_folder
+from fmupsample.probing.prediction import PredictOptions, predict_folder
 from fmupsample.probing.probe import load_probe
 from fmupsample_cli.main import build_app, main
 
