@@ -32,9 +32,7 @@ class TrainConfig:
     upsampler: str = "resfu"
     upsampler_config: dict[str, Any] = field(default_factory=dict)  # fields of its own config
 
-    late_prior: bool = (
-        True  # ReSFU learns without the colours of its prior, and has them afterwards
-    )
+    late_prior: bool = True  # ReSFU has the colours of its prior after training only
 
     # --- for what: weights of the terms in objective.py. Those that compare features (crops and
     # regions) are best served by mixing neighbours, which costs what a linear probe tells apart.
