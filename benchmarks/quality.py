@@ -65,6 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--davis", type=Path, help="folder with images/SEQUENCE and labels/SEQUENCE")
     add("--quick", action="store_true", help="100 and 50 pictures of CamVid at 336 px, one seed")
     add("--backbone", default="embedded")
+    add("--layer", help="of the backbone; default: as everywhere")
     add("--backbone-weights", type=Path)
     add(
         "--upsamplers",
@@ -116,7 +117,9 @@ class Bench:
     def __init__(self, args: argparse.Namespace, progress: Progress) -> None:
         self.args, self.progress = args, progress
         self.device = resolve_device(args.device)
-        self.backbone = load_backbone(args.backbone, weights=args.backbone_weights)
+        self.backbone = load_backbone(
+            args.backbone, layer=args.layer, weights=args.backbone_weights
+        )
         self.store: Store = (
             DiskStore(args.cache) if args.cache else MemoryStore(int(args.memory * 1e9))
         )

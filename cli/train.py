@@ -32,9 +32,20 @@ Upsampler = Annotated[
     typer.Option(
         "--upsampler",
         metavar="NAME",
-        help="Which upsampler to train: resfu, sapa, lda-aqu, fade, carafe, dysample, featup, "
-        "deconvolution or pixel-shuffle. Default: resfu.",
+        help="Which upsampler to train: resfu, resfu-universal (for any backbone), sapa, lda-aqu, "
+        "fade, carafe, dysample, featup, deconvolution or pixel-shuffle. Default: resfu.",
         autocompletion=o.complete_upsampler,
+        show_default=False,
+        rich_help_panel=o.MODEL,
+    ),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        metavar="NAME[,layer=N][,weights=FILE]",
+        help="A further backbone, for --upsampler resfu-universal; they take turns. May be "
+        "repeated.",
         show_default=False,
         rich_help_panel=o.MODEL,
     ),
@@ -44,7 +55,8 @@ StartFrom = Annotated[
     typer.Option(
         "--from",
         metavar="HEAD",
-        help="Start from this head of the same backbone instead of new parameters.",
+        help="Start from this head instead of new parameters: a file of the same backbone, or "
+        "resfu-universal, the shipped head for any.",
         show_default=False,
         rich_help_panel=o.MODEL,
     ),
@@ -190,6 +202,7 @@ def train(
     backbone: o.BackboneName = "embedded",
     layer: o.Layer = None,
     backbone_weights: o.BackboneWeights = None,
+    also: Also = None,
     upsampler: Upsampler = None,
     start_from: StartFrom = None,
     image_size: CropSize = None,
@@ -259,25 +272,27 @@ def train(
     set_backend(backend.value)
     check_backend(resolve_device(device))
     largest = max(wanted.image_sizes) if wanted.image_sizes else None
-    model = load_backbone(
-        backbone,
-        layer=layer,
-        weights=backbone_weights,
-        image_size=None if largest is None else (largest, largest),
-    )
+    square = None if largest is None else (largest, largest)
+    models = [
+        load_backbone(image_size=square, **which)
+        for which in (
+            {"name": backbone, "layer": layer, "weights": backbone_weights},
+            *map(_parse_backbone, also or ()),
+        )
+    ]
     # Now, where a minute of compiling can be shown, and not under the bar of the run.
     with BuildLine(quiet=quiet) as line:
         prepare(resolve_device(device), line)
     try:
         with RichProgress(quiet=quiet, unit="steps") as progress:
             report = run(
-                model,
+                models,
                 sources,
                 output,
                 wanted,
                 validation=validation,
                 labels=labels or (),
-                start_from=start_from,
+                start_from=_known_head(start_from),
                 device=device,
                 workers=workers,
                 work=work,
@@ -306,6 +321,36 @@ def _sizes(text: str) -> list[int]:
         raise UsageError(
             f"image size {text!r} is not understood: give a number of pixels, or several: 168,224"
         ) from None
+
+
+def _parse_backbone(text: str) -> dict[str, Any]:
+    """``"name,layer=5,weights=file"`` -> what :func:`load_backbone` takes."""
+    from fmupsample.errors import UsageError
+
+    name, *rest = text.split(",")
+    found: dict[str, Any] = {"name": name}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if key not in ("layer", "weights") or not equals:
+            raise UsageError(
+                f"--also {text!r} is not understood: give NAME, or NAME,layer=N,weights=FILE"
+            )
+        found[key] = value
+    return found
+
+
+def _known_head(start_from: Path | None) -> Path | None:
+    """The file that ``--from`` means, which may be a name."""
+    from fmupsample.errors import HeadError
+    from fmupsample.upsamplers.loading import find_universal_head
+    from fmupsample.upsamplers.resfu.module import UNIVERSAL
+
+    if start_from is None or str(start_from) != UNIVERSAL or start_from.exists():
+        return start_from
+    found = find_universal_head()
+    if found is None:
+        raise HeadError(f"there is no {UNIVERSAL} head to start from")
+    return found
 
 
 def _recipe() -> str:

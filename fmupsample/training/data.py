@@ -29,7 +29,7 @@ _OBLONG = 1.15  # long over short side, from which on a picture gives two square
 _MOST_VALIDATION_SQUARES = 32
 
 # Streams of random numbers, kept apart by a number in their seeds.
-_ORDER, _CROP, _STEP, _HELD = range(4)
+_ORDER, _CROP, _STEP, _HELD, _TURN = range(5)
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,15 @@ class Sampler:
         random = np.random.default_rng([self.config.seed, _STEP, step])
         y, x = random.integers(0, self.config.pixel_stride, 2)
         return int(y), int(x)
+
+    def turn(self, step: int, backbones: int) -> int:
+        """Which of the backbones a step is about."""
+        if backbones == 1:
+            return 0
+        # Each comes once before any comes again.
+        round_, place = divmod(step, backbones)
+        order = np.random.default_rng([self.config.seed, _TURN, round_]).permutation(backbones)
+        return int(order[place])
 
     def _draw(self, square: int, view: int, seed: list[int], number: int) -> Sample:
         random, config = np.random.default_rng(seed), self.config

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +22,7 @@ from fmupsample.progress import SILENT, Progress
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.data import Loaded, Sample, Stream
 from fmupsample.training.distributed import World
+from fmupsample.training.feed import Feed
 from fmupsample.training.model import (
     Model,
     all_finite,
@@ -50,7 +51,7 @@ class Trainer:
 
     Args:
         model: on the device; ``average``, ``best`` and all else start from it.
-        make: ``(samples, size, phase)`` -> the batch.
+        feeds: of the backbones; one is drawn for each step.
         validator: ``None``: no validation, the last weights are taken.
         save: called with :meth:`state` whenever a checkpoint is due.
         log: called with each record.
@@ -65,12 +66,11 @@ class Trainer:
     def __init__(
         self,
         model: Model,
-        objective: Objective,
+        feeds: Sequence[Feed],
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
         world: World,
         stream: Stream,
-        make: Callable[..., Batch],
         *,
         validator: Validator | None = None,
         save: Callable[[dict[str, Any]], None] = lambda _: None,
@@ -78,8 +78,8 @@ class Trainer:
         validated: Callable[[Trainer], None] = lambda _: None,
         progress: Progress = SILENT,
     ) -> None:
-        self.model, self.objective, self.optimizer = model, objective, optimizer
-        self.config, self.world, self.stream, self.make = config, world, stream, make
+        self.model, self.feeds, self.optimizer = model, feeds, optimizer
+        self.config, self.world, self.stream = config, world, stream
         self.validator, self.save, self.log, self.validated = validator, save, log, validated
         self.progress = progress
         self.average = deepcopy(model).requires_grad_(False)
@@ -103,8 +103,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "scaling": [self.objective.scaling.shift, self.objective.scaling.gain],
-            "clusters": clusters.tensors() if (clusters := self.objective.clusters) else [],
+            "feeds": [feed.state() for feed in self.feeds],
             "rng": torch.get_rng_state(),
             "rng_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "best": None if self.best is None else {
@@ -116,12 +115,14 @@ class Trainer:
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
-        """Stand where :meth:`state` was taken; what the objective holds is the caller's to set."""
+        """Stand where :meth:`state` was taken."""
         self.step, self.parts, self.seconds = state["step"], state["parts"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        for feed, known in zip(self.feeds, state["feeds"], strict=True):
+            feed.load(known)
         torch.set_rng_state(state["rng"])
         if state["rng_device"] is not None and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_device"], self.world.device)
@@ -182,7 +183,7 @@ class Trainer:
             if asked.item():
                 self._stop()
         terms = dict(zip(names, terms.tolist(), strict=True))
-        loss = float(self.objective.total(terms))
+        loss = float(self.feeds[0].objective.total(terms))
         norm = self._update(loss, gradients)
         update_average(self.average, self.model, step, config.ema)
         self.step += 1
@@ -240,18 +241,19 @@ class Trainer:
             )
 
     def _accumulate(self, samples: list[tuple[Sample, Loaded]], step: int) -> dict[str, Tensor]:
-        config = self.config
-        size = config.image_sizes[step % len(config.image_sizes)]
-        phase = self.stream.sampler.phase(step)
+        sampler = self.stream.sampler
+        feed = self.feeds[sampler.turn(step, len(self.feeds))]
+        size, phase = feed.size(step), sampler.phase(step)
+        self.model.head.use_with(feed.backbone.mean, feed.backbone.std)
         self.optimizer.zero_grad(set_to_none=True)
         values: dict[str, Tensor] = {}
         for part in _divided(samples, self.parts):
             share = len(part) / len(samples)
-            batch = self.make(part, size, phase)
-            terms = self.objective(self.model.head, batch, self.model.probe)
-            loss = self.objective.total(terms)
+            batch = feed.batch(part, size, phase)
+            terms = feed.objective(self.model.head, batch, self.model.probe)
+            loss = feed.objective.total(terms)
             if self.model.plain_probe is not None:
-                loss = loss + self._plain_task(batch)
+                loss = loss + self._plain_task(batch, feed.objective)
             self.scaler.scale(share * loss).backward()
             for name, value in terms.items():
                 values[name] = values.get(name, 0) + share * value.detach()
@@ -260,13 +262,13 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         return values
 
-    def _plain_task(self, batch: Batch) -> Tensor:
+    def _plain_task(self, batch: Batch, objective: Objective) -> Tensor:
         """The ``task`` loss of bilinear upsampling, for the probe that it is compared by."""
-        low = self.objective.scaling(batch.low)
+        low = objective.scaling(batch.low)
         logits = self.model.plain_probe(low)
         size = batch.labels.shape[-2:]
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return self.objective.cross_entropy(logits, batch.labels)
+        return objective.cross_entropy(logits, batch.labels)
 
     # -- what happens now and then ----------------------------------------------------------------
 

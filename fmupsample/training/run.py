@@ -20,22 +20,17 @@ from fmupsample._version import __version__
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.atomic import replacing
 from fmupsample.backbones import Backbone
-from fmupsample.device import PRECISIONS, autocast
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.labels import count_classes
 from fmupsample.labels.layouts.folders import find_labels
 from fmupsample.progress import SILENT, Progress
-from fmupsample.training.batches import make_batch
-from fmupsample.training.cache import Features, plan_views
+from fmupsample.training.cache import plan_views
 from fmupsample.training.checkpoint import NAME as CHECKPOINT
 from fmupsample.training.checkpoint import load_checkpoint, save_checkpoint
-from fmupsample.training.clusters import Clusters, sample_pixels
 from fmupsample.training.config import TrainConfig
-from fmupsample.training.crops import Cropper
 from fmupsample.training.data import (
     Pictures,
-    Sample,
     Sampler,
     Square,
     Stream,
@@ -44,9 +39,9 @@ from fmupsample.training.data import (
     validation_squares,
 )
 from fmupsample.training.distributed import World, world
+from fmupsample.training.feed import Feed
 from fmupsample.training.loop import Trainer
 from fmupsample.training.model import Model, check_trainable, make_optimizer
-from fmupsample.training.objective import ENLARGED, Objective, Scaling
 from fmupsample.training.report import (
     CURVE,
     LOG,
@@ -60,12 +55,11 @@ from fmupsample.training.validate import Score, Validator
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.heads import load_head, save_head
 from fmupsample.upsamplers.learned import LATE, build_learned, recommended
+from fmupsample.upsamplers.resfu.module import UNIVERSAL
 from fmupsample.writers.lock import FolderLock
 
 CONFIG = "config.json"
 KEEP_BYTES = 2**30  # memory for decoded pictures and for features, together
-_SCALING_SAMPLES = 32
-_CLUSTER_SAMPLES, _CLUSTER_PIXELS = 96, 400  # crops, and pixels of each
 
 Say = Callable[[str], None]
 
@@ -122,7 +116,7 @@ def work_folder(output: Path) -> Path:
 
 
 def train(
-    backbone: Backbone,
+    backbone: Backbone | Sequence[Backbone],
     sources: Sequence[Source],
     output: str | Path,
     config: TrainConfig | None = None,
@@ -144,6 +138,7 @@ def train(
     """Train a head on pictures and write it to ``output``, which appears only when complete.
 
     Args:
+        backbone: several take turns, for a head of any backbone.
         sources: pictures to train on; some are kept for validation unless ``validation`` is given.
         labels: folders with an indexed PNG for each picture, for the ``task`` term.
         start_from: a head file to go on from instead of new parameters.
@@ -170,8 +165,9 @@ def train(
             if here.leads:
                 _clear_the_way(output, work, resume=resume, overwrite=overwrite)
             here.wait()
+            backbones = list(backbone) if isinstance(backbone, Sequence) else [backbone]
             run = _Run(
-                backbone, here, output, work, progress, say if here.leads else lambda _: None
+                backbones, here, output, work, progress, say if here.leads else lambda _: None
             )
             run.prepare(
                 config or TrainConfig(), sources, validation, labels, start_from, keep_bytes,
@@ -223,14 +219,14 @@ def _default_workers(device: torch.device) -> int:
 class _Run:
     def __init__(
         self,
-        backbone: Backbone,
+        backbones: Sequence[Backbone],
         here: World,
         output: Path,
         work: Path,
         progress: Progress,
         say: Say,
     ) -> None:
-        self.backbone = backbone.to(here.device).eval()
+        self.backbones, self.backbone = list(backbones), backbones[0]
         self.here, self.output, self.work = here, output, work
         self.progress, self.say = progress, say
         self.log = Log(work / LOG)
@@ -250,7 +246,8 @@ class _Run:
     ) -> None:
         here, backbone = self.here, self.backbone
         head, config = self._head(config, start_from)
-        self.config = config = config.resolve(backbone, here.device)
+        asked, self.config = config, config.resolve(backbone, here.device)
+        config = self.config
         self.labelled = "task" in config.terms
         files: dict[Source, Path] = {}
         if self.labelled != bool(labels):
@@ -267,7 +264,9 @@ class _Run:
         self.identity = self._identify([*squares, *held])
         classes = count_classes(list(files.values())) if files else 0
 
-        views = plan_views(config, backbone, len(squares), here.size, keep_bytes // 2)
+        views = 0
+        if len(self.backbones) == 1 or config.views is not None:
+            views = plan_views(config, backbone, len(squares), here.size, keep_bytes // 2)
         workers_warn = self.progress.warn if here.leads else (lambda _: None)
         share = keep_bytes // 2 if views else keep_bytes
         pictures = Pictures(
@@ -282,37 +281,27 @@ class _Run:
             world=here.size,
             workers=workers,
         )
-        self.cropper = Cropper(backbone.mean, backbone.std, here.device)
-        enlarge = config.enlarge if ENLARGED & set(config.terms) else 0
-        extractor = partial(
-            Features, backbone, self.cropper, enlarge=enlarge, precision=config.precision
-        )
-        self.features = extractor(keep_bytes=keep_bytes // 2 if views else 0)
+        share = keep_bytes // 2 // len(self.backbones) if views else 0
+        self.feeds = [
+            Feed(each, replace(config, image_sizes=asked.image_sizes), here, share)
+            for each in self.backbones
+        ]
         model = Model(head, backbone.channels, classes).to(here.device)
         here.share(list(model.state_dict().values()))
-        self.objective = Objective(
-            config, self._no_scaling(), partial(autocast, here.device, PRECISIONS[config.precision])
-        )
         validator = None
         if held and here.leads:
             held_pictures = Pictures(
                 held, config.side, regions=config.regions, keep_bytes=keep_bytes, warn=workers_warn
             )
-            self.held_pictures, self.held_features = held_pictures, extractor(keep_bytes=2**28)
-            validator = Validator(
-                self.objective,
-                held_pictures,
-                Sampler(config, len(held)),
-                partial(self._make, features=self.held_features),
-            )
+            self.held_pictures = held_pictures
+            validator = Validator(self.feeds, held_pictures, Sampler(config, len(held)))
         self.trainer = Trainer(
             model,
-            self.objective,
+            self.feeds,
             make_optimizer(model, config),
             config,
             here,
             self.stream,
-            partial(self._make, features=self.features),
             validator=validator,
             save=self._save,
             log=self.log.add,
@@ -326,21 +315,34 @@ class _Run:
         self.say(self._plan(views))
 
     def _head(self, config: TrainConfig, start_from: Path | None) -> tuple[Upsampler, TrainConfig]:
-        backbone = self.backbone
+        """The head to train, and the options with what it is."""
+        backbone, several = self.backbone, len(self.backbones) > 1
         torch.manual_seed(config.seed)
+        universal = several or config.upsampler == UNIVERSAL
         if start_from is not None:
             head = load_head(start_from, backbone).train().requires_grad_(True)
+            if head.name == UNIVERSAL and not universal:
+                head = head.specialised(backbone.channels).train()
             wanted = {**head.config.to_dict(), **config.upsampler_config}
             if wanted != head.config.to_dict():
                 raise UsageError("upsampler_config: a head to go on from keeps its own")
         else:
             options = recommended(config.upsampler, config.upsampler_config)
-            head = build_learned(config.upsampler, {"channels": backbone.channels, **options})
-        check_trainable(head, backbone.stride)
-        if getattr(head.config, "channels", backbone.channels) != backbone.channels:
+            channels = 0 if universal else backbone.channels
+            if several and config.upsampler != UNIVERSAL:
+                raise UsageError(
+                    f"several backbones are for --upsampler {UNIVERSAL}; {config.upsampler} is "
+                    "trained for one"
+                )
+            head = build_learned(config.upsampler, {"channels": channels, **options})
+        for each in self.backbones:
+            check_trainable(head, each.stride)
+        if getattr(head.config, "channels", 0) not in (0, backbone.channels):
             raise UsageError(
                 f"upsampler_config: channels must be {backbone.channels}, as {backbone.name} has"
             )
+        if head.name == UNIVERSAL and "task" in config.terms:
+            raise UsageError("--objective task is for a head of one backbone")
         # The whole of the head's configuration is recorded, not only what was asked for.
         return head, replace(config, upsampler=head.name, upsampler_config=head.config.to_dict())
 
@@ -365,58 +367,23 @@ class _Run:
     def _identify(self, squares: Sequence[Square]) -> str:
         """What a checkpoint must agree with besides the options."""
         what = [
-            self.here.size, self.backbone.fingerprint, self.backbone.layer,
+            self.here.size, [[each.fingerprint, each.layer] for each in self.backbones],
             [[str(s.source.relative), s.size, s.part, bool(s.labels)] for s in squares],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def _plan(self, views: int) -> str:
-        config, backbone = self.config, self.backbone
-        sizes = " and ".join(f"{s}x{s}" for s in config.image_sizes)
+        config, names = self.config, ", ".join(each.name for each in self.backbones)
+        all_sizes = dict.fromkeys(size for feed in self.feeds for size in feed.sizes)
+        sizes = " and ".join(f"{s}x{s}" for s in all_sizes)
         several = f" in each of {self.here.size} processes" if self.here.size > 1 else ""
         kept = f", {views} views of each, their features kept" if views else ""
         return (
-            f"training {config.upsampler} for {backbone.name} on {self.pictures_used} pictures "
+            f"training {config.upsampler} for {names} on {self.pictures_used} pictures "
             f"({self.held_out} more held out){kept}: {config.steps} steps of {config.batch_size} "
             f"crops of {sizes} pixels{several}, objective "
             + " + ".join(f"{weight:g} {name}" for name, weight in config.terms.items())
         )
-
-    def _make(self, samples, size: int, phase: tuple[int, int], *, features: Features):
-        return make_batch(samples, size, phase, self.config, self.cropper, features)
-
-    def _no_scaling(self) -> Scaling:
-        zeros = torch.zeros(self.backbone.channels, device=self.here.device)
-        return Scaling(zeros, zeros + 1)
-
-    def _fit_scaling(self) -> Scaling:
-        size, found = self.config.image_sizes[0], []
-        for number in range(min(_SCALING_SAMPLES, max(8, len(self.stream.pictures)))):
-            sample: Sample = self.sampler(number)
-            pair = (sample, self.stream.pictures.load(sample.square))
-            found.append(self.features.compute(self.cropper.pictures([pair], size)))
-        scaling = Scaling.fit(torch.cat(found), self.config.scaling)
-        self.here.share([scaling.shift, scaling.gain])
-        return scaling
-
-    def _fit_clusters(self) -> Clusters:
-        config, scaling = self.config, self.objective.scaling
-        size = config.image_sizes[0]
-        generator = torch.Generator().manual_seed(config.seed)
-        count = max(8, min(_CLUSTER_SAMPLES, len(self.stream.pictures)))
-        self.progress.start(count, "clusters of fine features")
-        found = []
-        for number in range(count):
-            sample: Sample = self.sampler(number)
-            pair = (sample, self.stream.pictures.load(sample.square))
-            low, fine = self.features([pair], self.cropper.pictures([pair], size))
-            pair_of_maps = scaling(fine)[0], scaling(low)[0]
-            found.append(sample_pixels(*pair_of_maps, (size, size), _CLUSTER_PIXELS, generator))
-            self.progress.advance()
-        fine, low = (torch.cat(part) for part in zip(*found, strict=True))
-        clusters = Clusters.fit(fine, low, config.clusters, config.seed)
-        self.here.share(clusters.tensors())
-        return clusters
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -428,10 +395,6 @@ class _Run:
             return
         state = load_checkpoint(path, self.config, self.identity)
         self.trainer.load(state)
-        device = self.here.device
-        self.objective.scaling = Scaling(*(part.to(device) for part in state["scaling"]))
-        if state["clusters"]:
-            self.objective.clusters = Clusters(*(part.to(device) for part in state["clusters"]))
         self.resumed_at = self.trainer.step
         self.say(f"going on after step {self.trainer.step} of {self.config.steps}")
 
@@ -441,9 +404,8 @@ class _Run:
             self._write_config()
             self.log.begin(trainer.step)
         if not self.resumed_at:
-            self.objective.scaling = self._fit_scaling()
-            if "clusters" in self.config.terms:
-                self.objective.clusters = self._fit_clusters()
+            for feed in self.feeds:
+                feed.fit(self.stream.pictures, self.sampler, self.progress)
         trainer.run()
         report = TrainReport(
             output=self.output,
@@ -483,7 +445,13 @@ class _Run:
             "config": self.config.to_dict(),
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        save_head(self.output, average.head, self.backbone, report.card)
+        universal = average.head.name == UNIVERSAL
+        if universal:
+            report.card["backbones"] = [
+                f"{each.name}, layer {each.layer}" for each in self.backbones
+            ]
+        backbone = None if universal else self.backbone
+        save_head(self.output, average.head, backbone, report.card)
 
     # -- what it leaves behind --------------------------------------------------------------------
 
@@ -504,31 +472,30 @@ class _Run:
         """The curve and the previews, after a validation."""
         save_picture(self.work / CURVE, draw_curve(self.log.read(), self.config.steps))
         if self.previews is None:
-            self.previews, self.basis = self._choose_previews()
+            self.previews = self._choose_previews()
         head = trainer.average.head.eval()
-        for number, (pixels, image, features) in enumerate(self.previews, 1):
-            note = f"{self.backbone.name}, step {trainer.step} of {self.config.steps}"
-            panel = draw_preview(pixels, image, features, head, self.basis, note)
+        for number, (feed, basis, pixels, image, features) in enumerate(self.previews, 1):
+            head.use_with(feed.backbone.mean, feed.backbone.std)
+            note = f"{feed.backbone.name}, step {trainer.step} of {self.config.steps}"
+            panel = draw_preview(pixels, image, features, head, basis, note)
             save_picture(self.work / PREVIEWS / f"step-{trainer.step:06}-{number}.png", panel)
 
-    def _choose_previews(self) -> tuple[list, PCABasis | None]:
-        """Some held-out squares, whole, with their features; and colours for them all."""
+    def _choose_previews(self) -> list[tuple]:
+        """Some held-out squares, whole, with their features; one after another of the backbones.
+        The colours are those of all squares of a backbone together."""
         count = min(self.config.previews, self.held_out)
         if not count:
-            return [], None
-        multiple = self.backbone.size_multiple[0]
-        fixed = self.backbone.fixed_size
-        size = fixed[0] if fixed else max(self.config.side // multiple, 1) * multiple
-        chosen = []
-        for square in range(0, self.held_out, -(-self.held_out // count)):
-            loaded = self.held_pictures.load(square)
-            whole = Sample(square, 0, 0.0, 0.0, 1.0, False, (1, 1, 1), (1, 1, 1), (0, 0))
-            image = self.cropper.pictures([(whole, loaded)], size)
-            shown = (image[0] * self.cropper.std + self.cropper.mean).clamp(0, 1) * 255
-            pixels = shown.round().byte().permute(1, 2, 0).cpu().numpy()
-            chosen.append((pixels, image, self.held_features.compute(image)))
-        tokens = torch.cat([features[0].flatten(1).T for _, _, features in chosen])
-        return chosen, PCABasis.fit(tokens)
+            return []
+        chosen = [
+            (feed := self.feeds[n % len(self.feeds)],
+             *feed.view(self.held_pictures.load(square), self.config.side))
+            for n, square in enumerate(range(0, self.held_out, -(-self.held_out // count)))
+        ]  # fmt: skip
+        bases = {}
+        for feed in {id(feed): feed for feed, *_ in chosen}.values():
+            own = [features[0].flatten(1).T for f, _, _, features in chosen if f is feed]
+            bases[id(feed)] = PCABasis.fit(torch.cat(own))
+        return [(feed, bases[id(feed)], *rest) for feed, *rest in chosen]
 
 
 def describe_hardware(here: World) -> str:

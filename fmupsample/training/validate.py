@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fmupsample.training.data import Pictures, Sampler
+from fmupsample.training.feed import Feed
 from fmupsample.training.model import Model
-from fmupsample.training.objective import Batch, Objective
+from fmupsample.training.objective import Batch
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.classic import Bilinear
 
@@ -69,49 +70,49 @@ class Validator:
     """The held-out squares, always in the same crops.
 
     Args:
-        make: ``(samples, size, phase)`` -> the batch, as for training.
+        feeds: of the backbones; what is found is the mean over them.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        pictures: Pictures,
-        sampler: Sampler,
-        make: Callable[..., Batch],
-    ) -> None:
-        self.objective, self.pictures = objective, pictures
+    def __init__(self, feeds: Sequence[Feed], pictures: Pictures, sampler: Sampler) -> None:
+        self.feeds, self.pictures = feeds, pictures
         self.samples = [sampler.held_out(n) for n in range(len(pictures))]
-        self.make = make
         self._bilinear: dict[str, float] | None = None
 
     @torch.no_grad()
     def __call__(self, model: Model, batch_size: int) -> Score:
         """Score ``model``, ``batch_size`` crops at a time."""
-        config = self.objective.config
-        size, heads = config.image_sizes[0], {"head": {}, "bilinear": {}}
+        objective = self.feeds[0].objective
+        heads = {"head": {}, "bilinear": {}}
         # Bilinear interpolation never changes, but the probe on it does.
-        again = self._bilinear is None or "task" in config.terms
+        again = self._bilinear is None or "task" in objective.config.terms
         model.eval()
-        for first in range(0, len(self.samples), batch_size):
-            chosen = self.samples[first : first + batch_size]
-            samples = [(sample, self.pictures.load(sample.square)) for sample in chosen]
-            batch = self.make(samples, size, (0, 0))
-            self._add(heads["head"], model.head, batch, model.probe)
-            if again:
-                self._add(heads["bilinear"], Bilinear(), batch, model.plain_probe)
+        for feed in self.feeds:
+            model.head.use_with(feed.backbone.mean, feed.backbone.std)
+            for first in range(0, len(self.samples), batch_size):
+                chosen = self.samples[first : first + batch_size]
+                samples = [(sample, self.pictures.load(sample.square)) for sample in chosen]
+                batch = feed.batch(samples, feed.size(0), (0, 0), held=True)
+                self._add(heads["head"], feed, model.head, batch, model.probe)
+                if again:
+                    self._add(heads["bilinear"], feed, Bilinear(), batch, model.plain_probe)
         model.train()
         if again:
             self._bilinear = heads["bilinear"]
         return Score(
             heads["head"],
             dict(self._bilinear),
-            float(self.objective.total(heads["head"])),
-            float(self.objective.total(self._bilinear)),
+            float(objective.total(heads["head"])),
+            float(objective.total(self._bilinear)),
         )
 
     def _add(
-        self, sums: dict[str, float], upsampler: Upsampler, batch: Batch, probe: nn.Module | None
+        self,
+        sums: dict[str, float],
+        feed: Feed,
+        upsampler: Upsampler,
+        batch: Batch,
+        probe: nn.Module | None,
     ) -> None:
-        share = len(batch.image) / len(self.samples)
-        for name, value in self.objective(upsampler, batch, probe).items():
+        share = len(batch.image) / len(self.samples) / len(self.feeds)
+        for name, value in feed.objective(upsampler, batch, probe).items():
             sums[name] = sums.get(name, 0.0) + share * float(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -108,6 +108,13 @@ class Upsampler(nn.Module):
         """
         whole = self.reassemble(weights[None].to(value.dtype), value[None])[0]
         return whole.flatten(1)[:, pixels].T
+
+    def use_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Be told how the pictures given as guidance are normalised; most methods do not care.
+
+        Args:
+            mean, std: of a backbone, for RGB in 0..1.
+        """
 
     def check(
         self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None

@@ -2,7 +2,8 @@
 
 The header (safetensors metadata, all values strings) holds ``format``, ``upsampler``, ``config``
 (JSON of the module's configuration), ``backbone`` (JSON: name, layer, channels, stride, mean, std,
-fingerprint), and ``card`` (JSON: data, recipe, seed, hardware, metrics).
+fingerprint; of a head for any backbone only the name, "any"), and ``card`` (JSON: data, recipe,
+seed, hardware, metrics).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.learned import LEARNED, build_learned
 
 FORMAT = "fmupsample-head/1"
+ANY = "any"  # in the place of a backbone's name: a head for all of them
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -55,13 +57,14 @@ def describe_backbone(backbone: BackboneLike) -> dict[str, Any]:
 def save_head(
     path: str | Path,
     head: Upsampler,
-    backbone: BackboneLike,
+    backbone: BackboneLike | None,
     card: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a head file; it appears under its name only when complete.
 
     Args:
         head: one of :data:`~fmupsample.upsamplers.learned.LEARNED`.
+        backbone: ``None``: the head serves any.
 
     Raises:
         OutputError: the file cannot be written.
@@ -71,7 +74,7 @@ def save_head(
         "format": FORMAT,
         "upsampler": head.name,
         "config": json.dumps(head.config.to_dict()),
-        "backbone": json.dumps(describe_backbone(backbone)),
+        "backbone": json.dumps({"name": ANY} if backbone is None else describe_backbone(backbone)),
         "card": json.dumps(dict(card or {})),
     }
     state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
@@ -144,6 +147,8 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
     head = build_learned(metadata["upsampler"], metadata["config"])
     head.load_state_dict(state)
     head.fingerprint = fingerprint(state)
+    if backbone is not None:
+        head.use_with(backbone.mean, backbone.std)
     return head.eval().requires_grad_(False)
 
 
@@ -176,6 +181,8 @@ def same_backbone(made_for: Mapping[str, Any], backbone: BackboneLike) -> bool:
 
 def check_fit(path: str | Path, made_for: Mapping[str, Any], backbone: BackboneLike) -> None:
     """Raise a HeadError that names every difference between two backbones that matters."""
+    if made_for.get("name") == ANY:
+        return
     in_use = describe_backbone(backbone)
     differences = [
         f"{key} {made_for.get(key)} (in use: {in_use[key]})"

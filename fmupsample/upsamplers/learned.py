@@ -1,7 +1,8 @@
 """Upsamplers with parameters, by name: what head files hold and training makes.
 
 Each is built from one configuration object, kept as ``module.config``, which turns into a mapping
-and back (``to_dict``, ``from_dict``) and has the number of feature ``channels`` among its fields.
+and back (``to_dict``, ``from_dict``) and has the number of feature ``channels`` among its fields, 0
+for those that take any.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.fade import FADE, FADEConfig
 from fmupsample.upsamplers.lda_aqu import LDAAQU, LDAAQUConfig
-from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
+from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig, UniversalReSFUConfig
+from fmupsample.upsamplers.resfu.module import UNIVERSAL
 from fmupsample.upsamplers.sapa import SAPA, SAPAConfig
 from fmupsample.upsamplers.stack import (
     CARAFEStack,
@@ -27,6 +29,7 @@ from fmupsample.upsamplers.stack import (
 
 LEARNED: dict[str, tuple[type[Upsampler], type[Config]]] = {
     ReSFU.name: (ReSFU, ReSFUConfig),
+    UNIVERSAL: (ReSFU, UniversalReSFUConfig),
     SAPA.name: (SAPA, SAPAConfig),
     LDAAQU.name: (LDAAQU, LDAAQUConfig),
     FADE.name: (FADE, FADEConfig),
@@ -40,13 +43,12 @@ LEARNED: dict[str, tuple[type[Upsampler], type[Config]]] = {
 
 # What training gives a new upsampler unless any of these fields is asked for: improvements on the
 # papers' own forms, measured in benchmarks/README.md.
-RECOMMENDED: dict[str, dict[str, Any]] = {
-    ReSFU.name: {"neighbours": "coarse", "sigma_space": 0.75, "sigma_range": 0.6},
-}
+_PRIOR = {"neighbours": "coarse", "sigma_space": 0.75, "sigma_range": 0.6}
+RECOMMENDED: dict[str, dict[str, Any]] = {ReSFU.name: _PRIOR, UNIVERSAL: _PRIOR}
 
 # Of these, what a head is given after its training only: trained with the colours of its prior, it
 # learns to argue with them.
-LATE: dict[str, tuple[str, ...]] = {ReSFU.name: ("sigma_range",)}
+LATE: dict[str, tuple[str, ...]] = {ReSFU.name: ("sigma_range",), UNIVERSAL: ("sigma_range",)}
 
 
 def recommended(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:

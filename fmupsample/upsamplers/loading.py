@@ -17,6 +17,7 @@ from fmupsample.upsamplers.heads import (
 )
 from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.learned import LEARNED
+from fmupsample.upsamplers.resfu.module import UNIVERSAL
 
 TRAINING_FREE: dict[str, type[Upsampler]] = {
     method.name: method for method in (Nearest, Bilinear, Bicubic, JointBilateral, GuidedFilter)
@@ -28,8 +29,9 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
     """The upsampler to use with a backbone, in evaluation mode on the CPU.
 
     Args:
-        source: ``None`` for the shipped or cached head of this backbone; a method's name
-            (one of :data:`TRAINING_FREE`, or of the trained ones for its head); or a head file.
+        source: ``None`` for the shipped or cached head of this backbone, or where there is none
+            the one that serves all; a method's name (one of :data:`TRAINING_FREE`, or of the
+            trained ones for its head); or a head file.
 
     Raises:
         HeadError: the head does not exist, is damaged, or belongs to another backbone.
@@ -41,6 +43,8 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         return method.eval()
     if source is None or (isinstance(source, str) and source in LEARNED):
         found = find_head(backbone, source)
+        if found is None and source in (None, UNIVERSAL):
+            found = find_universal_head()
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
@@ -73,6 +77,14 @@ def list_heads() -> list[tuple[Path, dict]]:
             except HeadError:
                 continue  # a backbone's file, or damaged: not a head to offer
     return heads
+
+
+def find_universal_head() -> Path | None:
+    """The first head that serves any backbone: the user's own before the shipped one."""
+    for path, metadata in list_heads():
+        if metadata["upsampler"] == UNIVERSAL:
+            return path
+    return None
 
 
 def find_head(backbone: BackboneLike, upsampler: str | None = None) -> Path | None:

@@ -22,6 +22,11 @@ class ReSFUConfig(Config):
     middle: int = 128  # channels of the paired central difference convolution
     groups: int = 4  # of that convolution and of the 1x1 after it
     norm_groups: int = 8  # of the GroupNorms on queries, keys and middle channels
+    # What makes keys of the features. "learned": a 1x1 convolution, as in the paper. "projected": a
+    # random orthogonal projection of standardised features, which prefers no channel. With it
+    # channels may be 0, any number: a new projection at every step of training, one of a fixed seed
+    # in use. For a given number of channels the projection is where training starts.
+    keys: str = "learned"
     semantic: bool = True  # use the semantic pair (keys from the features)
     detail: bool = True  # use the detail pair (keys from the guidance)
     align: bool = True  # align queries with keys: guided filter and Gaussian
@@ -38,12 +43,12 @@ class ReSFUConfig(Config):
     def __post_init__(self) -> None:
         if not (self.semantic or self.detail):
             raise UsageError("ReSFU needs the semantic pair, the detail pair, or both")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise UsageError(f"ReSFU: kernel_size must be odd and positive, not {self.kernel_size}")
-        if self.similarity not in ("pcdc", "inner"):
-            raise UsageError(f"ReSFU: similarity is 'pcdc' or 'inner', not {self.similarity!r}")
-        if self.neighbours not in ("fine", "coarse"):
-            raise UsageError(f"ReSFU: neighbours is 'fine' or 'coarse', not {self.neighbours!r}")
+        self.require_odd("kernel_size")
+        self.require_one_of("similarity", ("pcdc", "inner"))
+        self.require_one_of("neighbours", ("fine", "coarse"))
+        self.require_one_of("keys", ("learned", "projected"))
+        if self.channels < 0 or (self.channels == 0 and self.keys != "projected"):
+            raise UsageError("ReSFU: channels=0, any number, is for keys='projected'")
         for name in ("sigma_space", "sigma_range"):
             if getattr(self, name) is not None:
                 if self.neighbours != "coarse":
@@ -58,3 +63,11 @@ class ReSFUConfig(Config):
                         f"ReSFU: {name}={getattr(self, name)} must be a multiple of groups="
                         f"{self.groups} and of norm_groups={self.norm_groups}"
                     )
+
+
+@dataclass(frozen=True)
+class UniversalReSFUConfig(ReSFUConfig):
+    """Of the form that takes the features of any backbone."""
+
+    channels: int = 0
+    keys: str = "projected"

@@ -7,7 +7,7 @@ and averages their features with the softmax of those scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -29,6 +29,7 @@ from fmupsample.ops.grid import interpolation_matrix
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
 from fmupsample.upsamplers.resfu.prior import Prior
+from fmupsample.upsamplers.resfu.projection import Projection
 from fmupsample.upsamplers.resfu.scores import PairedCDC, Workspace
 from fmupsample.upsamplers.resfu.stem import GuidanceStem
 from fmupsample.upsamplers.resfu.windows import (
@@ -36,6 +37,11 @@ from fmupsample.upsamplers.resfu.windows import (
     neighbour_stride,
     resized_guidance,
 )
+
+UNIVERSAL = "resfu-universal"  # the name of one that takes the features of any backbone
+
+# How such a head, and one that was specialised from it, wants pictures normalised: as ImageNet's.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ReSFU(Upsampler):
@@ -55,13 +61,19 @@ class ReSFU(Upsampler):
     def __init__(self, config: ReSFUConfig):
         super().__init__()
         self.config = config
+        if config.channels == 0:
+            self.name = UNIVERSAL
+        self.picture_gain: Tensor | None = None  # see use_with
+        self.picture_shift: Tensor | None = None
         self.neighbours, self.kernel_size = config.neighbours, config.kernel_size
         self.guidance_is_image = config.stem
         self.stem = GuidanceStem(config.guidance_channels) if config.stem else None
         guidance, channels, e = config.guidance_channels, config.channels, config.embedding
         self.guidance_norm = nn.GroupNorm(largest_group_count(guidance), guidance)
         self.query = nn.Conv2d(guidance, e, 1)
-        if config.semantic:
+        if config.semantic and config.keys == "projected":
+            self.key = Projection(channels, e)
+        elif config.semantic:
             self.feature_norm = nn.GroupNorm(largest_group_count(channels), channels)
             self.key = nn.Conv2d(channels, e, 1)
         for pair in ("semantic", "detail"):
@@ -85,12 +97,8 @@ class ReSFU(Upsampler):
     ) -> Tensor:
         """Kernel weights ``[B, K*K, H, W]``; zero where a neighbour lies outside the picture."""
         size = self.check(x, guidance, size)
-        assert guidance is not None  # checked above: needs_guidance
-        self._check_channels(x, guidance)
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            guidance = resized_guidance(guidance.to(dtype), size)
-            return self._kernels(x.to(dtype), guidance, low=x.dtype == torch.bfloat16)
+            return self._kernels(*self._prepared(x, guidance, size))
 
     @torch.no_grad()
     def kernels_in_rows(
@@ -100,11 +108,8 @@ class ReSFU(Upsampler):
             yield self.kernels(x, guidance, size)
             return
         size = self.check(x, guidance, size)
-        self._check_channels(x, guidance)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        guidance = resized_guidance(guidance.to(dtype), size)
-        low = x.dtype == torch.bfloat16
-        job = WindowedKernels(self, x.to(dtype), guidance, size, pixels // len(x), low)
+        features, guidance, low = self._prepared(x, guidance, size)
+        job = WindowedKernels(self, features, guidance, size, pixels // len(x), low)
         with torch.autocast(x.device.type, enabled=False):
             job.measure()
             for band in job.windows:
@@ -118,9 +123,51 @@ class ReSFU(Upsampler):
         fine = self.config.neighbours == "fine"
         return reassemble_at(value, weights, pixels, fractional=fine)
 
+    def use_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take pictures normalised by ``mean`` and ``std``, RGB in 0..1.
+
+        With ``keys="projected"``, where the head may have been trained for other backbones, they
+        are brought to :data:`MEAN` and :data:`STD`; else they are taken as they are.
+        """
+        if self.config.keys == "learned":
+            return
+        own_mean, own_std, mean, std = (
+            torch.tensor(values, dtype=torch.float64)[:, None, None]
+            for values in (MEAN, STD, mean, std)
+        )
+        self.picture_gain, self.picture_shift = std / own_std, (mean - own_mean) / own_std
+
+    def _prepared(
+        self, x: Tensor, guidance: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Features and guidance as they are computed with; whether products may be bfloat16."""
+        self._check_channels(x, guidance)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        guidance = resized_guidance(guidance.to(dtype), size)
+        if self.picture_gain is not None:
+            gain, shift = self.picture_gain.to(guidance), self.picture_shift.to(guidance)
+            guidance = torch.addcmul(shift, guidance, gain)
+        return x.to(dtype), guidance, x.dtype == torch.bfloat16
+
+    def specialised(self, channels: int) -> ReSFU:
+        """The same for features of so many channels, with a projection that can be trained.
+
+        On the CPU; needs a head of any number of channels.
+        """
+        config = ReSFUConfig(**{**self.config.to_dict(), "channels": channels})
+        head = ReSFU(config)
+        head.load_state_dict({**head.state_dict(), **self.state_dict()})
+        return head
+
+    def low_key(self, x: Tensor) -> Tensor:
+        """Keys of the semantic pair, ``[B, E, h, w]``, of features ``[B, C, h, w]``."""
+        if isinstance(self.key, Projection):
+            return self.key(x)
+        return pointwise_after_norm(x, self.feature_norm, self.key.weight.flatten(1), self.key.bias)
+
     def _check_channels(self, x: Tensor, guidance: Tensor) -> None:
         c = self.config
-        if x.shape[1] != c.channels:
+        if c.channels not in (0, x.shape[1]):
             raise ShapeError(f"this ReSFU was built for {c.channels} channels, got {x.shape[1]}")
         expected = 3 if c.stem else c.guidance_channels
         if guidance.shape[1] != expected:
@@ -147,7 +194,7 @@ class ReSFU(Upsampler):
 
     def _semantic(self, x: Tensor, query: Tensor, workspace: Workspace, low: bool) -> Tensor:
         c, size = self.config, query.shape[-2:]
-        key = pointwise_after_norm(x, self.feature_norm, self.key.weight.flatten(1), self.key.bias)
+        key = self.low_key(x)
         if c.align:
             # The radius counts output pixels; the filter works on a grid of half the size.
             query = fast_guided_filter(

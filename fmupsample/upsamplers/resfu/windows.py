@@ -149,8 +149,7 @@ class WindowedKernels:
         self.moments: dict[str, Moments] = {}
         self.key: Tensor | None = None
         if c.semantic:
-            weight = head.key.weight.flatten(1)
-            self.key = pointwise_after_norm(x, head.feature_norm, weight, head.key.bias)
+            self.key = head.low_key(x)
             self.keys = head.semantic_scores.upsampled_keys(
                 self.key, upsampled_group_moments(self.key, size, c.norm_groups), size
             )

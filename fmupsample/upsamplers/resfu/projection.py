@@ -1,0 +1,75 @@
+"""Keys that lean on no channel: a random projection of standardised features.
+
+Every channel is first brought to mean 0 and variance 1 over the picture, whatever its scale and
+sign. An orthogonal projection to E channels then keeps distances between cells on average (Johnson
+and Lindenstrauss 1984), whatever C is. A head that sees another projection at every step of its
+training cannot learn what a channel means, only what distances do: so it serves any features.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_SEED = 0
+# Channels that vary less than this, relative to their size, are constant but for rounding.
+_FAINTEST = 1e-5
+
+
+class Projection(nn.Module):
+    """``[B, C, h, w]`` -> ``[B, E, h, w]``.
+
+    Args:
+        channels: C; the projection is a parameter ``weight`` ``[E, C]``, which training changes. 0:
+            there is no parameter and C is any number; in training mode the projection is a new one
+            at every call, else that of a fixed seed.
+        embedding: E.
+    """
+
+    def __init__(self, channels: int, embedding: int) -> None:
+        super().__init__()
+        self.embedding = embedding
+        weight = None
+        if channels:
+            weight = nn.Parameter(random_projection(channels, embedding, _SEED).float())
+        self.register_parameter("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if weight is None:
+            # Of PyTorch's own random numbers, so that a run that goes on draws as it would have.
+            seed = int(torch.randint(2**31, ())) if self.training else _SEED
+            draw = random_projection if seed else _fixed_projection
+            weight = draw(x.shape[1], self.embedding, seed)
+        return project(x, weight.to(x))
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """Standardise the channels of each picture, then project: ``[B, C, h, w]`` and ``[E, C]``."""
+    flat = x.flatten(2)
+    mean = flat.mean(2, keepdim=True)
+    centred = flat - mean
+    variance = centred.square().mean(2)
+    floor = _FAINTEST**2 * (variance + mean.squeeze(2).square())
+    gain = (variance + floor + torch.finfo(x.dtype).tiny).rsqrt()  # [B, C]
+    return ((weight * gain[:, None]) @ centred).unflatten(2, x.shape[2:])
+
+
+def random_projection(channels: int, embedding: int, seed: int) -> Tensor:
+    """``[E, C]``, float64: rows orthonormal, or columns where there are fewer of them.
+
+    The same on every machine and in every version: the generator is one that NumPy keeps as it is.
+    """
+    long, short = max(channels, embedding), min(channels, embedding)
+    normal = np.random.RandomState(seed).standard_normal((long, short))
+    q, r = np.linalg.qr(normal)
+    q *= np.where(np.diagonal(r) < 0, -1.0, 1.0)  # else what the signs are is up to LAPACK
+    return torch.from_numpy(q.T if channels >= embedding else q).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _fixed_projection(channels: int, embedding: int, seed: int) -> Tensor:
+    return random_projection(channels, embedding, seed)
