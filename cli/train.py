@@ -12,6 +12,7 @@ import typer
 from fmupsample_cli import options as o
 
 if TYPE_CHECKING:
+    from fmupsample.backbones import Backbone
     from fmupsample.training.run import TrainReport
 
 TRAINING = "Training"
@@ -292,7 +293,7 @@ def train(
                 wanted,
                 validation=validation,
                 labels=labels or (),
-                start_from=_known_head(start_from),
+                start_from=_known_head(start_from, models[0]),
                 device=device,
                 workers=workers,
                 work=work,
@@ -339,15 +340,15 @@ def _parse_backbone(text: str) -> dict[str, Any]:
     return found
 
 
-def _known_head(start_from: Path | None) -> Path | None:
+def _known_head(start_from: Path | None, backbone: Backbone) -> Path | None:
     """The file that ``--from`` means, which may be a name."""
     from fmupsample.errors import HeadError
-    from fmupsample.upsamplers.loading import find_universal_head
+    from fmupsample.upsamplers.loading import find_head
     from fmupsample.upsamplers.resfu.module import UNIVERSAL
 
     if start_from is None or str(start_from) != UNIVERSAL or start_from.exists():
         return start_from
-    found = find_universal_head()
+    found = find_head(backbone, UNIVERSAL)
     if found is None:
         raise HeadError(f"there is no {UNIVERSAL} head to start from")
     return found

@@ -36,7 +36,7 @@ from fmupsample.upsamplers import (
 )
 from fmupsample.upsamplers.catalogue import catalogue
 from fmupsample.upsamplers.complexity import cost, stack_cost
-from fmupsample.upsamplers.learned import LEARNED
+from fmupsample.upsamplers.learned import LEARNED, build_learned, config_for
 from fmupsample.upsamplers.stack import Stack
 from fmupsample_cli.main import main
 
@@ -45,6 +45,7 @@ OPERATORS = [
     (ReSFU, ReSFUConfig(24), 3),
     (ReSFU, ReSFUConfig(24, 8, stem=False, detail=False, kernel_size=5), 8),
     (ReSFU, ReSFUConfig(24, similarity="inner"), 3),
+    (ReSFU, ReSFUConfig(24, keys="projected"), 3),
     (SAPA, SAPAConfig(24), 3),
     (SAPA, SAPAConfig(24, 20, stem=False, similarity="bilinear", embedding=16), 20),
     (SAPA, SAPAConfig(24, 20, stem=False, similarity="addition", norm=False), 20),
@@ -153,8 +154,8 @@ def test_published_costs_that_differ():
 def test_the_catalogue_is_whole():
     entries = {entry.name: entry for entry in catalogue(384, (16, 16), (224, 224))}
     assert set(LEARNED) < set(entries)
-    for name, (kind, config_class) in LEARNED.items():
-        module = kind(config_class(384))
+    for name in LEARNED:
+        module = build_learned(name, config_for(name, 384, {}))
         assert entries[name].cost.parameters == parameters(module)
         assert entries[name].linear == module.linear_in_value
     assert entries["bilinear"].cost.parameters == 0 and entries["nearest"].cost.macs == 0

@@ -11,7 +11,7 @@ from small_training import draw_pictures, options, run
 
 from fmupsample.errors import HeadError, ShapeError, UsageError
 from fmupsample.upsamplers import UPSAMPLERS, load_head, save_head
-from fmupsample.upsamplers.learned import LEARNED, build_learned
+from fmupsample.upsamplers.learned import LEARNED, build_learned, config_for
 from fmupsample.upsamplers.loading import TRAINING_FREE
 from fmupsample_cli.options import UPSAMPLER_NAMES
 
@@ -153,8 +153,10 @@ def test_every_class_states_what_it_is(member: Member):
 
 # --- those with heads -----------------------------------------------------------------------------
 
+_SMALL_RESFU = {"embedding": 8, "middle": 16, "groups": 2, "norm_groups": 2, "guidance_channels": 4}
 SMALL = {
-    "resfu": {"embedding": 8, "middle": 16, "groups": 2, "norm_groups": 2, "guidance_channels": 4},
+    "resfu": _SMALL_RESFU,
+    "resfu-universal": _SMALL_RESFU,
     "sapa": {"embedding": 8, "guidance_channels": 4},
     "fade": {"compressed": 8, "guidance_channels": 4},
     "carafe": {"stages": 3, "operator": {"compressed": 8}},
@@ -164,6 +166,10 @@ SMALL = {
     "pixel-shuffle": {"stages": 3},
     "lda-aqu": {"reduction": 2},
 }
+
+
+def _channels(name: str) -> int:
+    return 0 if name == "resfu-universal" else 16
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +184,7 @@ def test_every_learned_one_is_trained_saved_and_loaded(name, pictures, tmp_path)
     report = run(pictures, path, config)
     assert report.score is not None and report.score.ratio > 0
     head = load_head(path)
-    assert head.name == name and head.config.channels == 16
+    assert head.name == name and head.config.channels == _channels(name)
     x, image = torch.randn(1, 16, 4, 4), torch.randn(1, 3, 30, 33)
     assert head(x, image).shape == (1, 16, 30, 33)
     untrained = build_learned(name, head.config.to_dict())
@@ -190,18 +196,22 @@ def test_every_learned_one_is_trained_saved_and_loaded(name, pictures, tmp_path)
 def test_configurations_are_checked(name, tmp_path):
     with pytest.raises(UsageError, match="nonsense"):
         build_learned(name, {"channels": 16, "nonsense": 1})
-    up = build_learned(name, {"channels": 16, **SMALL[name]})
+    up = build_learned(name, config_for(name, 16, SMALL[name]))
     backbone = SimpleNamespace(
         name="toy", layer=0, channels=16, stride=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3,
         fingerprint="0",
     )  # fmt: skip
     path = tmp_path / "h.safetensors"
-    save_head(path, up, backbone)
+    save_head(path, up, backbone if _channels(name) else None)
     again = load_head(path, backbone)
     assert again.config == up.config
     for key, value in up.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value)
-    backbone.stride = (16, 16)
+    backbone.stride, backbone.channels = (16, 16), 24
+    if not _channels(name):
+        image = torch.randn(1, 3, 32, 48)
+        assert load_head(path, backbone)(torch.randn(1, 24, 2, 3), image).shape == (1, 24, 32, 48)
+        return
     with pytest.raises(HeadError, match="another backbone"):
         load_head(path, backbone)
 
@@ -209,5 +219,5 @@ def test_configurations_are_checked(name, tmp_path):
 def test_the_names_of_the_command_line():
     assert UPSAMPLERS == UPSAMPLER_NAMES == (*TRAINING_FREE, *LEARNED)
     assert {"bicubic", "guided"} <= set(TRAINING_FREE)
-    for name, (kind, _) in LEARNED.items():
-        assert kind.name == name
+    for name, (kind, config) in LEARNED.items():
+        assert kind(config(_channels(name))).name == name

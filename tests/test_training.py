@@ -24,7 +24,7 @@ from toy import ToyBackbone, ToyUpsampler
 
 from fmupsample.errors import FmupsampleError, HeadError, TrainingError, UsageError
 from fmupsample.images import find_images
-from fmupsample.training import loop
+from fmupsample.training import feed, loop
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.model import Model, learning_rate, make_optimizer
 from fmupsample.training.run import train
@@ -127,7 +127,7 @@ SLOW = """
     sys.path.insert(0, {tests!r})
     import fmupsample.backbones
     from toy import ToyBackbone
-    from fmupsample.training import loop
+    from fmupsample.training import feed, loop
     step = loop.Trainer._do_step
 
     def slow(self, *arguments):
@@ -207,20 +207,14 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing_else(
     pictures, tmp_path, monkeypatch
 ) -> None:
     run(pictures, tmp_path / "whole.safetensors", options(batch_size=4))
-    make = loop.Trainer.__init__
+    inner = feed.Feed.batch
 
-    def narrow(self, *arguments, **more) -> None:
-        make(self, *arguments, **more)
-        inner = self.make
+    def limited(self, samples, *rest, held=False):
+        if len(samples) > 1 and not held:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(self, samples, *rest, held=held)
 
-        def limited(samples, *rest):
-            if len(samples) > 1:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return inner(samples, *rest)
-
-        self.make = limited
-
-    monkeypatch.setattr(loop.Trainer, "__init__", narrow)
+    monkeypatch.setattr(feed.Feed, "batch", limited)
 
     class Listener:
         said: ClassVar[list[str]] = []

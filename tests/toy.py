@@ -16,33 +16,32 @@ from fmupsample.upsamplers.base import Upsampler
 
 
 class ToyBackbone(nn.Module):
-    """16 channels per 8 x 8 pixels; looks like a :class:`fmupsample.backbones.Backbone`."""
+    """By default 16 channels per 8 x 8 pixels; looks like a
+    :class:`fmupsample.backbones.Backbone`."""
 
-    name = "toy.v1"
     architecture = "toy"
-    channels = 16
-    stride = (8, 8)
-    size_multiple = (8, 8)
     fixed_size = None
     default_image_size = 64
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     layer = 11
-    fingerprint = "0123456789ab"
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 16, stride: int = 8, name: str = "toy.v1") -> None:
         super().__init__()
+        self.channels, self.stride, self.name = channels, (stride, stride), name
+        self.size_multiple = (stride, stride)
+        self.fingerprint = "0123456789ab" if name == "toy.v1" else f"of {name}"
         g = torch.Generator().manual_seed(7)
-        self.mix = nn.Parameter(torch.randn(16, 9, generator=g), requires_grad=False)
+        self.mix = nn.Parameter(torch.randn(channels, 9, generator=g), requires_grad=False)
         self.calls = 0
 
     def forward(self, images: Tensor) -> Tensor:
         self.calls += len(images)
-        x = F.avg_pool2d(images, 8)
+        x = F.avg_pool2d(images, self.stride)
         x = torch.cat([x, x**2, x.roll(1, dims=1) * x], dim=1)
         return torch.einsum("cd,bdhw->bchw", self.mix, x)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        return size[0] // 8, size[1] // 8
+        return size[0] // self.stride[0], size[1] // self.stride[1]
 
 
 class ToyUpsampler(Upsampler):

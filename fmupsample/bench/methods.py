@@ -13,7 +13,7 @@ from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.catalogue import DESCRIPTIONS
 from fmupsample.upsamplers.complexity import Cost, cost, stack_cost, training_free_cost
 from fmupsample.upsamplers.heads import BackboneLike, load_head, read_head_metadata
-from fmupsample.upsamplers.learned import LEARNED, build_learned
+from fmupsample.upsamplers.learned import LEARNED, build_learned, config_for
 from fmupsample.upsamplers.loading import TRAINING_FREE, UPSAMPLERS, find_head
 from fmupsample.upsamplers.stack import Stack
 
@@ -58,7 +58,7 @@ class Method:
             return TRAINING_FREE[self.method]().eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made = build_learned(self.method, {"channels": self.channels})
+            made = build_learned(self.method, config_for(self.method, self.channels, {}))
         return made.eval().requires_grad_(False)
 
 
@@ -109,5 +109,5 @@ def cost_of(
     if isinstance(upsampler, Stack):
         return stack_cost(type(upsampler), upsampler.config, cells, pixels)
     if upsampler.name in LEARNED:
-        return cost(upsampler.config, cells, pixels)
+        return cost(upsampler.config, cells, pixels, channels)
     return training_free_cost(upsampler.name, channels, cells, pixels)

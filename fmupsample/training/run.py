@@ -54,7 +54,7 @@ from fmupsample.training.report import (
 from fmupsample.training.validate import Score, Validator
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.heads import load_head, save_head
-from fmupsample.upsamplers.learned import LATE, build_learned, recommended
+from fmupsample.upsamplers.learned import LATE, build_learned, config_for, recommended
 from fmupsample.upsamplers.resfu.module import UNIVERSAL
 from fmupsample.writers.lock import FolderLock
 
@@ -328,13 +328,14 @@ class _Run:
                 raise UsageError("upsampler_config: a head to go on from keeps its own")
         else:
             options = recommended(config.upsampler, config.upsampler_config)
-            channels = 0 if universal else backbone.channels
             if several and config.upsampler != UNIVERSAL:
                 raise UsageError(
                     f"several backbones are for --upsampler {UNIVERSAL}; {config.upsampler} is "
                     "trained for one"
                 )
-            head = build_learned(config.upsampler, {"channels": channels, **options})
+            head = build_learned(
+                config.upsampler, config_for(config.upsampler, backbone.channels, options)
+            )
         for each in self.backbones:
             check_trainable(head, each.stride)
         if getattr(head.config, "channels", 0) not in (0, backbone.channels):

@@ -10,7 +10,7 @@ from fmupsample.upsamplers.a2u import A2U, A2UConfig
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import Cost, cost, stack_cost, training_free_cost
 from fmupsample.upsamplers.indexnet import IndexNet, IndexNetConfig
-from fmupsample.upsamplers.learned import LEARNED
+from fmupsample.upsamplers.learned import LEARNED, config_for
 from fmupsample.upsamplers.loading import TRAINING_FREE
 from fmupsample.upsamplers.stack import Stack, StackConfig
 from fmupsample.upsamplers.unpooling import MaxUnpooling
@@ -21,7 +21,8 @@ DESCRIPTIONS = {
     "bicubic": "bicubic interpolation",
     "jbu": "joint bilateral: cells of like colour",
     "guided": "guided filter: locally affine in the picture",
-    "resfu": "similarity by paired differences, fine neighbours",
+    "resfu": "similarity by paired differences",
+    "resfu-universal": "the same with keys that any backbone has",
     "sapa": "similarity of picture and features, gated",
     "lda-aqu": "self-attention to neighbours that move",
     "fade": "kernels from picture and features",
@@ -72,12 +73,12 @@ def catalogue(channels: int, cells: tuple[int, int], pixels: tuple[int, int]) ->
         price = training_free_cost(name, channels, cells, pixels)
         found.append(_entry(name, "free", kind(), price))
     for name, (kind, config_class) in LEARNED.items():
-        config = config_class(channels)
+        config = config_class(**config_for(name, channels, {}))
         if issubclass(kind, Stack):
             assert isinstance(config, StackConfig)
             price = stack_cost(kind, config, cells, pixels)
         else:
-            price = cost(config, cells, pixels)
+            price = cost(config, cells, pixels, channels)
         found.append(_entry(name, "head", kind(config), price))
     twice = (2 * cells[0], 2 * cells[1])
     for name, (kind, make_config) in _DECODERS.items():

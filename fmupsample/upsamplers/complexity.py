@@ -25,7 +25,7 @@ from fmupsample.upsamplers.fade import FADEConfig
 from fmupsample.upsamplers.featup import LearnedBilateralConfig
 from fmupsample.upsamplers.indexnet import IndexNetConfig
 from fmupsample.upsamplers.lda_aqu import LDAAQUConfig
-from fmupsample.upsamplers.resfu import ReSFUConfig
+from fmupsample.upsamplers.resfu import ReSFUConfig, UniversalReSFUConfig
 from fmupsample.upsamplers.sapa import SAPAConfig
 from fmupsample.upsamplers.stack import Stack, StackConfig
 
@@ -59,12 +59,20 @@ class Cost:
         )
 
 
-def cost(config: Config, cells: tuple[int, int], pixels: tuple[int, int]) -> Cost:
+def cost(
+    config: Config, cells: tuple[int, int], pixels: tuple[int, int], channels: int = 0
+) -> Cost:
     """Of an operator that makes ``cells`` into ``pixels``; its configuration says which it is.
+
+    Args:
+        channels: of the features, for one that takes any number of them.
 
     Raises:
         UsageError: a configuration without a formula (a stack's: see :func:`stack_cost`).
     """
+    if isinstance(config, UniversalReSFUConfig):
+        one = cost(config.specialised(channels), cells, pixels)
+        return Cost(one.parameters - channels * config.embedding, one.convolution, one.neighbours)
     for kind, formula in _FORMULAS.items():
         if type(config) is kind:
             return formula(config, prod(cells), prod(pixels))
@@ -126,7 +134,7 @@ def _resfu(c: ReSFUConfig, lr: int, hr: int) -> Cost:
     convolution = (stem + g * e) * hr
     neighbours = (c.kernel_size + 1) ** 2 * c.channels * hr
     if c.semantic:
-        parameters += 2 * c.channels + c.channels * e + e
+        parameters += c.channels * e + (2 * c.channels + e if c.keys == "learned" else 0)
         convolution += c.channels * e * lr
     pairs = int(c.semantic) + int(c.detail)
     if c.similarity == "inner":

@@ -59,6 +59,11 @@ def recommended(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     return dict(asked) if apart else {**fields, **asked}
 
 
+def config_for(name: str, channels: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`build_learned` takes, for features of so many channels."""
+    return {"channels": 0 if name == UNIVERSAL else channels, **options}
+
+
 def build_learned(name: str, config: Mapping[str, Any]) -> Upsampler:
     """A new upsampler with untrained parameters.
 

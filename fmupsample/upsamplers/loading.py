@@ -10,6 +10,7 @@ from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
 from fmupsample.upsamplers.guided import GuidedFilter
 from fmupsample.upsamplers.heads import (
+    ANY,
     BackboneLike,
     load_head,
     read_head_metadata,
@@ -43,8 +44,8 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         return method.eval()
     if source is None or (isinstance(source, str) and source in LEARNED):
         found = find_head(backbone, source)
-        if found is None and source in (None, UNIVERSAL):
-            found = find_universal_head()
+        if found is None and source is None:
+            found = find_head(backbone, UNIVERSAL)
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
@@ -79,19 +80,18 @@ def list_heads() -> list[tuple[Path, dict]]:
     return heads
 
 
-def find_universal_head() -> Path | None:
-    """The first head that serves any backbone: the user's own before the shipped one."""
-    for path, metadata in list_heads():
-        if metadata["upsampler"] == UNIVERSAL:
-            return path
-    return None
-
-
 def find_head(backbone: BackboneLike, upsampler: str | None = None) -> Path | None:
-    """The first head made for this backbone and layer (and of this method), or ``None``."""
+    """The first head made for this backbone and layer (and of this method), or ``None``.
+
+    One that serves all is found only by its name, ``resfu-universal``.
+    """
     for path, metadata in list_heads():
         made_for = metadata["backbone"]
         if upsampler not in (None, metadata["upsampler"]):
+            continue
+        if made_for.get("name") == ANY:
+            if upsampler is not None:
+                return path
             continue
         if same_backbone(made_for, backbone) and made_for.get("layer") == backbone.layer:
             return path

@@ -71,3 +71,14 @@ class UniversalReSFUConfig(ReSFUConfig):
 
     channels: int = 0
     keys: str = "projected"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels or self.keys != "projected":
+            raise UsageError(
+                "a universal ReSFU takes any number of channels: channels must be 0, keys projected"
+            )
+
+    def specialised(self, channels: int) -> ReSFUConfig:
+        """The same for features of so many channels."""
+        return ReSFUConfig(**{**self.to_dict(), "channels": channels})

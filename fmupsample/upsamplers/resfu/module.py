@@ -154,8 +154,7 @@ class ReSFU(Upsampler):
 
         On the CPU; needs a head of any number of channels.
         """
-        config = ReSFUConfig(**{**self.config.to_dict(), "channels": channels})
-        head = ReSFU(config)
+        head = ReSFU(self.config.specialised(channels))
         head.load_state_dict({**head.state_dict(), **self.state_dict()})
         return head
 
