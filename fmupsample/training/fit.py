@@ -14,6 +14,9 @@ from fmupsample.images.find import Source
 from fmupsample.progress import SILENT, Progress
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.run import Say, TrainReport, train
+from fmupsample.upsamplers.loading import find_head
+from fmupsample.upsamplers.resfu import ReSFU
+from fmupsample.upsamplers.resfu.module import UNIVERSAL
 
 # A few minutes: enough to be sharper than bilinear interpolation, not all that a head can learn.
 _STEPS, _STEPS_GPU = 150, 600
@@ -45,6 +48,8 @@ def fit_head(
         UsageError: too few or too small pictures.
     """
     say(f"there is no {upsampler} head for {backbone.name}: training one on these pictures")
+    # A head for any backbone, where there is one, knows most of what is to be learned.
+    start = find_head(backbone, UNIVERSAL) if upsampler == ReSFU.name else None
     steps = _STEPS_GPU if device.type == "cuda" else _STEPS
     config = config or TrainConfig(
         upsampler=upsampler, steps=steps, lr=2e-3, validate_every=-(-steps // 3), previews=0
@@ -54,6 +59,7 @@ def fit_head(
         sources,
         fitted_head_path(backbone, upsampler),
         config,
+        start_from=start,
         device=device,
         overwrite=True,
         data=f"{len(sources)} pictures of a run",

@@ -1,0 +1,214 @@
+"""A head for any backbone on backbones that it never saw.
+
+    python benchmarks/leave_one_out.py --sources DIR --photos DIR --camvid DIR -o FOLDER
+
+For each feature source, a universal ReSFU is trained on all the others, and one of its own on this
+source alone, with equal steps; then linear probes on CamVid compare both with bilinear and joint
+bilateral upsampling (`quality.py`). Sources are the backbone files in DIR (see
+`weights/recipes/train_source.py`) and the embedded backbone; two layers of one file are left out
+together. A run that was stopped goes on when it is given the same folder. Written are the heads, a
+JSON of `quality.py` for each source, and `leave_one_out.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from fmupsample.backbones import Backbone, load_backbone
+from fmupsample.errors import FmupsampleError, UsageError
+from fmupsample.images.find import find_images
+from fmupsample.training.config import TrainConfig
+from fmupsample.training.run import train
+from fmupsample.upsamplers.resfu.module import UNIVERSAL
+from fmupsample_cli.progress import RichProgress, note
+
+import quality
+
+# What is compared, and how (keys of a cell in the JSON of quality.py).
+NAMES = ("bilinear", "jbu", "universal", "specialised")
+MEASURES = {
+    ("preserved", "miou"): "preserved: mIoU",
+    ("preserved", "boundary_f"): "preserved: boundary F",
+    ("fitted", "miou"): "fitted: mIoU",
+    ("fitted", "boundary_f"): "fitted: boundary F",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of a backbone (``None``: the embedded one) and one of its layers."""
+
+    file: Path | None
+    layer: str | None = None
+
+    @property
+    def name(self) -> str:
+        stem = "embedded" if self.file is None else self.file.stem
+        return stem if self.layer is None else f"{stem}-layer{self.layer}"
+
+    def load(self) -> Backbone:
+        return load_backbone("embedded", weights=self.file, layer=self.layer)
+
+    def options(self) -> list[str]:
+        """The same for `quality.py`."""
+        weights = [] if self.file is None else ["--backbone-weights", str(self.file)]
+        return weights + ([] if self.layer is None else ["--layer", self.layer])
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--sources", type=Path, required=True, help="folder of backbone files")
+    add("--photos", type=Path, required=True, help="folder of pictures to train on")
+    add("--camvid", type=Path, required=True, help="folder with train/ and val/")
+    add("-o", "--output", type=Path, required=True, help="folder for heads and results")
+    add("--layers", nargs="*", default=[], metavar="NAME=N",
+        help="more layers of these sources to train on")  # fmt: skip
+    add("--held-out", nargs="*", metavar="NAME", help="sources to leave out, one at a time (all)")
+    add("--only", choices=["train", "judge"], help="do a part")
+    add("--steps", type=int, default=150, help="of every head (150)")
+    add("--batch-size", type=int, default=2)
+    add("--image-size", type=int, default=140, help="side of the crops (140)")
+    add("--lr", type=float, default=3e-3)
+    add("--seed", type=int, default=0, help="of training")
+    add("--probe-size", type=int, default=224, help="short side of CamVid's pictures (224)")
+    add("--limits", type=int, nargs=2, default=[80, 40], help="of CamVid train and val (80 40)")
+    add("--seeds", type=int, default=2, help="of the probes (2)")
+    add("--threads", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def find_sources(folder: Path, layers: Sequence[str]) -> list[Source]:
+    """The embedded backbone and every file, and then the further layers."""
+    files: dict[str, Path | None] = {"embedded": None}
+    files |= {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    more = []
+    for text in layers:
+        name, _, layer = text.partition("=")
+        if name not in files or not layer:
+            raise UsageError(f"--layers {text!r} is not understood; sources: {', '.join(files)}")
+        more.append(Source(files[name], layer))
+    return [Source(path) for path in files.values()] + more
+
+
+def train_head(
+    path: Path, sources: Sequence[Source], upsampler: str, args: argparse.Namespace
+) -> None:
+    """A head in ``path``, unless it is there; a run that was stopped goes on."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = TrainConfig(
+        upsampler=upsampler,
+        image_sizes=(args.image_size,),
+        side=2 * args.image_size,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        held_out=0,  # the last weights, for all alike
+        previews=0,
+    )
+    with RichProgress(unit="steps") as progress:
+        report = train(
+            [source.load() for source in sources],
+            find_images([args.photos]),
+            path,
+            config,
+            resume=True,
+            progress=progress,
+        )
+    note(f"{path.stem}: {report.parameters} parameters, {report.seconds:.0f} s")
+
+
+def judge(source: Source, heads: dict[str, Path], args: argparse.Namespace) -> list[dict]:
+    """The cells of `quality.py` for one source."""
+    output = args.output / f"{source.name}.json"
+    quality.main([
+        "--camvid", str(args.camvid), "--image-size", str(args.probe_size),
+        "--limits", *map(str, args.limits), "--seeds", str(args.seeds), *source.options(),
+        "--upsamplers", "bilinear", "jbu", "-o", str(output), "--threads", str(args.threads),
+        *(f"--head={name}={path}" for name, path in heads.items()),
+    ])  # fmt: skip
+    return json.loads(output.read_text())["cells"]
+
+
+def table(found: dict[str, list[dict]]) -> str:
+    """A row for each source and upsampler; then what share of a head's own gain is kept."""
+    head = ["source", "upsampler", *MEASURES.values()]
+    lines = [head, ["---", "---", *["---:"] * len(MEASURES)]]
+    for source, cells in found.items():
+        for name in NAMES:
+            values = [_show(_numbers(cells, name, key)) for key in MEASURES]
+            lines.append([source, name, *values])
+    for title, names in (("gain", "universal"), ("gain", "specialised")):
+        gains = [mean(_gains(cells, names, key) for cells in found.values()) for key in MEASURES]
+        lines.append([f"*mean {title}*", names, *(f"{gain:+.1f}" for gain in gains)])
+    shares = []
+    for key in MEASURES:
+        one, own = (
+            mean(_gains(cells, name, key) for cells in found.values())
+            for name in ("universal", "specialised")
+        )
+        shares.append(f"{100 * one / own:.0f} %" if own > 0 else "-")
+    lines.append(["*share of the gain*", "universal", *shares])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _numbers(cells: list[dict], name: str, key: tuple[str, str]) -> list[float]:
+    probe, measure = key
+    own = sorted((c for c in cells if c["upsampler"] == name), key=lambda c: c["seed"])
+    return [100 * cell[probe][measure] for cell in own]
+
+
+def _gains(cells: list[dict], name: str, key: tuple[str, str]) -> float:
+    """Over bilinear, the mean over seeds."""
+    return mean(_numbers(cells, name, key)) - mean(_numbers(cells, "bilinear", key))
+
+
+def _show(values: list[float]) -> str:
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    sources = find_sources(args.sources, args.layers)
+    first = [source for source in sources if source.layer is None]
+    left_out = [s for s in first if args.held_out is None or s.name in args.held_out]
+    if len(first) < 2 or not left_out:
+        raise UsageError(f"sources: {', '.join(s.name for s in first)}; none to leave out")
+    found = {}
+    for source in left_out:
+        others = [other for other in sources if other.file != source.file]
+        heads = {
+            "universal": args.output / "heads" / f"without-{source.name}.safetensors",
+            "specialised": args.output / "heads" / f"{source.name}.safetensors",
+        }
+        if args.only != "judge":
+            train_head(heads["universal"], others, UNIVERSAL, args)
+            train_head(heads["specialised"], [source], "resfu", args)
+        if args.only != "train":
+            found[source.name] = judge(source, heads, args)
+    if found:
+        text = table(found)
+        (args.output / "leave_one_out.md").write_text(text)
+        print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FmupsampleError as error:
+        raise SystemExit(f"error: {error}") from error
