@@ -49,8 +49,8 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
-                "--upsampler jbu (edge-aware, needs no training) or --upsampler bilinear, give a "
-                "head file with --head, or train one with `fmupsample train`"
+                f"--upsampler {UNIVERSAL} (serves any backbone) or jbu (needs no training), give "
+                "a head file with --head, or train one with `fmupsample train`"
             )
         return load_head(found, backbone)
     path = Path(source)
