@@ -77,11 +77,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", choices=["train", "judge"], help="do a part")
     add("--steps", type=int, default=150, help="of every head (150)")
     add("--batch-size", type=int, default=2)
-    add("--image-size", type=int, default=140, help="side of the crops (140)")
+    add("--image-size", type=int, default=168, help="side of the crops (168)")
+    add("--enlarge", type=int, default=3, help="how much larger crops teach (3)")
     add("--lr", type=float, default=3e-3)
     add("--seed", type=int, default=0, help="of training")
     add("--probe-size", type=int, default=224, help="short side of CamVid's pictures (224)")
     add("--limits", type=int, nargs=2, default=[80, 40], help="of CamVid train and val (80 40)")
+    add("--epochs", type=int, default=10, help="of a probe (10)")
+    add("--rates", nargs="+", default=["0.1", "0.3"], help="learning rates to choose from")
     add("--seeds", type=int, default=2, help="of the probes (2)")
     add("--threads", type=int, default=0)
     return parser.parse_args(arguments)
@@ -113,6 +116,7 @@ def train_head(
         side=2 * args.image_size,
         steps=args.steps,
         batch_size=args.batch_size,
+        enlarge=args.enlarge,
         lr=args.lr,
         seed=args.seed,
         held_out=0,  # the last weights, for all alike
@@ -136,6 +140,7 @@ def judge(source: Source, heads: dict[str, Path], args: argparse.Namespace) -> l
     quality.main([
         "--camvid", str(args.camvid), "--image-size", str(args.probe_size),
         "--limits", *map(str, args.limits), "--seeds", str(args.seeds), *source.options(),
+        "--epochs", str(args.epochs), "--rates", *args.rates,
         "--upsamplers", "bilinear", "jbu", "-o", str(output), "--threads", str(args.threads),
         *(f"--head={name}={path}" for name, path in heads.items()),
     ])  # fmt: skip
