@@ -80,6 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--image-size", type=int, default=168, help="side of the crops (168)")
     add("--enlarge", type=int, default=3, help="how much larger crops teach (3)")
     add("--lr", type=float, default=3e-3)
+    add("--precision", default="bf16", help="of the sources in training (bf16)")
     add("--seed", type=int, default=0, help="of training")
     add("--probe-size", type=int, default=224, help="short side of CamVid's pictures (224)")
     add("--limits", type=int, nargs=2, default=[80, 40], help="of CamVid train and val (80 40)")
@@ -118,6 +119,7 @@ def train_head(
         batch_size=args.batch_size,
         enlarge=args.enlarge,
         lr=args.lr,
+        precision=args.precision,
         seed=args.seed,
         held_out=0,  # the last weights, for all alike
         previews=0,
