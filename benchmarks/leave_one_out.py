@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", choices=["train", "judge"], help="do a part")
     add("--steps", type=int, default=150, help="of every head (150)")
     add("--batch-size", type=int, default=2)
-    add("--image-size", type=int, default=168, help="side of the crops (168)")
+    add("--cells", type=int, default=12, help="of the sources, along the side of a crop (12)")
     add("--enlarge", type=int, default=3, help="how much larger crops teach (3)")
     add("--lr", type=float, default=3e-3)
     add("--precision", default="bf16", help="of the sources in training (bf16)")
@@ -111,10 +111,12 @@ def train_head(
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    backbones = [source.load() for source in sources]
+    size = args.cells * backbones[0].stride[0]
     config = TrainConfig(
         upsampler=upsampler,
-        image_sizes=(args.image_size,),
-        side=2 * args.image_size,
+        image_sizes=(size,),
+        side=320,
         steps=args.steps,
         batch_size=args.batch_size,
         enlarge=args.enlarge,
@@ -126,7 +128,7 @@ def train_head(
     )
     with RichProgress(unit="steps") as progress:
         report = train(
-            [source.load() for source in sources],
+            backbones,
             find_images([args.photos]),
             path,
             config,

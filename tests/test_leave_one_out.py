@@ -33,7 +33,7 @@ def call(tmp_path, monkeypatch):
     (tmp_path / "sources" / "wide.safetensors").touch()
     options = [
         "--sources", tmp_path / "sources", "--photos", tmp_path / "camvid/train/images",
-        "--camvid", tmp_path / "camvid", "-o", tmp_path / "out", "--steps", 2, "--image-size", 64,
+        "--camvid", tmp_path / "camvid", "-o", tmp_path / "out", "--steps", 2, "--cells", 4,
         "--probe-size", 64, "--limits", 4, 4, "--layers", "wide=1",
     ]  # fmt: skip
 

@@ -283,7 +283,7 @@ class _Run:
         )
         share = keep_bytes // 2 // len(self.backbones) if views else 0
         self.feeds = [
-            Feed(each, replace(config, image_sizes=asked.image_sizes), here, share)
+            Feed(each, replace(config, image_sizes=self._sizes(each, asked)), here, share)
             for each in self.backbones
         ]
         model = Model(head, backbone.channels, classes).to(here.device)
@@ -346,6 +346,13 @@ class _Run:
             raise UsageError("--objective task is for a head of one backbone")
         # The whole of the head's configuration is recorded, not only what was asked for.
         return head, replace(config, upsampler=head.name, upsampler_config=head.config.to_dict())
+
+    def _sizes(self, backbone: Backbone, asked: TrainConfig) -> tuple[int, ...] | None:
+        """Of crops for one of several backbones: as many cells as the first has."""
+        if backbone is self.backbone or backbone.fixed_size is not None:
+            return asked.image_sizes if backbone is self.backbone else None
+        share = backbone.stride[0] / self.backbone.stride[0]
+        return tuple(round(size * share) for size in self.config.image_sizes)
 
     def _squares(
         self,
