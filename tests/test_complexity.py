@@ -46,6 +46,7 @@ OPERATORS = [
     (ReSFU, ReSFUConfig(24, 8, stem=False, detail=False, kernel_size=5), 8),
     (ReSFU, ReSFUConfig(24, similarity="inner"), 3),
     (ReSFU, ReSFUConfig(24, keys="projected"), 3),
+    (ReSFU, ReSFUConfig(24, similarity="distance", neighbours="coarse"), 3),
     (SAPA, SAPAConfig(24), 3),
     (SAPA, SAPAConfig(24, 20, stem=False, similarity="bilinear", embedding=16), 20),
     (SAPA, SAPAConfig(24, 20, stem=False, similarity="addition", norm=False), 20),

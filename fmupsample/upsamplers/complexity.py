@@ -137,6 +137,10 @@ def _resfu(c: ReSFUConfig, lr: int, hr: int) -> Cost:
         parameters += c.channels * e + (2 * c.channels + e if c.keys == "learned" else 0)
         convolution += c.channels * e * lr
     pairs = int(c.semantic) + int(c.detail)
+    if c.similarity == "distance":
+        shared = c.semantic and c.keys == "projected"
+        parameters += pairs * e - (e - 1 if shared else 0)
+        return Cost(parameters, convolution, neighbours + pairs * k * e * hr)
     if c.similarity == "inner":
         return Cost(parameters + pairs * 2 * e, convolution, neighbours + pairs * k * e * hr)
     difference, mix, score = k * e // c.groups * m, m // c.groups * m, m * k

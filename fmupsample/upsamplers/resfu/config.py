@@ -30,11 +30,15 @@ class ReSFUConfig(Config):
     semantic: bool = True  # use the semantic pair (keys from the features)
     detail: bool = True  # use the detail pair (keys from the guidance)
     align: bool = True  # align queries with keys: guided filter and Gaussian
-    similarity: str = "pcdc"  # "pcdc", or "inner": the plain inner product
+    # "pcdc"; "inner": the plain inner product; "distance": of whole cells, for neighbours="coarse".
+    similarity: str = "pcdc"
     neighbours: str = "fine"  # "fine": bilinear samples; "coarse": whole cells
-    # A bilateral prior on whole cells, for neighbours="coarse"; None: none, as in the paper. Sigmas
-    # of Gaussians on the distance of a pixel from a cell's centre, in cells (without it whole cells
-    # leave a mosaic), and on how its colour differs from the cell's mean, in units of the picture.
+    # A bilateral prior on whole cells, for neighbours="coarse"; none, as in the paper, by default.
+    # Sigmas of Gaussians on the distance of a pixel from a cell's centre, in cells (without it
+    # whole cells leave a mosaic), and on how its colour differs from the cell's mean, in units of
+    # the picture. Taper: cells count less with their distance, down to nothing where they leave the
+    # K x K, so that with similarity="distance" there are no seams.
+    taper: bool = False
     sigma_space: float | None = None
     sigma_range: float | None = None
     guided_radius: int = 8  # of the guided filter, in pixels
@@ -44,16 +48,21 @@ class ReSFUConfig(Config):
         if not (self.semantic or self.detail):
             raise UsageError("ReSFU needs the semantic pair, the detail pair, or both")
         self.require_odd("kernel_size")
-        self.require_one_of("similarity", ("pcdc", "inner"))
+        self.require_one_of("similarity", ("pcdc", "inner", "distance"))
         self.require_one_of("neighbours", ("fine", "coarse"))
         self.require_one_of("keys", ("learned", "projected"))
         if self.channels < 0 or (self.channels == 0 and self.keys != "projected"):
             raise UsageError("ReSFU: channels=0, any number, is for keys='projected'")
         for name in ("sigma_space", "sigma_range"):
             if getattr(self, name) is not None:
-                if self.neighbours != "coarse":
-                    raise UsageError(f"ReSFU: {name} is for neighbours='coarse'")
                 self.require_positive(name)
+        for name, plain in (
+            ("sigma_space", None), ("sigma_range", None), ("taper", False),
+        ):  # fmt: skip
+            if getattr(self, name) != plain and self.neighbours != "coarse":
+                raise UsageError(f"ReSFU: {name} is for neighbours='coarse'")
+        if self.similarity == "distance" and self.neighbours != "coarse":
+            raise UsageError("ReSFU: similarity='distance' is for neighbours='coarse'")
         if self.sigma_range is not None and not self.stem:
             raise UsageError("ReSFU: sigma_range is for heads that see the picture (stem=True)")
         for name in ("embedding", "middle"):

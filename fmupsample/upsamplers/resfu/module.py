@@ -28,6 +28,7 @@ from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import interpolation_matrix
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
+from fmupsample.upsamplers.resfu.distance import CellDistance
 from fmupsample.upsamplers.resfu.prior import Prior
 from fmupsample.upsamplers.resfu.projection import Projection
 from fmupsample.upsamplers.resfu.scores import PairedCDC, Workspace
@@ -78,14 +79,18 @@ class ReSFU(Upsampler):
             self.key = nn.Conv2d(channels, e, 1)
         for pair in ("semantic", "detail"):
             if getattr(config, pair):
-                self.add_module(f"{pair}_scores", self._similarity())
+                self.add_module(f"{pair}_scores", self._similarity(pair))
 
-    def _similarity(self) -> nn.Module:
+    def _similarity(self, pair: str) -> nn.Module:
         c = self.config
+        if c.similarity == "distance":
+            # The channels of a projection mean nothing.
+            shared = pair == "semantic" and c.keys == "projected"
+            return CellDistance(c.embedding, c.norm_groups, c.kernel_size, shared=shared)
         if c.similarity == "inner":
             return nn.GroupNorm(c.norm_groups, c.embedding)
         scores = PairedCDC(c.embedding, c.middle, c.groups, c.norm_groups, c.kernel_size)
-        if c.sigma_space is not None:
+        if c.sigma_space is not None or c.taper:
             # Training starts at the prior: random preferences among whole cells are a mosaic, which
             # takes hundreds of steps to go away.
             nn.init.zeros_(scores.score.weight)
@@ -104,7 +109,7 @@ class ReSFU(Upsampler):
     def kernels_in_rows(
         self, x: Tensor, guidance: Tensor | None, size: tuple[int, int], pixels: int
     ) -> Iterator[Tensor]:
-        if self.config.similarity != "pcdc" or len(x) * size[0] * size[1] <= pixels:
+        if self.config.similarity == "inner" or len(x) * size[0] * size[1] <= pixels:
             yield self.kernels(x, guidance, size)
             return
         size = self.check(x, guidance, size)
@@ -199,6 +204,8 @@ class ReSFU(Upsampler):
             query = fast_guided_filter(
                 query, upsampled_on_half_grid(key, size), c.guided_radius // 2, c.guided_eps
             )
+        if c.similarity == "distance":
+            return self.semantic_scores(query, key, size)
         moments = upsampled_group_moments(key, size, c.norm_groups)
         if c.similarity == "inner":
             key = apply_affine(key, *affine(self.semantic_scores, *moments))
@@ -210,6 +217,9 @@ class ReSFU(Upsampler):
         self, query: Tensor, cells: tuple[int, int], workspace: Workspace, low: bool
     ) -> Tensor:
         c = self.config
+        if c.similarity == "distance":
+            cell_means = F.adaptive_avg_pool2d(query, cells)
+            return self.detail_scores(query, cell_means, query.shape[-2:])
         key = gaussian3(query) if c.align else query
         moments = group_moments(key, c.norm_groups)
         stride = neighbour_stride(query.shape[-2:], cells)

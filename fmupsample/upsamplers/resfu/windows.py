@@ -2,14 +2,14 @@
 
 All of ReSFU is local to a few dozen pixels but for its GroupNorms, whose moments span the picture.
 So there are passes over the windows: three that only collect moments, each with what the one
-before it found (of the guidance; of queries and keys; of the middle channels), and one that makes
-the weights. Windows overlap by what filters and neighbours reach; moments are taken over the pixels
+before it found (of the guidance; of queries and keys; of the middle channels, where there are any),
+and one that makes the weights. Windows overlap by what filters and neighbours reach; moments are taken over the pixels
 that are a window's own, and pooled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isqrt
@@ -109,6 +109,15 @@ def neighbour_stride(size: tuple[int, int], cells: tuple[int, int]) -> tuple[int
     return tuple(max(1, round(n / m)) for n, m in zip(size, cells, strict=True))
 
 
+def _cell_shares(cells: int, pixels: int) -> Tensor:
+    """What ``adaptive_avg_pool2d`` does along an axis, as a float64 matrix ``[n, N]``."""
+    shares = torch.zeros(cells, pixels, dtype=torch.float64)
+    for cell in range(cells):
+        first, last = cell * pixels // cells, -(-(cell + 1) * pixels // cells)
+        shares[cell, first:last] = 1 / (last - first)
+    return shares
+
+
 def resized_guidance(guidance: Tensor, size: tuple[int, int]) -> Tensor:
     """The guidance at the size of the output."""
     if guidance.shape[-2:] == size:
@@ -143,13 +152,18 @@ class WindowedKernels:
         self.reach = tuple(s * (c.kernel_size // 2) for s in self.stride)
         # Two box means on the half grid, and a bilinear sample of their result.
         filtered = 2 * (2 * (c.guided_radius // 2) + 1) + 2 if c.align and c.semantic else 0
-        neighbours = max(self.reach) + 1 if c.detail else 0
+        self.by_distance = c.similarity == "distance"
+        neighbours = max(self.reach) + 1 if c.detail and not self.by_distance else 0
         self.windows = split(size, pixels, _STEM_REACH + max(filtered, neighbours))
         self.workspace = Workspace()
         self.moments: dict[str, Moments] = {}
         self.key: Tensor | None = None
+        # For distances, of the detail pair: the means of the queries over the cells.
+        self.cell_means: Tensor | float = 0.0
+        self.shares = tuple(_cell_shares(n, m) for n, m in zip(cells, size, strict=True))
         if c.semantic:
             self.key = head.low_key(x)
+        if c.semantic and not self.by_distance:
             self.keys = head.semantic_scores.upsampled_keys(
                 self.key, upsampled_group_moments(self.key, size, c.norm_groups), size
             )
@@ -170,6 +184,9 @@ class WindowedKernels:
             if c.detail:
                 own = window.cut(query)
                 found["detail"] = group_moments(own, c.norm_groups)
+                if self.by_distance:
+                    self._add_to_means(window, own)
+                    return found
                 key = window.cut(self._detail_key(query))
                 found["detail key"] = group_moments(key, c.norm_groups)
             return found
@@ -180,7 +197,8 @@ class WindowedKernels:
                 for pair, inputs in self._pairs(window)
             }
 
-        for measure in (of_guidance, of_queries, of_middle):
+        passes = [of_guidance, of_queries]
+        for measure in passes if self.by_distance else [*passes, of_middle]:
             self._pool(measure)
 
     def band(self, windows: list[Window]) -> Tensor:
@@ -196,12 +214,33 @@ class WindowedKernels:
 
     def _weights(self, window: Window) -> Tensor:
         scores = None
+        for more in (self._distances if self.by_distance else self._differences)(window):
+            scores = more if scores is None else scores.add_(more)
+        return self.prior.add(scores, window.own).softmax(1)
+
+    def _differences(self, window: Window) -> Iterator[Tensor]:
+        """Scores of each pair, by paired differences."""
         for pair, inputs in self._pairs(window):
             parts, _ = self._partial(pair, window, *inputs)
             module = getattr(self.head, f"{pair}_scores")
-            more = module.complete(parts, self.moments[f"{pair} middle"])
-            scores = more if scores is None else scores.add_(more)
-        return self.prior.add(scores, window.own).softmax(1)
+            yield module.complete(parts, self.moments[f"{pair} middle"])
+
+    def _distances(self, window: Window) -> Iterator[Tensor]:
+        """The same, by distances."""
+        c, head, query = self.head.config, self.head, self._query(window)
+        if c.semantic:
+            own = window.cut(self._aligned(window, query))
+            moments = self.moments["semantic"]
+            yield head.semantic_scores(own, self.key, self.size, window.own, moments)
+        if c.detail:
+            own, moments = window.cut(query), self.moments["detail"]
+            yield head.detail_scores(own, self.cell_means, self.size, window.own, moments)
+
+    def _add_to_means(self, window: Window, query: Tensor) -> None:
+        down, across = (
+            share[:, part].to(query) for share, part in zip(self.shares, window.own, strict=True)
+        )
+        self.cell_means = self.cell_means + down @ query @ across.T
 
     def _pairs(self, window: Window):
         """Of each pair: its name, keys and own queries."""

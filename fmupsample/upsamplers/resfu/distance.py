@@ -1,0 +1,113 @@
+"""Scores of whole cells by distance: how a pixel's query differs from what a cell is.
+
+Scores of paired differences belong to an offset: where a pixel's own cell ends, the cell that was
+to the right becomes the one in the middle, and its score is another. Where neighbours are whole
+cells, that shows as a mosaic. A distance belongs to the cell itself: its score goes on across the
+border, and with weights that end at nothing where a cell leaves the neighbourhood (``taper``) the
+result is continuous.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmupsample.layers.moments import group_moments
+from fmupsample.ops.grid import plan_axis
+
+Window = tuple[slice, slice]
+WHOLE: Window = (slice(None), slice(None))
+# Scores are means over the channels times this: of a size that training reaches in some dozens of
+# steps.
+_GAIN = 8.0
+
+
+class CellDistance(nn.Module):
+    """``-8 mean_e w_e (q_e - k_e)^2`` of normalised queries and keys, up to what is the same for
+    all neighbours of a pixel. ``w`` begins at 0.
+
+    Args:
+        embedding: E; norm_groups: of the normalisation, which has no parameters.
+        shared: one weight for all channels, for keys whose channels mean nothing.
+    """
+
+    def __init__(self, embedding: int, norm_groups: int, kernel_size: int, *, shared: bool) -> None:
+        super().__init__()
+        self.norm_groups, self.kernel_size = norm_groups, kernel_size
+        self.weight = nn.Parameter(torch.zeros(1 if shared else embedding))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        size: tuple[int, int],
+        window: Window = WHOLE,
+        moments: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Scores ``[B, K*K, rows, columns]`` of the window.
+
+        Args:
+            query: ``[B, E, rows, columns]`` of the window; key: ``[B, E, h, w]`` of all cells.
+            size: ``(H, W)`` of the whole map.
+            moments: of the queries of the whole map, where this is a window.
+        """
+        mean, gain = self._normalisation(query, moments)
+        key_mean, key_gain = self._normalisation(key)
+        key = (key - key_mean) * key_gain
+        # The query's normalisation is folded into the keys, which are few.
+        weighted = key * (self.weight.to(key)[:, None, None] * _GAIN / key.shape[1])
+        offset = -(weighted * (key + 2 * mean * gain)).sum(1, keepdim=True)
+        return cell_products(query, 2 * weighted * gain, offset, self.kernel_size, size, window)
+
+    def _normalisation(
+        self, x: Tensor, moments: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What to subtract and then to multiply by, ``[B, E, 1, 1]`` each."""
+        mean, variance = group_moments(x, self.norm_groups) if moments is None else moments
+        each = x.shape[1] // self.norm_groups
+        return tuple(
+            part.repeat_interleave(each, 1)[:, :, None, None]
+            for part in (mean, (variance + 1e-5).rsqrt())
+        )
+
+
+def cell_products(
+    query: Tensor,
+    key: Tensor,
+    offset: Tensor,
+    kernel_size: int,
+    size: tuple[int, int],
+    window: Window = WHOLE,
+) -> Tensor:
+    """``query(p) . key(c) + offset(c)`` for the K x K cells c around the one that pixel p lies in.
+
+    Cells outside the map are the nearest inside.
+
+    Args:
+        query: ``[B, E, rows, columns]`` of the window.
+        key: ``[B, E, h, w]``; offset: ``[B, 1, h, w]``.
+        size: ``(H, W)`` of the whole map.
+
+    Returns:
+        ``[B, K*K, rows, columns]``.
+    """
+    reach = kernel_size // 2
+    rows, columns = (
+        plan_axis(n, pixels, False).base[part]
+        for n, pixels, part in zip(key.shape[-2:], size, window, strict=True)
+    )
+    near = (columns + torch.arange(kernel_size)[:, None]).to(key.device)  # [K, W], padded
+    padded = F.pad(torch.cat([key, offset], 1), (reach,) * 4, mode="replicate")
+    by_column = query.permute(0, 3, 2, 1)  # [B, W, H, E]
+    # Pixels in one row of cells have the same neighbours, column by column.
+    cuts = [0, *(torch.diff(rows).nonzero().flatten() + 1).tolist(), len(rows)]
+    bands = []
+    for first, last in pairwise(cuts):
+        base = int(rows[first])
+        some = padded[:, :, base : base + kernel_size, near]  # [B, E + 1, K, K, W]
+        some = some.permute(0, 4, 1, 2, 3).flatten(3)  # [B, W, E + 1, K*K]
+        bands.append(by_column[:, :, first:last] @ some[:, :, :-1] + some[:, :, -1:])
+    return torch.cat(bands, 2).permute(0, 3, 2, 1).contiguous()
