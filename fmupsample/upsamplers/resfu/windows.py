@@ -1,10 +1,10 @@
 """ReSFU's kernel weights of a large map, window by window, equal to those of the whole.
 
 All of ReSFU is local to a few dozen pixels but for its GroupNorms, whose moments span the picture.
-So there are passes over the windows: three that only collect moments, each with what the one
-before it found (of the guidance; of queries and keys; of the middle channels, where there are any),
-and one that makes the weights. Windows overlap by what filters and neighbours reach; moments are taken over the pixels
-that are a window's own, and pooled.
+So there are passes over the windows: three that only collect moments, each with what the one before
+it found (of the guidance; of queries and keys; of the middle channels, where there are any), and
+one that makes the weights. Windows overlap by what filters and neighbours reach; moments are taken
+over the pixels that are a window's own, and pooled.
 """
 
 from __future__ import annotations
