@@ -26,7 +26,7 @@ def universal(seed: int = 0, **changes) -> torch.nn.Module:
     config = {"channels": 0, **recommended(UNIVERSAL, {}), **_SMALL, **changes}
     head = build_learned(UNIVERSAL, config)
     for pair in (head.semantic_scores, head.detail_scores):
-        torch.nn.init.normal_(pair.score.weight)
+        torch.nn.init.uniform_(pair.weight, 0.1, 0.5)
     return head.double().eval().requires_grad_(False)
 
 

@@ -94,20 +94,48 @@ def cell_products(
     Returns:
         ``[B, K*K, rows, columns]``.
     """
-    reach = kernel_size // 2
+    padded = F.pad(torch.cat([key, offset], 1), (kernel_size // 2,) * 4, mode="replicate")
+    whole = tuple(query.shape[-2:]) == tuple(size)
+    if whole and all(n % m == 0 for n, m in zip(size, key.shape[-2:], strict=True)):
+        return _by_cell(query, padded, kernel_size, tuple(key.shape[-2:]))
+    return _by_row(query, padded, kernel_size, tuple(key.shape[-2:]), size, window)
+
+
+def _by_cell(query: Tensor, padded: Tensor, kernel_size: int, cells: tuple[int, int]) -> Tensor:
+    """Whole ratios: the pixels of a cell have the same neighbours, one product each."""
+    (batch, embedding), (h, w) = query.shape[:2], cells
+    sy, sx = (n // m for n, m in zip(query.shape[-2:], cells, strict=True))
+    near = F.unfold(padded, kernel_size).unflatten(1, (embedding + 1, -1))  # [B, E + 1, K*K, h w]
+    near = near.permute(0, 3, 2, 1).flatten(0, 1)  # [B h w, K*K, E + 1]
+    pixels = query.unflatten(3, (w, sx)).unflatten(2, (h, sy))  # [B, E, h, sy, w, sx]
+    pixels = pixels.permute(0, 2, 4, 1, 3, 5).reshape(-1, embedding, sy * sx)
+    found = torch.baddbmm(near[:, :, -1:], near[:, :, :-1].contiguous(), pixels)
+    found = found.view(batch, h, w, -1, sy, sx).permute(0, 3, 1, 4, 2, 5)
+    return found.reshape(batch, -1, h * sy, w * sx)
+
+
+def _by_row(
+    query: Tensor,
+    padded: Tensor,
+    kernel_size: int,
+    cells: tuple[int, int],
+    size: tuple[int, int],
+    window: Window,
+) -> Tensor:
+    """Any ratio: the pixels of a column in a row of cells have, one product each."""
     rows, columns = (
         plan_axis(n, pixels, False).base[part]
-        for n, pixels, part in zip(key.shape[-2:], size, window, strict=True)
+        for n, pixels, part in zip(cells, size, window, strict=True)
     )
-    near = (columns + torch.arange(kernel_size)[:, None]).to(key.device)  # [K, W], padded
-    padded = F.pad(torch.cat([key, offset], 1), (reach,) * 4, mode="replicate")
-    by_column = query.permute(0, 3, 2, 1)  # [B, W, H, E]
-    # Pixels in one row of cells have the same neighbours, column by column.
+    across = (columns + torch.arange(kernel_size)[:, None]).to(query.device)  # [K, W], padded
     cuts = [0, *(torch.diff(rows).nonzero().flatten() + 1).tolist(), len(rows)]
     bands = []
     for first, last in pairwise(cuts):
         base = int(rows[first])
-        some = padded[:, :, base : base + kernel_size, near]  # [B, E + 1, K, K, W]
-        some = some.permute(0, 4, 1, 2, 3).flatten(3)  # [B, W, E + 1, K*K]
-        bands.append(by_column[:, :, first:last] @ some[:, :, :-1] + some[:, :, -1:])
-    return torch.cat(bands, 2).permute(0, 3, 2, 1).contiguous()
+        near = padded[:, :, base : base + kernel_size, across]  # [B, E + 1, K, K, W]
+        offset = near[:, -1].flatten(1, 2)[:, :, None]  # [B, K*K, 1, W]
+        near = near[:, :-1].permute(0, 4, 2, 3, 1).flatten(2, 3).flatten(0, 1)  # [B W, K*K, E]
+        pixels = query[:, :, first:last].permute(0, 3, 1, 2).flatten(0, 1)  # [B W, E, rows]
+        found = torch.bmm(near.contiguous(), pixels.contiguous()).unflatten(0, (len(query), -1))
+        bands.append(found.permute(0, 2, 3, 1) + offset)
+    return torch.cat(bands, 2)
