@@ -1,4 +1,4 @@
-"""Train a small network on one plain objective: labels, or masked pixels.
+"""Train a small network on one plain objective: labels, masked pixels, or telling pictures apart.
 
     python weights/recipes/train_plain.py --objective label --architecture resnet10t \
         --labelled imagenette224/ --minutes 12 -o run-conv/
@@ -9,8 +9,10 @@
 - label: cross-entropy of the network's own classifier, for any architecture of timm.
 - mask: a masked autoencoder (He et al. 2022) for a timm ViT: the network sees a part of the patches
   only, which also makes it cheap, and a one-block decoder predicts the pixels of the others.
+- contrast: of two crops of every picture, each seen in part, the mean patch token of one tells
+  which of the batch is the other (SimCLR, Chen et al. 2020), for a timm ViT.
 
-train_backbone.py trains better features; these two exist because features for a universal head
+train_backbone.py trains better features; these exist because features for a universal head
 should differ in where they come from. A run continues from its checkpoint if started again with the
 same --output. With --minutes the schedules follow the clock.
 """
@@ -50,6 +52,8 @@ PHASES = ("0.75:96:48:0.25", "0.25:192:12:0.4")
 class Classified(nn.Module):
     """A network with its classifier."""
 
+    views = 1
+
     def __init__(self, architecture: str, model_args: dict, classes: int) -> None:
         super().__init__()
         if classes < 2:
@@ -74,14 +78,41 @@ class Classified(nn.Module):
         return torch.cat(hits).float().mean().item()
 
 
+def encode_some(
+    vit: nn.Module, images: torch.Tensor, hidden: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The patches of ``images`` [B, 3, S, S] that are not hidden, as the ViT alone with them makes
+    them: tokens [B, V, C] after the final norm, and the positions [B, V] that were seen and
+    [B, h * w - V] that were not.
+
+    Args:
+        hidden: smallest and largest share of hidden patches, drawn for each batch.
+    """
+    prefix = vit.num_prefix_tokens
+    patches = vit.patch_embed(images)  # [B, h, w, C] because of dynamic_img_size
+    b, h, w, channels = patches.shape
+    tokens = vit.norm_pre(vit._pos_embed(patches))
+    share = hidden[0] + (hidden[1] - hidden[0]) * torch.rand(()).item()
+    visible = max(1, round((1 - share) * h * w))
+    order = torch.rand(b, h * w, device=images.device).argsort(1)
+    seen, unseen = order[:, :visible], order[:, visible:]
+    kept = tokens[:, prefix:].gather(1, seen[..., None].expand(-1, -1, channels))
+    x = torch.cat([tokens[:, :prefix], kept], 1)
+    for block in vit.blocks:
+        x = block(x)
+    return vit.norm(x)[:, prefix:], seen, unseen
+
+
 class Masked(nn.Module):
     """A ViT that sees some patches, and a small decoder that draws the others.
 
     Args:
-        hidden: smallest and largest share of hidden patches, drawn for each batch. Less at times
-            than the 75 % of the paper, so that whole pictures are not too far from what was seen.
+        hidden: share of hidden patches. Less at times than the 75 % of the paper, so that whole
+            pictures are not too far from what was seen.
         width: channels of the decoder.
     """
+
+    views = 1
 
     def __init__(
         self, vit: nn.Module, hidden: tuple[float, float] = (0.5, 0.8), width: int = 128
@@ -104,27 +135,54 @@ class Masked(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean squared error on the hidden patches of ``images`` [B, 3, S, S], normalised."""
-        vit, prefix = self.net, self.net.num_prefix_tokens
-        patches = vit.patch_embed(images)  # [B, h, w, C] because of dynamic_img_size
-        b, h, w, channels = patches.shape
-        tokens = vit.norm_pre(vit._pos_embed(patches))
-        low, high = self.hidden
-        share = low + (high - low) * torch.rand(()).item()
-        visible = max(1, round((1 - share) * h * w))
-        order = torch.rand(b, h * w, device=images.device).argsort(1)
-        seen, unseen = order[:, :visible], order[:, visible:]
-        kept = tokens[:, prefix:].gather(1, seen[..., None].expand(-1, -1, channels))
-        x = torch.cat([tokens[:, :prefix], kept], 1)
-        for block in vit.blocks:
-            x = block(x)
-        x = self.bridge(vit.norm(x)[:, prefix:])
+        tokens, seen, unseen = encode_some(self.net, images, self.hidden)
+        x = self.bridge(tokens)
         # The encoder's own position embedding tells the decoder what belongs where.
-        places = vit._pos_embed(torch.zeros_like(patches[:1]))[:, prefix:]
-        full = self.mask_token.to(x.dtype).expand(b, h * w, -1)
+        h, w = images.shape[2] // self.patch, images.shape[3] // self.patch
+        nothing = x.new_zeros(1, h, w, tokens.shape[-1])
+        places = self.place(self.net._pos_embed(nothing)[:, self.net.num_prefix_tokens :])
+        full = self.mask_token.to(x.dtype).expand(len(x), h * w, -1)
         full = full.scatter(1, seen[..., None].expand(-1, -1, x.shape[-1]), x)
-        drawn = self.pixels(self.decoder(full + self.place(places))).float()
+        drawn = self.pixels(self.decoder(full + places)).float()
         error = (drawn - self.wanted(images)).square().mean(-1)
         return error.gather(1, unseen).mean()
+
+
+class Contrasted(nn.Module):
+    """A ViT whose mean patch token finds the other crop of the same picture."""
+
+    views = 2
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        hidden: tuple[float, float] = (0.3, 0.7),
+        width: int = 128,
+        temperature: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.net, self.hidden, self.patch, self.temperature = (
+            vit,
+            hidden,
+            patch_size(vit),
+            temperature,
+        )
+        self.project = nn.Sequential(
+            nn.Linear(vit.embed_dim, 256), nn.GELU(), nn.Linear(256, width)
+        )
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of finding the partner in the batch. ``images`` [2B, 3, S, S], normalised:
+        the first crops of all pictures, then the second ones."""
+        tokens, _, _ = encode_some(self.net, images, self.hidden)
+        unit = F.normalize(self.project(tokens.mean(1)).float(), dim=-1)
+        itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+        similarity = (unit @ unit.T / self.temperature).masked_fill(itself, -1e4)
+        partner = torch.arange(len(unit), device=unit.device).roll(len(unit) // 2)
+        return F.cross_entropy(similarity, partner)
+
+
+VITS = {"mask": Masked, "contrast": Contrasted}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -132,7 +190,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--objective", choices=["label", "mask"], required=True)
+    add("--objective", choices=["label", *VITS], required=True)
     add("--images", type=Path, nargs="*", default=[], help="folders of pictures without labels")
     add(
         "--labelled", type=Path, nargs="*", default=[], help="folders whose sub-folders are classes"
@@ -191,9 +249,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         side = args.side // patch_size(vit) * patch_size(vit)
         sample = torch.randperm(len(squares))[:256].sort()[0]
         whiten_patch_embed(vit, normalised(sample)[:, :, :side, :side].cpu())
-        learner = Masked(vit)
+        learner = VITS[args.objective](vit)
     learner = learner.to(device).train()
-    cell = learner.patch if args.objective == "mask" else 32
+    cell = learner.patch if args.objective in VITS else 32
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in learner.parameters() if p.ndim > 1]},
@@ -237,16 +295,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             group["lr"] = lr
         pick = torch.multinomial(odds, phase.batch).sort()[0]
         batch = squares[pick].to(device).float() / 255
-        view = make_view(batch, size, (phase.area, 1.0), args.strength)
+        area = (phase.area, 1.0)
+        views = [make_view(batch, size, area, args.strength) for _ in range(learner.views)]
+        images = torch.cat([view.images for view in views])
         with torch.autocast(device.type, torch.bfloat16):
-            loss = learner((view.images - mean) / std, labels[pick].to(device))
+            loss = learner((images - mean) / std, labels[pick].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
 
         step += 1
-        seen += phase.batch
+        seen += len(images)
         recent.append(loss.item())
         if step % 50 == 0 or step == 5:
             results["loss"] = round(sum(recent) / len(recent), 4)

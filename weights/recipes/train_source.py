@@ -85,12 +85,12 @@ SOURCES = {
         model_args={},
         patch=16,
         width=256,
-        minutes=10,
+        minutes=11,
         labels=True,
         plain=True,
         options=(
             *("--objective", "label", "--lr", "3e-3"),
-            *("--phases", "0.75:96:48:0.3", "0.25:192:12:0.4"),
+            *("--phases", "0.7:64:64:0.3", "0.3:128:24:0.4"),
         ),
     ),
     "mim-vit": Source(
@@ -120,16 +120,16 @@ SOURCES = {
         ),
     ),
     "wide-vit": Source(
-        objective="pixels of hidden patches (masked autoencoder)",
+        objective="which two crops are of one picture (contrast)",
         architecture="vit_base_patch16_224",
-        model_args=DEFAULT_ARGS | {"depth": 3},
+        model_args=DEFAULT_ARGS | {"depth": 2},
         patch=16,
         width=768,
         minutes=9,
         plain=True,
         options=(
-            *("--objective", "mask", "--lr", "6e-4", "--strength", "0.3", "--seed", "1"),
-            *("--phases", "0.8:128:32:0.2", "0.2:224:8:0.4"),
+            *("--objective", "contrast", "--lr", "6e-4", "--strength", "1"),
+            *("--phases", "0.8:96:96:0.25", "0.2:176:32:0.3"),
         ),
     ),
 }  # fmt: skip
