@@ -77,18 +77,19 @@ def test_a_run_started_again_goes_on(recipes, pictures, tmp_path, capsys, name):
     assert saved["step"] == 3
 
 
-def test_a_masked_network_learns_the_hidden_patches(recipes):
-    """On pictures whose patches are all alike, what is hidden follows from what is seen."""
+@pytest.mark.parametrize("objective", ["mask", "contrast"])
+def test_a_part_of_the_patches_is_enough(recipes, objective):
+    """On pictures whose patches are all alike, what is seen tells all about what is not."""
     torch.manual_seed(0)
     vit = recipes.train_plain.make_backbone(
         "vit_tiny_patch16_224", {"depth": 1, "dynamic_img_size": True, "num_classes": 0}
     )
-    learner = recipes.train_plain.Masked(vit)
+    learner = recipes.train_plain.VITS[objective](vit)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=2e-3)
-    tile = torch.randn(3, 16, 16)
+    pictures = torch.randn(4, 3, 16, 16).repeat(learner.views, 1, 4, 4)  # tiles, once per view
     losses = []
     for _ in range(30):
-        loss = learner(tile.repeat(2, 1, 4, 4), torch.zeros(2))
+        loss = learner(pictures, torch.zeros(len(pictures)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
