@@ -156,7 +156,7 @@ class Contrasted(nn.Module):
     def __init__(
         self,
         vit: nn.Module,
-        hidden: tuple[float, float] = (0.3, 0.7),
+        hidden: tuple[float, float] = (0.5, 0.8),
         width: int = 128,
         temperature: float = 0.2,
     ) -> None:

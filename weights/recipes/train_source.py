@@ -109,14 +109,14 @@ SOURCES = {
     "dino-vit": Source(
         objective="self-distillation of patches and picture, and local descriptors; no labels",
         architecture="vit_xsmall_patch16_clip_224",
-        model_args=DEFAULT_ARGS | {"depth": 5, "patch_size": 14},
+        model_args=DEFAULT_ARGS | {"depth": 4, "patch_size": 14},
         patch=14,
         width=256,
         minutes=13,
         options=(
             *("--weights", '{"regress": 2, "within": 0.5, "across": 0.5, "whole": 0.3}'),
             *("--trust", "0.1", "0.3", "--lr", "8e-4", "--unlabelled-repeat", "1"),
-            *("--phases", "0.8:98:24:0.15", "0.2:224:5:0.3"),
+            *("--phases", "0.8:84:24:0.15", "0.2:224:4:0.3"),
         ),
     ),
     "wide-vit": Source(
@@ -129,7 +129,7 @@ SOURCES = {
         plain=True,
         options=(
             *("--objective", "contrast", "--lr", "6e-4", "--strength", "1"),
-            *("--phases", "0.8:96:96:0.25", "0.2:176:32:0.3"),
+            *("--phases", "0.8:96:48:0.25", "0.2:176:16:0.3"),
         ),
     ),
 }  # fmt: skip
