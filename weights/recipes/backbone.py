@@ -92,10 +92,12 @@ def whiten_patch_embed(model: nn.Module, images: torch.Tensor) -> None:
     rows = (
         vectors / (values + 1e-3 * values[0]).sqrt()
     ).T  # unit variance, damped where there is only noise
+    # Rotate, so that no single channel carries the loudest component; a wide network on small
+    # patches has more channels than there are components.
     rotation = torch.linalg.qr(
-        torch.randn(len(rows), len(rows), dtype=rows.dtype, device=rows.device)
+        torch.randn(len(weight), len(rows), dtype=rows.dtype, device=rows.device)
     )[0]
-    rows = 0.5 * rotation @ rows  # rotate, so that no single channel carries the loudest component
+    rows = 0.5 * (len(weight) / len(rows)) ** 0.5 * rotation @ rows
     weight.copy_(rows.view_as(weight))
     if model.patch_embed.proj.bias is not None:
         model.patch_embed.proj.bias.copy_(-(rows @ mean))
@@ -192,7 +194,7 @@ def save_embedded(
     """Write the deliverable: fp16 tensors under timm's names, everything needed to rebuild the
     model in the header."""
     state = {
-        name: value.detach().to("cpu", torch.float16).contiguous()
+        name: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in model.state_dict().items()
     }
     metadata = {

@@ -36,6 +36,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,16 @@ class Phase:
     def parse(text: str) -> Phase:
         share, size, batch, area = text.split(":")
         return Phase(float(share), int(size), int(batch), float(area))
+
+
+def phase_at(progress: float, phases: Sequence[Phase]) -> Phase:
+    """The phase at this part of the run, 0..1; the last one also where the shares fall short."""
+    bound = 0.0
+    for phase in phases:
+        bound += phase.share
+        if progress < bound:
+            return phase
+    return phases[-1]
 
 
 def schedule(progress: float, warmup: float, decay: float, peak: float) -> float:
@@ -139,7 +150,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
     partial.replace(path)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -201,14 +212,14 @@ def parse_args() -> argparse.Namespace:
     add("--save-every", type=float, default=120, help="seconds between checkpoints")
     add("--tag", default="embedded.v1")
     add("-o", "--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.minutes) == bool(args.steps):
         parser.error("give either --minutes or --steps")
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     prefer_plain_attention(device)
@@ -299,12 +310,7 @@ def main() -> None:
         progress = step / args.steps if args.steps else elapsed / (60 * args.minutes)
         if progress >= 1:
             break
-        bound, phase = 0.0, args.phases[-1]
-        for candidate in args.phases:
-            bound += candidate.share
-            if progress < bound:
-                phase = candidate
-                break
+        phase = phase_at(progress, args.phases)
         grid = max(2, round(phase.size / patch))
         lr = schedule(progress, 0.05, 0.35, args.lr)
         for group in optimizer.param_groups:
