@@ -96,8 +96,6 @@ ShardSize = Annotated[
         rich_help_panel=o.RESULTS,
     ),
 ]
-
-
 def extract(
     images: o.Images = None,
     output: o.Output = ...,
@@ -146,22 +144,18 @@ def extract(
         torchrun --nproc-per-node 4 -m fmupsample extract photos/ -o features/
     """
     from fmupsample.distributed import joined, leads
-    from fmupsample.errors import UsageError
     from fmupsample.images.size import ImageSize
-    from fmupsample_cli.pictures import find_pictures
+    from fmupsample_cli.pictures import find_pictures, refuse_to_fit
     from fmupsample_cli.progress import RichProgress, note
 
     with joined() as team:
-        if team is not None and fit_head:
-            raise UsageError(
-                "--fit-head is for one process: train with `torchrun -m fmupsample train` first, "
-                "and name the head with --head"
-            )
+        if team is not None:
+            refuse_to_fit(fit_head)
         # What cannot work is said before torch and the models are loaded, and by one process only.
         if leads():
             sources, complete = find_pictures(images, list_file, output)
         else:
-            from fmupsample.extraction.sharing import wait_for_share
+            from fmupsample.sharing import wait_for_share
 
             wait_for_share(team)
             sources, complete, quiet = [], True, True
