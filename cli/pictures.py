@@ -51,3 +51,17 @@ def refuse_to_fit(fit_head: bool) -> None:
             "--fit-head is for one process: train with `torchrun -m fmupsample train` first, "
             "and name the head with --head"
         )
+
+
+def refuse_ray(several: bool) -> None:
+    """Raise a UsageError where ``--ray`` cannot be honoured."""
+    from importlib.util import find_spec
+
+    from fmupsample.errors import UsageError
+
+    if several:
+        raise UsageError(
+            "--ray and torchrun exclude each other: each shares the pictures by itself"
+        )
+    if find_spec("ray") is None or find_spec("pyarrow") is None:
+        raise UsageError("--ray needs Ray Data: pip install 'fmupsample[ray]'")
