@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -314,23 +314,23 @@ class Run:
 
     def _drawings(
         self, item: Item, wanted: list[Point | None]
-    ) -> Iterator[tuple[Point | None, Drawing]]:
+    ) -> Iterator[tuple[Point | None, Callable[[], Drawing]]]:
         points = [point for point in wanted if point is not None]
         if None in wanted:
             try:
                 basis = self.basis or PCABasis.fit(self.artist.basis_tokens(item))
-                yield None, self.artist.draw_pca(item, basis)
+                yield None, self.artist.prepare_pca(item, basis)
             except FmupsampleError as error:
                 self._failed(item.source, error, step=0)
         drawings = self.artist.draw_similarity(item, points)
         for point, drawing in zip(points, drawings, strict=True):
             if isinstance(drawing, Drawing):
-                yield point, drawing
+                yield point, lambda drawing=drawing: drawing
             else:
                 self._failed(item.source, drawing, step=0)
 
-    def _save(self, source: Source, drawing: Drawing, point: Point | None) -> Path:
-        return self.album.save(source, drawing, self._recipe(point), point)
+    def _save(self, source: Source, draw: Callable[[], Drawing], point: Point | None) -> Path:
+        return self.album.save(source, draw(), self._recipe(point), point)
 
     def _saved(self, source: Source, result: Path | FmupsampleError) -> None:
         if isinstance(result, Path):
