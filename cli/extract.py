@@ -96,6 +96,17 @@ ShardSize = Annotated[
         rich_help_panel=o.RESULTS,
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|local|HOST:PORT",
+        help="Compute on a Ray cluster (`pip install 'fmupsample[ray]'`): the one this machine is "
+        "part of, one started here for this run, or the one at an address.",
+        show_default=False,
+        rich_help_panel=o.COMPUTE,
+    ),
+]
 
 
 def extract(
@@ -124,6 +135,7 @@ def extract(
     workers: o.Workers = None,
     window: o.Window = None,
     max_memory: o.MaxMemory = None,
+    ray: Ray = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -146,22 +158,20 @@ def extract(
         torchrun --nproc-per-node 4 -m fmupsample extract photos/ -o features/
     """
     from fmupsample.distributed import joined, leads
-    from fmupsample.errors import UsageError
     from fmupsample.images.size import ImageSize
-    from fmupsample_cli.pictures import find_pictures
+    from fmupsample_cli.pictures import find_pictures, refuse_ray, refuse_to_fit
     from fmupsample_cli.progress import RichProgress, note
 
     with joined() as team:
-        if team is not None and fit_head:
-            raise UsageError(
-                "--fit-head is for one process: train with `torchrun -m fmupsample train` first, "
-                "and name the head with --head"
-            )
+        if team is not None:
+            refuse_to_fit(fit_head)
+        if ray is not None:
+            refuse_ray(team is not None)
         # What cannot work is said before torch and the models are loaded, and by one process only.
         if leads():
             sources, complete = find_pictures(images, list_file, output)
         else:
-            from fmupsample.extraction.sharing import wait_for_share
+            from fmupsample.sharing import wait_for_share
 
             wait_for_share(team)
             sources, complete, quiet = [], True, True
@@ -195,6 +205,11 @@ def extract(
         wanted = ExtractOptions(
             format.value, dtype.value, output_size, tokens_only, pca, weight_bits, shard_size
         )
+        cluster = None
+        if ray is not None:
+            from fmupsample.extraction.ray import RayCluster
+
+            cluster = RayCluster(ray, device, batch_size, workers)
         with RichProgress(quiet=quiet) as progress:
             report = run(
                 pipeline,
@@ -205,6 +220,7 @@ def extract(
                 progress=progress,
                 say=lambda message: note(message, quiet=quiet),
                 team=team,
+                cluster=cluster,
             )
     if not leads():
         return

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fmupsample.images import Source
 
+_SEVERAL = "extract, visualize, probe predict and train"
+
 
 def find_pictures(
     images: list[str] | None, list_file: Path | None, output: Path
@@ -36,5 +38,30 @@ def refuse_several(command: str) -> None:
     from fmupsample.errors import ProcessError, UsageError
 
     if is_distributed():
-        text = f"{command} is for one process: torchrun is for extract, probe predict and train"
+        text = f"{command} is for one process: torchrun is for {_SEVERAL}"
         raise UsageError(text) if leads() else ProcessError(text)
+
+
+def refuse_to_fit(fit_head: bool) -> None:
+    """Raise a UsageError where several processes were told to train a head first."""
+    from fmupsample.errors import UsageError
+
+    if fit_head:
+        raise UsageError(
+            "--fit-head is for one process: train with `torchrun -m fmupsample train` first, "
+            "and name the head with --head"
+        )
+
+
+def refuse_ray(several: bool) -> None:
+    """Raise a UsageError where ``--ray`` cannot be honoured."""
+    from importlib.util import find_spec
+
+    from fmupsample.errors import UsageError
+
+    if several:
+        raise UsageError(
+            "--ray and torchrun exclude each other: each shares the pictures by itself"
+        )
+    if find_spec("ray") is None or find_spec("pyarrow") is None:
+        raise UsageError("--ray needs Ray Data: pip install 'fmupsample[ray]'")

@@ -72,7 +72,7 @@ def predict(
         if leads():
             sources, complete = find_pictures(images, list_file, output)
         else:
-            from fmupsample.extraction.sharing import wait_for_share
+            from fmupsample.sharing import wait_for_share
 
             wait_for_share(team)
             sources, complete, quiet = [], True, True

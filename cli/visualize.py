@@ -118,53 +118,66 @@ def visualize(
         fmupsample visualize photos/ -o pictures/
 
         fmupsample visualize cat.jpg -o pictures/ --point 320,240
+
+    With `torchrun --nproc-per-node N -m fmupsample visualize ...` N GPUs share the pictures.
     """
+    from fmupsample.distributed import joined, leads
     from fmupsample.images import ImageSize
-    from fmupsample_cli.pictures import find_pictures, refuse_several
+    from fmupsample_cli.pictures import find_pictures, refuse_to_fit
     from fmupsample_cli.progress import RichProgress
 
-    refuse_several("visualize")
-    # What cannot work is said before torch and the models are loaded.
-    sources, complete = find_pictures(images, list_file, output)
-    size = None if image_size is None else ImageSize.parse(image_size)
+    with joined() as team:
+        if team is not None:
+            refuse_to_fit(fit_head)
+        # What cannot work is said before torch and the models are loaded, and by one process only.
+        if leads():
+            sources, complete = find_pictures(images, list_file, output)
+        else:
+            from fmupsample.sharing import wait_for_share
 
-    from fmupsample.visualization.draw import Point
-    from fmupsample.visualization.run import VisualizeOptions
-    from fmupsample.visualization.run import visualize as draw
-    from fmupsample_cli.loading import backend_text, open_pipeline, used_backend
-    from fmupsample_cli.report import print_summary
+            wait_for_share(team)
+            sources, complete, quiet = [], True, True
+        size = None if image_size is None else ImageSize.parse(image_size)
 
-    options = VisualizeOptions(
-        layout=layout.value,
-        basis=basis,
-        foreground=foreground,
-        points=tuple(dict.fromkeys(Point.parse(text) for text in point or ())),
-        image_format=image_format.value,
-        output_size=output_size,
-        contact_sheet=contact_sheet,
-        overwrite=overwrite,
-    )
-    options.check()
-    pipeline = open_pipeline(
-        backbone,
-        layer,
-        backbone_weights,
-        upsampler,
-        head,
-        device,
-        image_size=size,
-        fit=fit.value,
-        precision=precision.value,
-        backend=backend.value,
-        batch_size=batch_size,
-        workers=workers,
-        window=window,
-        max_memory=max_memory,
-        quiet=quiet,
-        fit_on=sources if fit_head else None,
-    )
-    with RichProgress(quiet=quiet) as progress:
-        report = draw(pipeline, sources, output, options, progress=progress)
+        from fmupsample.visualization.draw import Point
+        from fmupsample.visualization.run import VisualizeOptions
+        from fmupsample.visualization.run import visualize as draw
+        from fmupsample_cli.loading import backend_text, open_pipeline, used_backend
+        from fmupsample_cli.report import print_summary
+
+        options = VisualizeOptions(
+            layout=layout.value,
+            basis=basis,
+            foreground=foreground,
+            points=tuple(dict.fromkeys(Point.parse(text) for text in point or ())),
+            image_format=image_format.value,
+            output_size=output_size,
+            contact_sheet=contact_sheet,
+            overwrite=overwrite,
+        )
+        options.check()
+        pipeline = open_pipeline(
+            backbone,
+            layer,
+            backbone_weights,
+            upsampler,
+            head,
+            device,
+            image_size=size,
+            fit=fit.value,
+            precision=precision.value,
+            backend=backend.value,
+            batch_size=batch_size,
+            workers=workers,
+            window=window,
+            max_memory=max_memory,
+            quiet=quiet,
+            fit_on=sources if fit_head else None,
+        )
+        with RichProgress(quiet=quiet) as progress:
+            report = draw(pipeline, sources, output, options, progress=progress, team=team)
+    if not leads():
+        return
 
     choice = used_backend(pipeline)
     payload = {

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -43,6 +44,18 @@ def in_threads(size: int, work: Callable[[Team], object]) -> list[object]:
     for thread in threads:
         thread.join(60)
     return ends
+
+
+def torchrun(processes: int, *commands: list, kill: tuple[int, int] = (-1, 0)) -> tuple:
+    """The exit code of ``torchrun``, standard error, and what each command came to."""
+    work = {"commands": [[str(word) for word in c] for c in commands], "kill": kill}
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc-per-node={processes}", __file__, json.dumps(work)],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return ended.returncode, ended.stderr, [json.loads(line) for line in ended.stdout.splitlines()]
 
 
 def _kill_after(lines: int) -> None:

@@ -20,6 +20,7 @@ import bars
 import errors
 import plots
 import reports
+import throughput
 from cases import Setting
 from peers import neighbourhood_attention
 
@@ -50,6 +51,28 @@ def test_a_small_run_writes_everything(tmp_path, capsys, monkeypatch):
     # A sweep leaves what a thorough run has measured alone.
     upsampling.main([*options[1:], "--channels", "192", "-o", str(out), "--sweep", "size=28"])
     assert json.loads(out.read_text())["results"] == [result]
+
+
+def test_throughput_of_whole_runs(tmp_path, pictures, capsys):
+    for name in ("more.png", "again.png"):
+        (pictures / name).write_bytes((pictures / "square.png").read_bytes())
+    out, drawn = tmp_path / "numbers.json", tmp_path / "drawn"
+    small = ["--image-size", "56", "--upsampler", "jbu", "--device", "cpu", "--rounds", "2"]
+    throughput.main([str(pictures), *small, "--folder", str(tmp_path), "-o", str(out)])
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["setting"]["pictures"] == 5 and result["setting"]["rounds"] == 2
+    assert list(result["kinds"]) == ["tokens", "compact", "pca"]
+    for row in result["kinds"].values():
+        added = row["overhead_percent"]
+        assert row["models"]["median_s"] > 0 and row["models"]["rounds"] == 2
+        assert -100 < added["least"] <= added["median"] <= added["most"]
+        waits = [row["waiting_percent"][what]["median"] for what in ("decode", "write")]
+        assert all(wait > 0 for wait in waits) and sum(waits) < 100
+    assert "pca: added by the pipeline" in capsys.readouterr().out
+    assert not list(tmp_path.glob("tmp*"))  # what the runs wrote is gone
+    sources = throughput.draw(drawn, 4, (96, 128))
+    sizes = [Image.open(source.path).size for source in sources]
+    assert sizes == [(128, 96)] * 3 + [(96, 128)]
 
 
 def test_interleaved_rounds_count_every_case():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ from fmupsample.writers.lock import FolderLock
 from fmupsample.writers.manifest import NAME as MANIFEST_NAME
 from fmupsample.writers.manifest import Record
 
+if TYPE_CHECKING:
+    from fmupsample.extraction.ray import RayCluster
+
 
 @dataclass
 class ExtractReport:
@@ -77,6 +80,7 @@ def extract(
     progress: Progress = SILENT,
     say: Callable[[str], None] = lambda message: None,
     team: Team | None = None,
+    cluster: RayCluster | None = None,
 ) -> ExtractReport:
     """Write the features of each picture into ``out``, with a ``manifest.jsonl``.
 
@@ -90,6 +94,7 @@ def extract(
         say: is told the estimate of the disk space, before anything is computed.
         team: processes that share the work, see :mod:`.sharing`. The first is given all
             pictures; the others none, and their report is empty.
+        cluster: a Ray cluster that does the work in place of this process, see :mod:`.ray`.
 
     Raises:
         UsageError: options that cannot be, or that differ from those of the results in ``out``.
@@ -115,7 +120,7 @@ def extract(
         )
         say(plan.estimate)
         report = ExtractReport(manifest.path, plan.described, plan.estimate, skipped=plan.skipped)
-        kind = _run_kind(options)
+        kind = run_kind(options)
         run = kind(pipeline, out, plan, manifest, report, progress)
         try:
             run.tidy()
@@ -123,8 +128,11 @@ def extract(
                 if basis is None and plan.tasks:
                     basis = fit_basis(pipeline, options, out, sources, progress)
                 report.explained = basis and basis.explained
-            with shared(run, team):
-                run.all(basis)
+            if cluster is not None:
+                cluster.all(run, basis)
+            else:
+                with shared(run, team):
+                    run.all(basis)
         except KeyboardInterrupt:
             finished = len(report.done) + len(report.skipped)
             progress.warn(
@@ -144,7 +152,7 @@ def _help_out(pipeline: Pipeline, out: Path, options: ExtractOptions, team: Team
     report = ExtractReport(out / MANIFEST_NAME, described)
 
     def begin(plan: Plan, manifest: Manifest, progress: Progress) -> Run:
-        return _run_kind(options)(pipeline, out, plan, manifest, report, progress)
+        return run_kind(options)(pipeline, out, plan, manifest, report, progress)
 
     def work(run: Run) -> None:
         run.all(saved_basis(pipeline, options, out))
@@ -153,7 +161,8 @@ def _help_out(pipeline: Pipeline, out: Path, options: ExtractOptions, team: Team
     return report
 
 
-def _run_kind(options: ExtractOptions) -> type[Run]:
+def run_kind(options: ExtractOptions) -> type[Run]:
+    """What does the work of a run with these options."""
     if options.shard_size is None:
         return Run
     from fmupsample.extraction.shards import ShardRun  # which is a Run
@@ -191,10 +200,11 @@ class Run:
         self.kept = {r["output"] for r in plan.skipped} | {r["output"] for _, r in plan.moves}
         self.kept |= {str(task.output) for task in plan.tasks}
 
-    def share(self, team: Team, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    def share(self, team: Team | None, facts: dict[str, Any] | None = None) -> dict[str, Any]:
         """Prepare to write beside the other processes of ``team``.
 
         Args:
+            team: ``None``: this process writes nothing.
             facts: what this gave in the first process; ``None`` there.
         """
         return {}

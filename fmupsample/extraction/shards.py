@@ -85,7 +85,7 @@ class ShardRun(Run):
         now = {record["source"]: record for record in moved}
         plan.skipped[:] = [now.get(record["source"], record) for record in plan.skipped]
 
-    def share(self, team: Team, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    def share(self, team: Team | None, facts: dict[str, Any] | None = None) -> dict[str, Any]:
         """Each process fills shards of its own; their numbers are given out one by one."""
         plan = self.plan
         if facts is None:
@@ -98,8 +98,9 @@ class ShardRun(Run):
                 plan.options.shard_size,
                 suffix_of(plan.options.format),
             )
-        first = facts["next"]
-        plan.shards.number = lambda: first + team.add("shards begun", 1) - 1
+        if team is not None:
+            first = facts["next"]
+            plan.shards.number = lambda: first + team.add("shards begun", 1) - 1
         return facts
 
     def all(self, basis: Projection | None) -> None:

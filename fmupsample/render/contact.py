@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from fmupsample.prefetch import prefetch
 from fmupsample.render.resize import resize
 from fmupsample.render.text import FAINT, INK, PAPER, draw_text
 
@@ -59,24 +61,35 @@ def draw_sheet(entries: Sequence[Entry], *, title: str = "", note: str = "") -> 
         draw_text(sheet, (_MARGIN, _MARGIN + 10), title, 22, colour=INK, width=width - 120)
     if note:
         draw_text(sheet, (width - _MARGIN, _MARGIN + 10), note, 16, colour=FAINT, align="right")
+    places: list[tuple[Entry, int, int, int, int]] = []  # left, right, top, height
     y = top
     for row, row_height in rows:
         x = float(_MARGIN)
         for index in row:
-            entry = entries[index]
-            pair = 2 * entry.aspect * row_height
-            left, right = round(x), round(x + pair)
-            half = max((right - left - _SEAM) // 2, 1)
-            for n, pixels in enumerate(entry.load()):
-                thumbnail = _cut(pixels, (row_height, half))
-                sheet.paste(Image.fromarray(thumbnail), (left + n * (half + _SEAM), y))
-            draw_text(
-                sheet, (left, y + row_height + label // 2), entry.name, _TEXT,
-                colour=FAINT, width=right - left, keep="end",
-            )  # fmt: skip
+            pair = 2 * entries[index].aspect * row_height
+            places.append((entries[index], round(x), round(x + pair), y, row_height))
             x += pair + _GAP
         y += row_height + label + _GAP
+    workers = min(4, os.cpu_count() or 1)
+    for place, thumbnails, error in prefetch(_thumbnails, places, workers=workers, ahead=workers):
+        if error is not None:
+            raise error
+        entry, left, right, y, row_height = place
+        for n, thumbnail in enumerate(thumbnails):
+            x = left + n * (thumbnail.shape[1] + _SEAM)
+            sheet.paste(Image.fromarray(thumbnail), (x, y))
+        draw_text(
+            sheet, (left, y + row_height + label // 2), entry.name, _TEXT,
+            colour=FAINT, width=right - left, keep="end",
+        )  # fmt: skip
     return np.asarray(sheet)
+
+
+def _thumbnails(place: tuple[Entry, int, int, int, int]) -> list[np.ndarray]:
+    """The photograph and its colours at the size that they have on the sheet."""
+    entry, left, right, _, height = place
+    half = max((right - left - _SEAM) // 2, 1)
+    return [_cut(pixels, (height, half)) for pixels in entry.load()]
 
 
 def justify(aspects: Sequence[float], width: int, target: int) -> list[tuple[list[int], int]]:

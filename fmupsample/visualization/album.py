@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +24,7 @@ from fmupsample.images.read import read_picture
 from fmupsample.progress import Progress
 from fmupsample.render.contact import PER_PAGE, Entry, draw_sheet
 from fmupsample.visualization.draw import Drawing, Point
-from fmupsample.writers.manifest import Manifest
+from fmupsample.writers.manifest import Manifest, ManifestPart
 from fmupsample.writers.names import output_names
 
 FORMATS = ("png", "jpg")
@@ -72,7 +73,8 @@ class Album:
         self._refuse_to_replace_photographs()
         self._log = Manifest(folder / _LOG_FOLDER)
         self._ours = _outputs_in(self._log.records.values())
-        remove_leftovers({folder, *(self.path(name).parent for name in self.names.values())})
+        folders = {self.path(name).parent for name in self.names.values()}
+        remove_leftovers({folder, self.log_folder, *folders})
 
     def _named(self, suffix: str, reserved: Sequence[str]) -> dict[Source, PurePosixPath]:
         names = output_names(self.sources, suffix, reserved=reserved)
@@ -91,6 +93,46 @@ class Album:
     def path(self, name: PurePosixPath | str) -> Path:
         """Where the result of this name lies."""
         return self.folder / name
+
+    @property
+    def log_folder(self) -> Path:
+        """Of the log, and of what processes of one run leave for each other."""
+        return self.folder / _LOG_FOLDER
+
+    # -- several processes --------------------------------------------------------------------
+
+    def share(self) -> None:
+        """From now on other processes add to this album, see :class:`AlbumPart`.
+
+        Raises:
+            OutputError: the log cannot be written.
+        """
+        try:
+            self.log_folder.mkdir(exist_ok=True)
+            self._log.share()
+        except OSError as error:
+            where = printable(self._log.path)
+            raise OutputError(f"{where} cannot be written: {error.strerror}") from error
+
+    def pack(self, sources: Sequence[Source]) -> dict[str, Any]:
+        """What another process must know to draw these, as plain values."""
+        log = self._log.records
+        names = [[str(n[s]) for n in (self.names, *self.point_names.values())] for s in sources]
+        return {
+            "names": names,
+            "records": {key: log[key] for key in map(_key, sources) if key in log},
+            "ours": sorted(self._ours.intersection(name for row in names for name in row)),
+        }
+
+    def absorb(self) -> set[str]:
+        """The other processes have ended: their part of the log is merged into this one.
+
+        Returns:
+            The names of all results that are in it, of this process's too.
+        """
+        self._log.absorb()
+        self._ours |= _outputs_in(self._log.records.values())
+        return self._ours
 
     # -- what is done -------------------------------------------------------------------------
 
@@ -218,7 +260,7 @@ class Album:
                     "--overwrite"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / _LOG_FOLDER).mkdir(exist_ok=True)
+            self.log_folder.mkdir(exist_ok=True)
             with replacing(path) as temporary:
                 temporary.write_bytes(data)
                 # First the log, then the file: what is ours is known even after a crash.
@@ -232,11 +274,49 @@ class Album:
             raise FmupsampleError(reason) from error
 
 
+class AlbumPart(Album):
+    """What a process that is not the first adds to the album; see :meth:`Album.share`.
+
+    Args:
+        rank: of this process.
+
+    Raises:
+        OutputError: its part of the log cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        *,
+        image_format: str,
+        points: Sequence[Point],
+        overwrite: bool,
+    ) -> None:
+        self.folder, self.overwrite = folder, overwrite
+        self.suffix = f".{image_format}"
+        self.sources, self.names = [], {}
+        self.point_names = {point: {} for point in points}
+        self._log = ManifestPart(self.log_folder, f"{rank:05}")
+        self._ours = set()
+
+    def take(self, sources: Sequence[Source], packed: dict[str, Any]) -> None:
+        """Draw these, of which :meth:`Album.pack` of the first process gave ``packed``."""
+        self.sources = list(sources)
+        named = (self.names, *self.point_names.values())
+        for source, row in zip(sources, packed["names"], strict=True):
+            for names, name in zip(named, row, strict=True):
+                names[source] = PurePosixPath(name)
+        self._log.records.update(packed["records"])
+        self._ours = set(packed["ours"])
+
+
 def encode(pixels: np.ndarray, suffix: str) -> bytes:
     """uint8 ``[H, W, 3]`` as the bytes of a PNG or JPEG file."""
     buffer = io.BytesIO()
     if suffix == ".png":
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=5)
+        # Run lengths of filtered rows: less than half the time of level 5, and 3 % larger.
+        Image.fromarray(pixels).save(buffer, "PNG", compress_type=zlib.Z_RLE)
     else:
         Image.fromarray(pixels).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()

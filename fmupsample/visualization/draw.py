@@ -8,8 +8,9 @@ channels is never built.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -171,10 +172,17 @@ class Artist:
 
     def draw_pca(self, item: Item, basis: PCABasis) -> Drawing:
         """The picture's features as colours, in the layout of this run."""
+        return self.prepare_pca(item, basis)()
+
+    def prepare_pca(self, item: Item, basis: PCABasis) -> Callable[[], Drawing]:
+        """What :meth:`draw_pca` must compute; what this returns draws it, in any thread."""
         if self.layout == "panel":
-            return self._panel(item, basis)
+            return partial(self._panel, item, basis, *self.scores(item, basis))
         size = parse_output_size(self.output_size, item.frame, item.grid)
         _, high = self.scores(item, basis, size)
+        return partial(self._whole, item, basis, high, size)
+
+    def _whole(self, item: Item, basis: PCABasis, high: Tensor, size: tuple[int, int]) -> Drawing:
         whole = (0, 0, size[1], size[0])
         if self.layout == "single":
             return Drawing(_colours(basis, high), colours=whole)
@@ -184,8 +192,7 @@ class Artist:
             mixed = overlay(grey(photo) // 2, mixed, _inside(high))
         return Drawing(mixed, colours=whole)
 
-    def _panel(self, item: Item, basis: PCABasis) -> Drawing:
-        low, high = self.scores(item, basis)
+    def _panel(self, item: Item, basis: PCABasis, low: Tensor, high: Tensor) -> Drawing:
         size = self._tile_size(item)
         (h, w), (height, width) = item.grid, high.shape[-2:]
         cells = self._blocks(item, _colours(basis, low), size)

@@ -52,7 +52,7 @@ class FeatureCache:
 
 
 class Saver:
-    """Encodes and writes in one thread while the next picture is computed; a few wait at most.
+    """Draws, encodes and writes in one thread while the next picture is computed; a few wait.
 
     Args:
         save: called in that thread.
@@ -61,7 +61,7 @@ class Saver:
 
     def __init__(
         self,
-        save: Callable[[Source, Drawing, Point | None], Path],
+        save: Callable[[Source, Callable[[], Drawing], Point | None], Path],
         saved: Callable[[Source, Path | FmupsampleError], None],
     ) -> None:
         self._save, self._saved = save, saved
@@ -71,7 +71,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def put(self, source: Source, drawing: Drawing, point: Point | None) -> None:
+    def put(self, source: Source, drawing: Callable[[], Drawing], point: Point | None) -> None:
         """Save soon, and hear about earlier ones."""
         while len(self._waiting) >= 3:
             self._hear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fmupsample.analysis.pca import PCABasis, sample_tokens
+from fmupsample.distributed import Team
 from fmupsample.errors import FmupsampleError, OutputError, UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.images.size import check_output_size
@@ -120,36 +121,55 @@ def visualize(
     options: VisualizeOptions | None = None,
     *,
     progress: Progress = SILENT,
+    team: Team | None = None,
 ) -> Report:
     """Draw ``sources`` into the folder ``output``.
 
     Pictures that cannot be read or drawn are reported and left out; what an earlier run with the
     same options finished is not done again.
 
+    Args:
+        team: processes that share the work, see :mod:`.sharing`. The first is given all
+            pictures; the others none, and their report is of their own share.
+
     Raises:
         UsageError: options that cannot be honoured, a basis of another backbone.
         OutputError: the folder cannot be written, the disk is full.
+        ProcessError: another process has failed; what is finished stays.
     """
     options = options or VisualizeOptions()
     options.check()
+    if team is not None:
+        from fmupsample.visualization.sharing import LeadingRun, help_out  # which is a Run
+
+        if not team.leads:
+            return help_out(pipeline, Path(output), options, team)
     with FolderLock(Path(output)):
-        run = _Run(pipeline, list(sources), Path(output), options, progress)
+        album = Album(
+            Path(output),
+            sources,
+            image_format=options.image_format,
+            points=options.points,
+            overwrite=options.overwrite,
+        )
+        if team is None:
+            run = Run(pipeline, album, options, progress)
+        else:
+            run = LeadingRun(pipeline, album, options, progress, team)
         try:
             return run.run()
         finally:
             run.album.close()
 
 
-class _Run:
+class Run:
+    """The state of one run over the pictures of ``album``; :meth:`run` does the work."""
+
     def __init__(
-        self,
-        pipeline: Pipeline,
-        sources: list[Source],
-        output: Path,
-        options: VisualizeOptions,
-        progress: Progress,
+        self, pipeline: Pipeline, album: Album, options: VisualizeOptions, progress: Progress
     ) -> None:
-        self.pipeline, self.sources, self.output = pipeline, sources, output
+        self.pipeline, self.album = pipeline, album
+        self.sources, self.output = album.sources, album.folder
         self.options, self.progress = options, progress
         shared = options.basis != "image"
         self.artist = Artist(
@@ -159,16 +179,9 @@ class _Run:
             foreground=options.foreground,
             note=f"{pipeline.backbone.name}, PCA of {'the run' if shared else 'this picture'}",
         )
-        self.report = Report(output, len(sources))
+        self.report = Report(self.output, len(self.sources))
         self.basis: PCABasis | None = None
         self.cache = FeatureCache(pipeline, options.cache_bytes)
-        self.album = Album(
-            output,
-            sources,
-            image_format=options.image_format,
-            points=options.points,
-            overwrite=options.overwrite,
-        )
 
     def run(self) -> Report:
         began = time.monotonic()
@@ -244,18 +257,27 @@ class _Run:
 
     def _sample(self) -> Tensor | None:
         """Tokens ``[N, C]`` spread evenly over all pictures; fills the cache on the way."""
+        samples = self._samples(self.sources, range(len(self.sources)), len(self.sources))
+        return torch.cat(list(samples.values())) if samples else None
+
+    def _samples(
+        self, sources: Sequence[Source], numbers: Sequence[int], total: int
+    ) -> dict[int, Tensor]:
+        """Tokens ``[n, C]`` of these pictures, by their ``numbers`` among ``total``."""
         most = min(_MAX_TOKENS, _MAX_TOKEN_NUMBERS // self.pipeline.backbone.channels)
-        each = max(1, most // len(self.sources))
-        every = -(-len(self.sources) // most)  # more pictures than tokens: some give none
-        samples = []
-        self.progress.start(len(self.sources), "features")
-        for n, item in enumerate(self.pipeline.items(self.sources, on_error=self._failed)):
+        each = max(1, most // total)
+        every = -(-total // most)  # more pictures than tokens: some give none
+        number = dict(zip(sources, numbers, strict=True))
+        samples = {}
+        self.progress.start(len(sources), "features")
+        for item in self.pipeline.items(sources, on_error=self._failed):
+            n = number[item.source]
             if n % every == 0:
                 tokens = self.artist.basis_tokens(item)
-                samples.append(sample_tokens(tokens.T[:, :, None], each).cpu())
+                samples[n] = sample_tokens(tokens.T[:, :, None], each).cpu()
             self.cache.add(item)
             self.progress.advance()
-        return torch.cat(samples) if samples else None
+        return samples
 
     # -- the drawings -------------------------------------------------------------------------
 
@@ -292,23 +314,23 @@ class _Run:
 
     def _drawings(
         self, item: Item, wanted: list[Point | None]
-    ) -> Iterator[tuple[Point | None, Drawing]]:
+    ) -> Iterator[tuple[Point | None, Callable[[], Drawing]]]:
         points = [point for point in wanted if point is not None]
         if None in wanted:
             try:
                 basis = self.basis or PCABasis.fit(self.artist.basis_tokens(item))
-                yield None, self.artist.draw_pca(item, basis)
+                yield None, self.artist.prepare_pca(item, basis)
             except FmupsampleError as error:
                 self._failed(item.source, error, step=0)
         drawings = self.artist.draw_similarity(item, points)
         for point, drawing in zip(points, drawings, strict=True):
             if isinstance(drawing, Drawing):
-                yield point, drawing
+                yield point, lambda drawing=drawing: drawing
             else:
                 self._failed(item.source, drawing, step=0)
 
-    def _save(self, source: Source, drawing: Drawing, point: Point | None) -> Path:
-        return self.album.save(source, drawing, self._recipe(point), point)
+    def _save(self, source: Source, draw: Callable[[], Drawing], point: Point | None) -> Path:
+        return self.album.save(source, draw(), self._recipe(point), point)
 
     def _saved(self, source: Source, result: Path | FmupsampleError) -> None:
         if isinstance(result, Path):

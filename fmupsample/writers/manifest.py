@@ -161,13 +161,16 @@ class Manifest:
 class ManifestPart(Manifest):
     """What one process adds beside the one that leads the run; see :meth:`Manifest.share`."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         """Make the file.
+
+        Args:
+            name: of this process among those of the run.
 
         Raises:
             OutputError: it cannot be made.
         """
-        path = folder / _PARTS / f"{rank:05}.jsonl"
+        path = folder / _PARTS / f"{name}.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
