@@ -10,9 +10,12 @@ if TYPE_CHECKING:
 
 
 def find_pictures(
-    images: list[str] | None, list_file: Path | None, output: Path
+    images: list[str] | None, list_file: Path | None, output: Path, *, videos: bool = False
 ) -> tuple[list[Source], bool]:
     """They, and whether all are there: folders that cannot be read are warned of and left out.
+
+    Args:
+        videos: look for videos as well.
 
     Raises:
         UsageError: as :func:`fmupsample.images.find_images`.
@@ -26,7 +29,9 @@ def find_pictures(
         left_out.append(message)
         warn(message)
 
-    found = find_images(images or [], list_file=list_file, exclude=[output], warn=say)
+    found = find_images(
+        images or [], list_file=list_file, exclude=[output], warn=say, videos=videos
+    )
     return found, not left_out
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from fmupsample.distributed import Team
 from fmupsample.errors import FmupsampleError, OutputError
 from fmupsample.extraction.plan import Plan, Task
-from fmupsample.images import Source, printable, storable
+from fmupsample.images import printable, storable
 from fmupsample.progress import Progress
+from fmupsample.video.frames import from_plain, to_plain
 from fmupsample.writers.manifest import Manifest, ManifestPart
 
 if TYPE_CHECKING:
@@ -121,8 +122,7 @@ def help_out(
     # Named as the user did, where that means the same.
     folder = Path() if share["folder"] == os.getcwd() else Path(share["folder"])  # noqa: PTH109
     plan.tasks = [
-        Task(Source(folder / path, PurePosixPath(relative)), PurePosixPath(output))
-        for path, relative, output in share["tasks"]
+        Task(from_plain(folder, source), PurePosixPath(output)) for source, output in share["tasks"]
     ]
     manifest = ManifestPart(out, team.rank)
     try:
@@ -146,7 +146,7 @@ def _pack(run: Run, tasks: list[Task], facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "hash": run.plan.hash,
         "folder": os.getcwd(),  # noqa: PTH109 - as text
-        "tasks": [(str(t.source.path), str(t.source.relative), str(t.output)) for t in tasks],
+        "tasks": [(to_plain(t.source), str(t.output)) for t in tasks],
         "earlier": earlier,
         "kept": sorted(run.kept.intersection(earlier.values())),
         "facts": facts,

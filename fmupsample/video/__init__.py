@@ -1,0 +1,20 @@
+"""Videos: which frames are meant (span, scan), reading them (frames), writing one (write)."""
+
+from fmupsample.video.frames import FrameReader, FrameSource, frames_of, with_frames
+from fmupsample.video.scan import Clip, scan, scan_videos
+from fmupsample.video.span import Span, parse_time, show_time
+
+# fmupsample.video.write is imported by itself. OpenCV is imported when a video is opened.
+
+__all__ = [
+    "Clip",
+    "FrameReader",
+    "FrameSource",
+    "Span",
+    "frames_of",
+    "parse_time",
+    "scan",
+    "scan_videos",
+    "show_time",
+    "with_frames",
+]
