@@ -209,7 +209,8 @@ def extract(
         wanted = ExtractOptions(
             format.value, dtype.value, output_size, tokens_only, pca, weight_bits, shard_size
         )
-        with RichProgress(quiet=quiet) as progress:
+        unit = "frames" if clips and not v.pictures_in(sources) else "pictures"
+        with RichProgress(quiet=quiet, unit=unit) as progress:
             report = run(
                 pipeline,
                 sources,
@@ -243,7 +244,9 @@ def _summarise(
         "done": len(report.done),
         "skipped": len(report.skipped),
         "failed": len(report.failed),
-        "failures": [{"source": r["source"], "error": r["error"]} for r in report.failed],
+        "failures": [
+            {"source": r.get("video", r["source"]), "error": r["error"]} for r in report.failed
+        ],
         "videos": [clip.to_json() for clip in clips],
         "manifest": printable(report.manifest),
         "shapes": shapes[:20],

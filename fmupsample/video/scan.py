@@ -145,12 +145,14 @@ def _count(capture: cv2.VideoCapture, source: Source, span: Span) -> Clip:
             )
         return Clip(source, error=f"{shown_path} is a video without frames")
     broken = ""
+    before = "the one frame" if count == 1 else f"the {count} frames"
     end = time + 1 / fps
     slack = 3 / fps + min(_SILENT_SECONDS, _SILENT_SHARE * claimed)
+    whole = whole or span.ends_by(end)
     if not whole and claimed < 1e7 and claimed - end > slack:
         broken = (
             f"{shown_path} breaks off after {show_time(end)} of {show_time(claimed)} (damaged or "
-            f"cut off); {'the frame' if count == 1 else f'the {count} frames'} before are used"
+            f"cut off); {before} before can be used"
         )
     if not frames:
         until = "its end" if span.stop is None else show_time(span.stop)

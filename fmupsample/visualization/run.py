@@ -1,5 +1,7 @@
 """Draw the features of many pictures: one PCA basis for all, one drawing each, contact sheets.
 
+Videos are drawn after the pictures, see :mod:`.films`; the basis is fitted on some of their frames.
+
 With a shared basis there are two passes: the first computes features and keeps a sample of tokens
 for the basis, the second draws. Features of the first pass are kept in memory (half precision) up
 to a bound; beyond it they are computed again.
@@ -19,13 +21,16 @@ import torch
 from torch import Tensor
 
 from fmupsample.analysis.pca import PCABasis, sample_tokens
-from fmupsample.errors import FmupsampleError, OutputError, UsageError
+from fmupsample.errors import FmupsampleError, ImageError, OutputError, UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.images.size import check_output_size
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.progress import SILENT, Progress
+from fmupsample.video.frames import FrameSource, frames_of
+from fmupsample.video.scan import Clip
 from fmupsample.visualization.album import BASIS_NAME, FORMATS, Album, stamp_text
 from fmupsample.visualization.draw import LAYOUTS, Artist, Drawing, Layout, Point
+from fmupsample.visualization.films import FilmArtist, Filming, check_point, spread
 from fmupsample.visualization.passes import FeatureCache, Saver
 from fmupsample.writers.lock import FolderLock
 
@@ -81,8 +86,8 @@ class Report:
 
     Attributes:
         drawn: files written, in the order of the pictures.
-        skipped: pictures all of whose files were there already.
-        failed: ``{"source": ..., "error": ...}`` for each picture with a fault.
+        skipped: pictures and videos all of whose files were there already.
+        failed: ``{"source": ..., "error": ...}`` for each picture or video with a fault.
         sheets: the contact sheets.
         basis: the shared basis that was used, if it is a file.
         explained: share of the features' variance that the three colours show (shared basis).
@@ -90,6 +95,7 @@ class Report:
 
     output: Path
     pictures: int
+    clips: Sequence[Clip] = ()
     drawn: list[Path] = field(default_factory=list)
     skipped: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)
@@ -103,6 +109,7 @@ class Report:
         return {
             "output": str(self.output),
             "pictures": self.pictures,
+            "videos": [clip.to_json() for clip in self.clips],
             "drawn": [str(path) for path in self.drawn],
             "skipped": self.skipped,
             "failed": self.failed,
@@ -119,9 +126,10 @@ def visualize(
     output: str | Path,
     options: VisualizeOptions | None = None,
     *,
+    clips: Sequence[Clip] = (),
     progress: Progress = SILENT,
 ) -> Report:
-    """Draw ``sources`` into the folder ``output``.
+    """Draw ``sources`` into the folder ``output``, and videos (``clips``) as videos.
 
     Pictures that cannot be read or drawn are reported and left out; what an earlier run with the
     same options finished is not done again.
@@ -132,8 +140,13 @@ def visualize(
     """
     options = options or VisualizeOptions()
     options.check()
+    if clips and options.foreground:
+        raise UsageError(
+            "--foreground divides each picture by itself, which would flicker in a video: leave it "
+            "away, or name pictures only"
+        )
     with FolderLock(Path(output)):
-        run = _Run(pipeline, list(sources), Path(output), options, progress)
+        run = _Run(pipeline, list(sources), clips, Path(output), options, progress)
         try:
             return run.run()
         finally:
@@ -145,12 +158,15 @@ class _Run:
         self,
         pipeline: Pipeline,
         sources: list[Source],
+        clips: Sequence[Clip],
         output: Path,
         options: VisualizeOptions,
         progress: Progress,
     ) -> None:
         self.pipeline, self.sources, self.output = pipeline, sources, output
         self.options, self.progress = options, progress
+        self.clips = clips
+        self.frames = frames_of(clips)
         shared = options.basis != "image"
         self.artist = Artist(
             pipeline,
@@ -159,7 +175,7 @@ class _Run:
             foreground=options.foreground,
             note=f"{pipeline.backbone.name}, PCA of {'the run' if shared else 'this picture'}",
         )
-        self.report = Report(output, len(sources))
+        self.report = Report(output, len(sources), clips)
         self.basis: PCABasis | None = None
         self.cache = FeatureCache(pipeline, options.cache_bytes)
         self.album = Album(
@@ -168,10 +184,14 @@ class _Run:
             image_format=options.image_format,
             points=options.points,
             overwrite=options.overwrite,
+            videos=[clip.source for clip in clips if not clip.error],
         )
 
     def run(self) -> Report:
         began = time.monotonic()
+        for clip in self.clips:
+            if clip.error:
+                self._failed(clip.source, ImageError(clip.error), step=0)
         if self.options.basis != "image":
             self.basis = self._basis()
         todo = [source for source in self.sources if self._wanted(source)]
@@ -180,6 +200,9 @@ class _Run:
         self._draw([source for source in todo if str(source) not in bad])
         if self.options.contact_sheet:
             self.report.sheets = self.album.save_sheets(self.progress)
+        for clip in self.clips:
+            if str(clip.source) not in bad:
+                self._film(clip)
         self.report.seconds = time.monotonic() - began
         return self.report
 
@@ -212,7 +235,9 @@ class _Run:
             self.report.basis = path
             return basis
         path = self.output / BASIS_NAME
-        pictures = hashlib.sha256("\n".join(map(stamp_text, self.sources)).encode()).hexdigest()
+        lines = [stamp_text(source) for source in self.sources]
+        lines += [f"{stamp_text(clip.source)} {clip.frames}" for clip in self.clips]
+        pictures = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         metadata = {**self._model(), "pictures": pictures[:16], "revision": str(_REVISION)}
         basis = self._saved_basis(path, metadata)
         if basis is None:
@@ -243,23 +268,33 @@ class _Run:
         return basis if same and not self.options.overwrite else None
 
     def _sample(self) -> Tensor | None:
-        """Tokens ``[N, C]`` spread evenly over all pictures; fills the cache on the way."""
+        """Tokens ``[N, C]`` spread evenly over all pictures and over frames of each video.
+
+        Fills the cache on the way.
+        """
+        sources = [*self.sources]
+        for clip in self.clips:
+            if not clip.error:
+                sources += spread(self.frames[clip.source])
+        if not sources:
+            return None
         most = min(_MAX_TOKENS, _MAX_TOKEN_NUMBERS // self.pipeline.backbone.channels)
-        each = max(1, most // len(self.sources))
-        every = -(-len(self.sources) // most)  # more pictures than tokens: some give none
+        each = max(1, most // len(sources))
+        every = -(-len(sources) // most)  # more pictures than tokens: some give none
         samples = []
-        self.progress.start(len(self.sources), "features")
-        for n, item in enumerate(self.pipeline.items(self.sources, on_error=self._failed)):
+        self.progress.start(len(sources), "features")
+        for n, item in enumerate(self.pipeline.items(sources, on_error=self._failed)):
             if n % every == 0:
                 tokens = self.artist.basis_tokens(item)
                 samples.append(sample_tokens(tokens.T[:, :, None], each).cpu())
-            self.cache.add(item)
+            if not isinstance(item.source, FrameSource):
+                self.cache.add(item)
             self.progress.advance()
         return torch.cat(samples) if samples else None
 
     # -- the drawings -------------------------------------------------------------------------
 
-    def _recipe(self, point: Point | None) -> str:
+    def _recipe(self, point: Point | None, clip: Clip | None = None) -> str:
         """Digest of all that decides how a drawing looks, but for the photograph itself."""
         options, upsampler = self.options, self.pipeline.upsampler
         what: dict[str, Any] = {
@@ -273,12 +308,48 @@ class _Run:
             what |= {"layout": options.layout, "size": options.output_size, "basis": basis}
         else:
             del what["foreground"]
+        if clip is not None:
+            del what["format"]
+            what["frames"] = [clip.frames, clip.rate]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _wanted(self, source: Source) -> list[Point | None]:
-        """What is still to be drawn of a picture: ``None`` is the PCA picture."""
+    def _wanted(self, source: Source, clip: Clip | None = None) -> list[Point | None]:
+        """What is still to be drawn of a picture or video: ``None`` is the PCA picture."""
         kinds = (None, *self.options.points)
-        return [p for p in kinds if not self.album.is_drawn(source, self._recipe(p), p)]
+        return [p for p in kinds if not self.album.is_drawn(source, self._recipe(p, clip), p)]
+
+    def _film(self, clip: Clip) -> None:
+        """Draw a video; one that fails is reported."""
+        wanted = {point: self._recipe(point, clip) for point in self._wanted(clip.source, clip)}
+        if not wanted:
+            self.report.skipped += 1
+            return
+        for point in [p for p in wanted if p is not None]:
+            try:
+                check_point(clip, point)
+            except ImageError as error:
+                self._failed(clip.source, error, step=0)
+                del wanted[point]
+        if not wanted:
+            return
+        filming = Filming(self._film_artist(), self.album, self.progress)
+        try:
+            frames = self.frames[clip.source]
+            self.report.drawn += filming.draw(clip, frames, self.basis, wanted)
+        except OutputError:
+            raise
+        except FmupsampleError as error:
+            self._failed(clip.source, error, step=0)
+
+    def _film_artist(self) -> FilmArtist:
+        options = self.options
+        shown = "this video" if self.basis is None else "the run"
+        return FilmArtist(
+            self.pipeline,
+            layout=options.layout,
+            output_size=options.output_size,
+            note=f"{self.pipeline.backbone.name}, PCA of {shown}",
+        )
 
     def _draw(self, todo: list[Source]) -> None:
         if not todo:
