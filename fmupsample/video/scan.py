@@ -32,7 +32,8 @@ _SILENT_SECONDS, _SILENT_SHARE = 2.0, 0.1
 # How files begin in which frames can be looked for. Others (playlists, above all) could make the
 # decoder open further files.
 _MP4_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"})
-_BEGINNINGS = (b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3", b"G")
+_BEGINNINGS = (b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3")
+_PACKET = 188  # bytes, of a transport stream
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def open_capture(path: Path) -> cv2.VideoCapture:
         if path.is_dir():
             raise ImageError(f"{shown} is a folder, not a video")
         with path.open("rb") as file:
-            beginning = file.read(12)
+            beginning = file.read(_PACKET + 1)
     except FileNotFoundError:
         raise ImageError(f"{shown} does not exist") from None
     except OSError as error:
@@ -215,7 +216,9 @@ def open_capture(path: Path) -> cv2.VideoCapture:
 
 def _may_be_video(beginning: bytes) -> bool:
     riff = beginning[:4] == b"RIFF" and beginning[8:11] == b"AVI"
-    return riff or beginning[4:8] in _MP4_BOXES or beginning.startswith(_BEGINNINGS)
+    packets = beginning[:1] == beginning[_PACKET:] == b"G"
+    known = beginning[4:8] in _MP4_BOXES or beginning.startswith(_BEGINNINGS)
+    return known or riff or packets
 
 
 @contextlib.contextmanager

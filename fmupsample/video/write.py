@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fmupsample.errors import OutputError
+from fmupsample.render.resize import resize
 from fmupsample.video.scan import quiet
 
 if TYPE_CHECKING:
@@ -41,14 +42,16 @@ class VideoFile:
         return self
 
     def add(self, pixels: np.ndarray) -> None:
-        """The next frame, uint8 ``[H, W, 3]``, RGB, of the size of the first."""
+        """The next frame, uint8 ``[H, W, 3]``, RGB; brought to the size of the first."""
         height, width = pixels.shape[:2]
         if height % 2 or width % 2:
             pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         if self._writer is None:
             self.size = pixels.shape[:2]
             self._writer = self._open(self.size)
-        assert pixels.shape[:2] == self.size
+        assert self.size is not None
+        if pixels.shape[:2] != self.size:  # some videos change theirs on the way
+            pixels = resize(pixels, self.size)
         self._writer.write(np.ascontiguousarray(pixels[:, :, ::-1]))
         self.frames += 1
 

@@ -28,7 +28,6 @@ from fmupsample.render.heat import colour_bar, heat_colours, mark_point
 from fmupsample.render.overlay import darken, grey, overlay, pca_overlay
 from fmupsample.render.panel import Box, Tile, draw_panel
 from fmupsample.render.resize import blocks, resize, tile_size
-from fmupsample.video.frames import FrameSource
 
 Layout = Literal["panel", "single", "overlay"]
 LAYOUTS: tuple[Layout, ...] = ("panel", "single", "overlay")
@@ -287,8 +286,7 @@ class Artist:
         height, width = item.frame.placed
         photo = item.canvas[:height, :width]
         original = item.frame.original
-        picture = not isinstance(item.source, FrameSource)
-        if picture and size[0] > height * 1.05 and original[0] > height * 1.05:
+        if size[0] > height * 1.05 and original[0] > height * 1.05:
             with contextlib.suppress(ImageError):  # gone since: the small one will do
                 photo, _ = read_picture(item.source.path, lambda _: size)
         return resize(photo, size)

@@ -8,10 +8,12 @@ scale of the first frame.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from fmupsample.render.heat import colour_bar, heat_colours, mark_point
 from fmupsample.render.overlay import grey, overlay
 from fmupsample.render.panel import Tile, draw_panel
 from fmupsample.render.resize import resize
-from fmupsample.video.frames import FrameSource
+from fmupsample.video.frames import FrameReader, FrameSource
 from fmupsample.video.scan import Clip
 from fmupsample.video.span import show_time
 from fmupsample.video.write import VideoFile
@@ -50,7 +52,22 @@ def spread(frames: Sequence[FrameSource]) -> list[FrameSource]:
 
 
 class FilmArtist(Artist):
-    """Draws frames as :class:`Artist` draws pictures; panels are the photograph and one map."""
+    """Draws frames as :class:`Artist` draws pictures; panels are the picture and one map."""
+
+    @functools.cached_property
+    def _shown(self) -> _Shown:
+        return _Shown()
+
+    def _photo(self, item: Item, size: tuple[int, int]) -> np.ndarray:
+        height, original = item.frame.placed[0], item.frame.original[0]
+        if size[0] > height * 1.05 and original > height * 1.05:
+            with contextlib.suppress(ImageError):
+                return resize(self._shown.pixels(item.source), size)
+        return super()._photo(item, size)
+
+    def close(self) -> None:
+        """Close the video."""
+        self._shown.reader.close()
 
     def _panel(self, item: Item, basis: PCABasis) -> Drawing:
         _, high = self.scores(item, basis)
@@ -81,7 +98,7 @@ class FilmArtist(Artist):
             photo, drawn = mark_point(photo, x, y), mark_point(drawn, x, y)
         bar = colour_bar(*look.range, width=min(220, size[1] // 2), size=letter_size(size))
         tiles = [
-            Tile("Video", photo, f"at {look.point}"),
+            Tile("Video", photo, f"{look.point} of the first frame"),
             Tile(f"Similarity, upsampled: {self.title}", drawn),
         ]
         panel = draw_panel(tiles, caption=_caption(item), footer=bar, columns=2)
@@ -109,6 +126,22 @@ class Look:
     centre: tuple[float, float]
     query: Tensor
     range: tuple[float, float]
+
+
+class _Shown:
+    """The frame that is drawn, at its own size; frames are asked for in order, some repeatedly."""
+
+    def __init__(self) -> None:
+        self.reader = FrameReader()
+        self._source: Source | None = None
+        self._pixels = np.empty(0)
+
+    def pixels(self, source: Source) -> np.ndarray:
+        if source != self._source:
+            [_] = self.reader.watch([source])
+            self._pixels, _ = self.reader.read(source)
+            self._source = source
+        return self._pixels
 
 
 class Filming:
@@ -170,6 +203,7 @@ class Filming:
                 if basis is None and None in wanted:
                     basis = self.own_basis(clip, frames)
                 self.progress.start(len(frames), f"drawing {name}")
+                stack.callback(self.artist.close)
                 self._fill(files, frames, basis)
         except KeyboardInterrupt:
             self.progress.warn(
@@ -228,4 +262,6 @@ def _stop(source: Source, error: FmupsampleError) -> None:
 def _caption(item: Item) -> str:
     source = item.source
     assert isinstance(source, FrameSource)
-    return f"{printable(source.path.name)}  {show_time(source.time)}"
+    time = show_time(source.time)
+    whole = f"{time}." if "." not in time else time
+    return f"{printable(source.path.name)}, {whole:0<10}"  # of one width
