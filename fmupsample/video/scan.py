@@ -62,7 +62,7 @@ class Clip:
         """Frames a second at which the frames that are wanted last as long as in the video."""
         rate = self.fps
         if len(self.times) > 1:
-            rate = (len(self.times) - 1) / (self.times[-1] - self.times[0])
+            rate = (len(self.times) - 1) / max(self.times[-1] - self.times[0], 1e-6)
         return round(min(max(rate, _RATES[0]), _RATES[1]), 3)
 
     def to_json(self) -> dict[str, Any]:
