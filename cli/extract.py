@@ -200,7 +200,7 @@ def extract(
             window=window,
             max_memory=max_memory,
             quiet=quiet,
-            fit_on=v.pictures_in(sources) if fit_head else None,
+            fit_on=v.training_pictures(sources) if fit_head else None,
         )
         if clips:
             from fmupsample.video import with_frames

@@ -53,7 +53,6 @@ Inputs = Annotated[
         show_default=False,
     ),
 ]
-__all__ = ["Every", "From", "Inputs", "To", "look_into", "pictures_in", "videos_text"]
 
 
 def look_into(
@@ -92,6 +91,23 @@ def pictures_in(sources: Sequence[Source]) -> list[Source]:
     from fmupsample.images import is_video
 
     return [source for source in sources if not is_video(source)]
+
+
+def training_pictures(sources: Sequence[Source]) -> list[Source]:
+    """What ``--fit-head`` trains on.
+
+    Raises:
+        UsageError: there are only videos.
+    """
+    from fmupsample.errors import UsageError
+
+    pictures = pictures_in(sources)
+    if not pictures:
+        raise UsageError(
+            "--fit-head trains on pictures, and only videos are named: name pictures as well, or "
+            "train on others with `fmupsample train` and give --head"
+        )
+    return pictures
 
 
 def videos_text(clips: Sequence[Clip]) -> str:

@@ -172,7 +172,7 @@ def visualize(
         window=window,
         max_memory=max_memory,
         quiet=quiet,
-        fit_on=pictures if fit_head else None,
+        fit_on=v.training_pictures(sources) if fit_head else None,
     )
     unit = "frames" if clips and not pictures else "pictures"
     with RichProgress(quiet=quiet, unit=unit) as progress:

@@ -195,6 +195,9 @@ def test_usage_errors_start_nothing(tmp_path: Path, capsys, command: str) -> Non
         "error: --from and --to are for videos, and there is none here"
     )
     assert error(clip, "--from", 2, "--to", 1) == "error: --to 0:00:01 is not after --from 0:00:02"
+    assert error(clip, "--fit-head").startswith(
+        "error: --fit-head trains on pictures, and only videos are named"
+    )
     assert error(clip, "--from", "soon") == (
         "error: --from 'soon' is not understood: give seconds (90.5) or h:mm:ss (0:01:30.5)"
     )

@@ -1,4 +1,9 @@
-"""Videos: which frames are meant (span, scan), reading them (frames), writing one (write)."""
+"""Videos: which frames are meant (span, scan), reading them (frames), writing one (write).
+
+sources = find_images(["holiday"], videos=True)
+clips = scan_videos(sources, Span(every=5, start=10, stop=20))
+extract(pipeline, with_frames(sources, clips), Path("features"))
+"""
 
 from fmupsample.video.frames import FrameReader, FrameSource, frames_of, with_frames
 from fmupsample.video.scan import Clip, scan, scan_videos

@@ -122,9 +122,10 @@ def _count(capture: cv2.VideoCapture, source: Source, span: Span) -> Clip:
     whole = False  # the end of what is wanted was seen
     while capture.grab():
         shown = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        # Files without a clock, and clocks that stand still, go by the frame rate.
-        time = shown if count == 0 or shown > time else time + 1 / fps
-        if count == 0:
+        if count > 0:  # files without a clock, and clocks that stand still, go by the rate
+            time = shown if shown > time else time + 1 / fps
+        else:
+            time = shown if 0 < shown < 1e6 else 0.0
             _, pixels = capture.retrieve()
             if pixels is None:
                 break
