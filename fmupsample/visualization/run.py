@@ -85,7 +85,9 @@ class Report:
     """What became of a run.
 
     Attributes:
-        drawn: files written, in the order of the pictures.
+        pictures: how many there were.
+        clips: the videos, see :class:`fmupsample.video.Clip`.
+        drawn: files written, in the order of the pictures, then of the videos.
         skipped: pictures and videos all of whose files were there already.
         failed: ``{"source": ..., "error": ...}`` for each picture or video with a fault.
         sheets: the contact sheets.
@@ -390,7 +392,8 @@ class _Run:
             self._failed(source, result, step=0)
 
     def _failed(self, source: Source, error: FmupsampleError, step: int = 1) -> None:
-        self.report.failed.append({"source": str(source), "error": str(error)})
+        # Of a frame, its video.
+        self.report.failed.append({"source": printable(source.path), "error": str(error)})
         self.progress.warn(str(error))
         if step:
             self.progress.advance(step)
