@@ -1,7 +1,7 @@
 """A first look at a video: how many frames it really has, when each is shown, where it breaks off.
 
 What a file's header says of that is an estimate, or was true before the file was cut off; so the
-frames are counted, which costs a fifth of decoding them for use, and no more than the end of the
+frames are counted, which costs half of decoding them for use, and no further than the end of the
 part that is wanted.
 """
 
