@@ -150,6 +150,15 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     assert error(start) == "FILE is damaged or cut off: none of its frames can be read"
 
 
+def test_frames_that_are_too_large(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("fmupsample.video.scan._MOST_PIXELS", 48 * 64 - 1)
+    path = film(tmp_path / "a.mp4", 1)
+    assert look(path).error == (
+        f"{path} claims frames of 48x64 pixels, more than are decoded safely "
+        "(a damaged or hostile file?)"
+    )
+
+
 def test_decoders_say_nothing(tmp_path: Path, capfd) -> None:
     look(cut(film(tmp_path / "a.avi", 20), 0.6))
     look(cut(film(tmp_path / "a.mp4", 20), 0.6))

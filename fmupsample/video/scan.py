@@ -211,7 +211,10 @@ def open_capture(path: Path) -> cv2.VideoCapture:
     width, height = (capture.get(n) for n in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
     if width * height > _MOST_PIXELS:
         capture.release()
-        raise ImageError(f"{shown} claims frames of {height:.0f}x{width:.0f} pixels, too many")
+        raise ImageError(
+            f"{shown} claims frames of {height:.0f}x{width:.0f} pixels, more than are decoded "
+            "safely (a damaged or hostile file?)"
+        )
     return capture
 
 
