@@ -155,7 +155,7 @@ def visualize(
         contact_sheet=contact_sheet,
         overwrite=overwrite,
     )
-    options.check()
+    options.check(videos=bool(clips))
     pipeline = open_pipeline(
         backbone,
         layer,

@@ -67,8 +67,8 @@ class VisualizeOptions:
     overwrite: bool = False
     cache_bytes: int = 2**30
 
-    def check(self) -> None:
-        """Raise a UsageError for what cannot be honoured."""
+    def check(self, *, videos: bool = False) -> None:
+        """Raise a UsageError for what cannot be honoured, with videos or without."""
         if self.layout not in LAYOUTS:
             raise UsageError(f"layout {self.layout!r} is unknown: use {', '.join(LAYOUTS)}")
         if self.image_format not in FORMATS:
@@ -77,6 +77,11 @@ class VisualizeOptions:
             raise UsageError(
                 "--output-size is for --layout single and overlay; the tiles of a panel follow "
                 "--image-size"
+            )
+        if videos and self.foreground:
+            raise UsageError(
+                "--foreground divides each picture by itself, which would flicker in a video: "
+                "leave it away, or name pictures only"
             )
 
 
@@ -141,12 +146,7 @@ def visualize(
         OutputError: the folder cannot be written, the disk is full.
     """
     options = options or VisualizeOptions()
-    options.check()
-    if clips and options.foreground:
-        raise UsageError(
-            "--foreground divides each picture by itself, which would flicker in a video: leave it "
-            "away, or name pictures only"
-        )
+    options.check(videos=bool(clips))
     with FolderLock(Path(output)):
         run = _Run(pipeline, list(sources), clips, Path(output), options, progress)
         try:
