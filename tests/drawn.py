@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.video.scan import quiet
+from fmupsample.video.clips import quiet
 
 
 def gradient(height: int, width: int) -> np.ndarray:

@@ -17,8 +17,8 @@ from fmupsample.images import Source, find_images
 from fmupsample.images.size import ImageSize
 from fmupsample.pipeline import Pipeline
 from fmupsample.video import Clip, FrameReader, FrameSource, Span, parse_time, scan, show_time
+from fmupsample.video.clips import scan_videos
 from fmupsample.video.frames import frames_of, from_plain, size_of, to_plain, with_frames
-from fmupsample.video.scan import scan_videos
 from fmupsample.video.write import VideoFile
 
 
@@ -151,7 +151,7 @@ def test_what_is_no_video(tmp_path: Path) -> None:
 
 
 def test_frames_that_are_too_large(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fmupsample.video.scan._MOST_PIXELS", 48 * 64 - 1)
+    monkeypatch.setattr("fmupsample.video.clips._MOST_PIXELS", 48 * 64 - 1)
     path = film(tmp_path / "a.mp4", 1)
     assert look(path).error == (
         f"{path} claims frames of 48x64 pixels, more than are decoded safely "

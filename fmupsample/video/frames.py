@@ -13,7 +13,7 @@ import numpy as np
 from fmupsample.errors import ImageError
 from fmupsample.images.find import Source, is_video, printable, storable
 from fmupsample.images.read import read_picture, read_size
-from fmupsample.video.scan import Clip, open_capture
+from fmupsample.video.clips import Clip, open_capture
 from fmupsample.video.span import show_time
 from fmupsample.writers.names import output_names
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fmupsample.errors import OutputError
 from fmupsample.render.resize import resize
-from fmupsample.video.scan import quiet
+from fmupsample.video.clips import quiet
 
 if TYPE_CHECKING:
     import cv2

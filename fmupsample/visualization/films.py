@@ -26,8 +26,8 @@ from fmupsample.render.heat import colour_bar, heat_colours, mark_point
 from fmupsample.render.overlay import grey, overlay
 from fmupsample.render.panel import Tile, draw_panel
 from fmupsample.render.resize import resize
+from fmupsample.video.clips import Clip
 from fmupsample.video.frames import FrameReader, FrameSource
-from fmupsample.video.scan import Clip
 from fmupsample.video.span import show_time
 from fmupsample.video.write import VideoFile
 from fmupsample.visualization.album import Album

@@ -26,8 +26,8 @@ from fmupsample.images.find import Source, printable
 from fmupsample.images.size import check_output_size
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.progress import SILENT, Progress
+from fmupsample.video.clips import Clip
 from fmupsample.video.frames import FrameSource, frames_of
-from fmupsample.video.scan import Clip
 from fmupsample.visualization.album import BASIS_NAME, FORMATS, Album, stamp_text
 from fmupsample.visualization.draw import LAYOUTS, Artist, Drawing, Layout, Point
 from fmupsample.visualization.films import FilmArtist, Filming, check_point, spread
