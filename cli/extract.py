@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fmupsample_cli import options as o
+from fmupsample_cli import videos as v
 
 if TYPE_CHECKING:
     from fmupsample.extraction.run import ExtractReport
     from fmupsample.ops.backend import Choice
+    from fmupsample.video import Clip
 
 
 class Format(StrEnum):
@@ -110,7 +113,7 @@ Ray = Annotated[
 
 
 def extract(
-    images: o.Images = None,
+    images: v.Inputs = None,
     output: o.Output = ...,
     list_file: o.ListFile = None,
     backbone: o.BackboneName = "embedded",
@@ -121,6 +124,9 @@ def extract(
     fit_head: o.FitHead = False,
     image_size: o.ImageSizeOption = None,
     fit: o.Fit = o.FitMode.resize,
+    every: v.Every = None,
+    start: v.From = None,
+    stop: v.To = None,
     format: FormatOption = Format.safetensors,
     dtype: DtypeOption = Dtype.fp16,
     weight_bits: WeightBits = 16,
@@ -140,7 +146,7 @@ def extract(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write the upsampled features of pictures, one file each.
+    """Write the upsampled features of pictures, and of the frames of videos, one file each.
 
     Each file holds a map [channels, height, width]. The folder structure of the input is kept, and
     `manifest.jsonl` says for each picture where its result is, how it maps to the original pixels,
@@ -150,6 +156,8 @@ def extract(
         fmupsample extract photos/ -o features/
 
         fmupsample extract 'photos/*.jpg' -o small/ --pca 32 --output-size x4
+
+        fmupsample extract clip.mp4 -o features/ --every 5 --from 1:00 --to 1:30
 
     A 448 x 448 map of 384 channels takes 154 MB in fp16; --format compact, --pca, --output-size and
     --tokens-only make it smaller. Exit code 3 means that some pictures failed; the others are
@@ -169,12 +177,14 @@ def extract(
             refuse_ray(team is not None)
         # What cannot work is said before torch and the models are loaded, and by one process only.
         if leads():
-            sources, complete = find_pictures(images, list_file, output)
+            sources, complete = find_pictures(images, list_file, output, videos=True)
+            clips = v.look_into(sources, every, start, stop, quiet=quiet)
+            complete = complete and not any(clip.broken for clip in clips)
         else:
             from fmupsample.sharing import wait_for_share
 
             wait_for_share(team)
-            sources, complete, quiet = [], True, True
+            sources, clips, complete, quiet = [], [], True, True
         size = None if image_size is None else ImageSize.parse(image_size)
 
         from fmupsample.extraction.run import ExtractOptions
@@ -200,8 +210,12 @@ def extract(
             window=window,
             max_memory=max_memory,
             quiet=quiet,
-            fit_on=sources if fit_head else None,
+            fit_on=v.training_pictures(sources) if fit_head else None,
         )
+        if clips:
+            from fmupsample.video import with_frames
+
+            sources = with_frames(sources, clips)
         wanted = ExtractOptions(
             format.value, dtype.value, output_size, tokens_only, pca, weight_bits, shard_size
         )
@@ -210,7 +224,8 @@ def extract(
             from fmupsample.extraction.ray import RayCluster
 
             cluster = RayCluster(ray, device, batch_size, workers)
-        with RichProgress(quiet=quiet) as progress:
+        unit = "frames" if clips and not v.pictures_in(sources) else "pictures"
+        with RichProgress(quiet=quiet, unit=unit) as progress:
             report = run(
                 pipeline,
                 sources,
@@ -224,12 +239,14 @@ def extract(
             )
     if not leads():
         return
-    _summarise(report, used_backend(pipeline), json)
+    _summarise(report, clips, used_backend(pipeline), json)
     if report.failed or not complete:
         raise typer.Exit(3 if report.done or report.skipped else 1)
 
 
-def _summarise(report: ExtractReport, backend: Choice, as_json: bool) -> None:
+def _summarise(
+    report: ExtractReport, clips: Sequence[Clip], backend: Choice, as_json: bool
+) -> None:
     from fmupsample.images import printable
     from fmupsample_cli.loading import backend_text
     from fmupsample_cli.report import human_bytes, print_summary
@@ -243,7 +260,10 @@ def _summarise(report: ExtractReport, backend: Choice, as_json: bool) -> None:
         "done": len(report.done),
         "skipped": len(report.skipped),
         "failed": len(report.failed),
-        "failures": [{"source": r["source"], "error": r["error"]} for r in report.failed],
+        "failures": [
+            {"source": r.get("video", r["source"]), "error": r["error"]} for r in report.failed
+        ],
+        "videos": [clip.to_json() for clip in clips],
         "manifest": printable(report.manifest),
         "shapes": shapes[:20],
         "bytes": size,
@@ -259,7 +279,9 @@ def _summarise(report: ExtractReport, backend: Choice, as_json: bool) -> None:
         counts += f", {len(report.skipped)} finished before"
     if report.failed:
         counts += f", {len(report.failed)} failed"
-    rows = {"pictures": counts}
+    rows = {"pictures and frames" if clips else "pictures": counts}
+    if clips:
+        rows["videos"] = v.videos_text(clips)
     if shapes:
         text = [" x ".join(map(str, shape)) for shape in (shapes[0], shapes[-1])]
         rows["maps"] = text[0] if len(shapes) == 1 else f"{text[0]} to {text[1]}"

@@ -12,9 +12,12 @@ _SEVERAL = "extract, visualize, probe predict and train"
 
 
 def find_pictures(
-    images: list[str] | None, list_file: Path | None, output: Path
+    images: list[str] | None, list_file: Path | None, output: Path, *, videos: bool = False
 ) -> tuple[list[Source], bool]:
     """They, and whether all are there: folders that cannot be read are warned of and left out.
+
+    Args:
+        videos: look for videos as well.
 
     Raises:
         UsageError: as :func:`fmupsample.images.find_images`.
@@ -28,7 +31,9 @@ def find_pictures(
         left_out.append(message)
         warn(message)
 
-    found = find_images(images or [], list_file=list_file, exclude=[output], warn=say)
+    found = find_images(
+        images or [], list_file=list_file, exclude=[output], warn=say, videos=videos
+    )
     return found, not left_out
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fmupsample_cli import options as o
+from fmupsample_cli import videos as v
 
 
 class LayoutName(StrEnum):
@@ -27,7 +28,7 @@ class PictureFormat(StrEnum):
 
 
 def visualize(
-    images: o.Images = None,
+    images: v.Inputs = None,
     output: o.Output = ...,
     list_file: o.ListFile = None,
     backbone: o.BackboneName = "embedded",
@@ -38,6 +39,9 @@ def visualize(
     fit_head: o.FitHead = False,
     image_size: o.ImageSizeOption = None,
     fit: o.Fit = o.FitMode.resize,
+    every: v.Every = None,
+    start: v.From = None,
+    stop: v.To = None,
     layout: Annotated[
         LayoutName,
         typer.Option(
@@ -109,7 +113,7 @@ def visualize(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Draw the features of pictures as colours (PCA), before and after upsampling.
+    """Draw the features of pictures and videos as colours (PCA), before and after upsampling.
 
     Equal colours mean equal features, in all pictures of a run. Results keep the names and folders
     of the pictures; what is finished is not done again by the next run. Exit code 3 means that some
@@ -119,9 +123,14 @@ def visualize(
 
         fmupsample visualize cat.jpg -o pictures/ --point 320,240
 
+        fmupsample visualize clip.mp4 -o pictures/ --every 2 --from 0:10 --to 0:20
+
+    A video becomes a video (mp4, without sound), in colours that are the same for all its frames.
+
     With `torchrun --nproc-per-node N -m fmupsample visualize ...` N GPUs share the pictures.
     """
     from fmupsample.distributed import joined, leads
+    from fmupsample.errors import UsageError
     from fmupsample.images import ImageSize
     from fmupsample_cli.pictures import find_pictures, refuse_to_fit
     from fmupsample_cli.progress import RichProgress
@@ -131,12 +140,19 @@ def visualize(
             refuse_to_fit(fit_head)
         # What cannot work is said before torch and the models are loaded, and by one process only.
         if leads():
-            sources, complete = find_pictures(images, list_file, output)
+            sources, complete = find_pictures(images, list_file, output, videos=True)
+            clips = v.look_into(sources, every, start, stop, quiet=quiet)
+            if clips and team is not None:
+                raise UsageError(
+                    "several processes share pictures, but a video is drawn by one: leave "
+                    f"{clips[0].source} out, or draw videos without torchrun"
+                )
+            complete = complete and not any(clip.broken for clip in clips)
         else:
             from fmupsample.sharing import wait_for_share
 
             wait_for_share(team)
-            sources, complete, quiet = [], True, True
+            sources, clips, complete, quiet = [], [], True, True
         size = None if image_size is None else ImageSize.parse(image_size)
 
         from fmupsample.visualization.draw import Point
@@ -155,7 +171,7 @@ def visualize(
             contact_sheet=contact_sheet,
             overwrite=overwrite,
         )
-        options.check()
+        options.check(videos=bool(clips))
         pipeline = open_pipeline(
             backbone,
             layer,
@@ -172,10 +188,14 @@ def visualize(
             window=window,
             max_memory=max_memory,
             quiet=quiet,
-            fit_on=sources if fit_head else None,
+            fit_on=v.training_pictures(sources) if fit_head else None,
         )
-        with RichProgress(quiet=quiet) as progress:
-            report = draw(pipeline, sources, output, options, progress=progress, team=team)
+        pictures = v.pictures_in(sources)
+        unit = "frames" if clips and not pictures else "pictures"
+        with RichProgress(quiet=quiet, unit=unit) as progress:
+            report = draw(
+                pipeline, pictures, output, options, clips=clips, progress=progress, team=team
+            )
     if not leads():
         return
 
@@ -196,9 +216,11 @@ def visualize(
 
 
 def _title(report) -> str:
-    count = report.pictures - len({failure["source"] for failure in report.failed})
-    noun = "picture" if report.pictures == 1 else "pictures"
-    return f"{count} of {report.pictures} {noun} complete, in {Path(report.output)}"
+    of = report.pictures + len(report.clips)
+    count = of - len({failure["source"] for failure in report.failed})
+    nouns = ["pictures"] * bool(report.pictures) + ["videos"] * bool(report.clips)
+    noun = nouns[0].removesuffix("s") if of == 1 else " and ".join(nouns)
+    return f"{count} of {of} {noun} complete, in {Path(report.output)}"
 
 
 def _rows(report) -> dict[str, str | int | float]:
@@ -207,6 +229,8 @@ def _rows(report) -> dict[str, str | int | float]:
         rows["there already"] = f"{report.skipped} (--overwrite draws them again)"
     if report.failed:
         rows["failed"] = len(report.failed)
+    if report.clips:
+        rows["videos"] = v.videos_text(report.clips)
     if report.sheets:
         rows["contact sheet"] = _files(report.sheets)
     if report.basis:

@@ -12,19 +12,23 @@ _PREFIX, _SUFFIX = ".fmupsample-", ".part"
 _numbers = itertools.count()
 
 
-def temporary_for(path: Path) -> Path:
-    """A name in the folder of ``path`` under which to write it first; short, hidden, unique."""
+def temporary_for(path: Path, extension: str = "") -> Path:
+    """A name in the folder of ``path`` under which to write it first; short, hidden, unique.
+
+    Args:
+        extension: at its end, for who goes by that.
+    """
     rank = os.environ.get("RANK", "0")  # processes of two machines may have the same number
-    return path.with_name(f"{_PREFIX}{rank}-{os.getpid()}-{next(_numbers)}{_SUFFIX}")
+    return path.with_name(f"{_PREFIX}{rank}-{os.getpid()}-{next(_numbers)}{_SUFFIX}{extension}")
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, extension: str = "") -> Iterator[Path]:
     """``with replacing(path) as temporary``: what was written there becomes ``path`` at the end.
 
     After an error, or Ctrl-C, the temporary file is removed and ``path`` is what it was before.
     """
-    temporary = temporary_for(path)
+    temporary = temporary_for(path, extension)
     try:
         yield temporary
         temporary.replace(path)
@@ -39,6 +43,6 @@ def remove_leftovers(folders: Iterable[Path]) -> None:
     Call it under the :class:`~fmupsample.writers.lock.FolderLock` of the folder.
     """
     for folder in folders:
-        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}*"):
             with contextlib.suppress(OSError):
                 leftover.unlink()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,13 +24,13 @@ from fmupsample.distributed import processes_here
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
 from fmupsample.images.find import Source
 from fmupsample.images.prepare import fit_to_frame, normalise
-from fmupsample.images.read import read_picture
 from fmupsample.images.size import Frame, ImageSize, check_image_size, parse_output_size, plan_frame
 from fmupsample.memory import available_memory
 from fmupsample.ops import reassemble_window
 from fmupsample.ops.memory import empty_map
 from fmupsample.prefetch import prefetch
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.video.frames import FrameReader
 from fmupsample.windows import (
     features_in_windows,
     overview_size,
@@ -175,9 +176,15 @@ class Pipeline:
         """How a picture of ``original`` pixels is shown to the backbone."""
         return plan_frame(original, self.image_size, self.backbone, self.fit)
 
-    def load(self, source: Source) -> tuple[Frame, np.ndarray]:
-        """Decode one picture -> its frame and its canvas, uint8 ``[H, W, 3]``."""
-        pixels, original = read_picture(source.path, lambda size: self._frame(source, size).placed)
+    def load(self, source: Source, reader: FrameReader | None = None) -> tuple[Frame, np.ndarray]:
+        """Decode one picture, or frame of a video -> its frame, canvas uint8 ``[H, W, 3]``.
+
+        Args:
+            reader: that has been told of the frames to come, if they are many.
+        """
+        pixels, original = (reader or FrameReader()).read(
+            source, lambda size: self._frame(source, size).placed
+        )
         frame = self._frame(source, original)
         return frame, fit_to_frame(pixels, frame)
 
@@ -188,7 +195,7 @@ class Pipeline:
             raise ImageError(f"{source}: {error}") from None
 
     def items(self, sources: Iterable[Source], *, on_error: OnError) -> Iterator[Item]:
-        """Each picture with its features, in the order of ``sources``.
+        """Each picture, or frame of a video, with its features, in the order of ``sources``.
 
         Pictures are decoded in threads ahead, and those of equal canvas size share a batch.
         ``on_error`` is told, in the caller's thread, about each picture that could not be used;
@@ -210,8 +217,12 @@ class Pipeline:
                 if item is not None:
                     yield item
 
+        reader = FrameReader()
         loaded = prefetch(
-            self.load, sources, workers=self.workers, ahead=self.workers + self.batch_size
+            partial(self.load, reader=reader),
+            reader.watch(sources),
+            workers=self.workers,
+            ahead=self.workers + self.batch_size,
         )
         try:
             for number, (source, result, error) in enumerate(loaded):
@@ -235,6 +246,7 @@ class Pipeline:
             yield from ready()
         finally:
             loaded.close()
+            reader.close()
 
     def _batch(self, batch: list[_Loaded], on_error: OnError) -> list[Item | None]:
         """Features of pictures of equal canvas size.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from fmupsample.distributed import Team
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.progress import Progress
+from fmupsample.video.frames import from_plain, to_plain
 
 _PATIENCE = 10.0  # seconds for the others to end after Ctrl-C
 
@@ -47,14 +48,14 @@ def pack_sources(sources: Sequence[Source]) -> dict[str, Any]:
     """Pictures as plain values, for another process."""
     return {
         "folder": os.getcwd(),  # noqa: PTH109 - as text
-        "pictures": [(str(source.path), str(source.relative)) for source in sources],
+        "pictures": [to_plain(source) for source in sources],
     }
 
 
 def unpack_sources(packed: dict[str, Any]) -> list[Source]:
     """The pictures of :func:`pack_sources`, named as the user did where that means the same."""
     folder = Path() if packed["folder"] == os.getcwd() else Path(packed["folder"])  # noqa: PTH109
-    return [Source(folder / path, PurePosixPath(name)) for path, name in packed["pictures"]]
+    return [from_plain(folder, plain) for plain in packed["pictures"]]
 
 
 def shortly() -> Callable[[], None]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn import PatchMeans
+from drawn import PatchMeans, film
 from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -138,10 +138,10 @@ def _animation() -> bytes:
     return encoded("GIF", picture(mode="P"), save_all=True, append_images=[picture(mode="P")] * 3)
 
 
-def _folder(folder: Path) -> Path:
-    (folder / "x.jpg").mkdir()
-    (folder / "x.jpg/inside.png").write_bytes(encoded("PNG"))
-    return folder / "x.jpg"
+def _folder(folder: Path, name: str = "x.jpg") -> Path:
+    (folder / name).mkdir()
+    (folder / name / "inside.png").write_bytes(encoded("PNG"))
+    return folder / name
 
 
 def _link(name: str, to: str) -> Callable[[Path], Path]:
@@ -210,6 +210,67 @@ PICTURES = [
     Case("floating-point pixels", file("x.tif", _floats),
          "FILE has floating-point pixels, for which black and white are not defined; save it with "
          "8 or 16 bits"),
+]  # fmt: skip
+
+
+# -- videos ---------------------------------------------------------------------------------------
+
+
+def _video(name: str, count: int = 20) -> Callable[[Path], Path]:
+    """A video of noise."""
+
+    def make(folder: Path) -> Path:
+        noise = np.random.default_rng(0).integers(0, 256, (count, 48, 64, 3), dtype=np.uint8)
+        return film(folder / name, noise)
+
+    return make
+
+
+def _in_the_third_frame(folder: Path) -> Path:
+    path = _video("x.avi")(folder)
+    header, _, frames = path.read_bytes().partition(b"movi")
+    parts = frames.split(b"00dc")  # each frame begins so
+    path.write_bytes(header + b"movi" + b"00dc".join(parts[:3]) + b"00dc" + parts[3][:20])
+    return path
+
+
+def _without_its_index(folder: Path) -> Path:
+    path = _video("x.mp4")(folder)
+    path.write_bytes(path.read_bytes().partition(b"moov")[0])
+    return path
+
+
+def _no_frame_whole(folder: Path) -> Path:
+    path = _video("x.avi")(folder)
+    path.write_bytes(path.read_bytes().partition(b"movi")[0] + b"movi00dc" + bytes(200))
+    return path
+
+
+_NO_VIDEO = (
+    "FILE is not a video in a format that can be read (its content was looked at, not its "
+    "extension)"
+)
+_TWO = tuple(f"x/frame_00000{n}.safetensors" for n in range(2))
+
+VIDEOS = [
+    Case("an empty file", file("x.mp4", b""), "FILE is empty (0 bytes)"),
+    Case("text that is called .mp4", file("x.mp4", b"hello\n" * 99), _NO_VIDEO),
+    Case("a picture that is called .mov", file("x.mov", encoded("PNG")), _NO_VIDEO),
+    Case("a playlist that names other files", file("x.mp4", b"#EXTM3U\n#EXTINF:1,\n/etc/x\n"),
+         _NO_VIDEO),
+    Case("an AVI cut off in its third frame, of 20", _in_the_third_frame,
+         "FILE breaks off after 0:00:00.2 of 0:00:02 (damaged or cut off); the 2 frames before can "
+         "be used", 3, _TWO),
+    Case("an MP4 cut off before its index, which is at its end", _without_its_index,
+         "FILE is damaged or cut off: no video can be found in it"),
+    Case("an AVI cut off before the end of its first frame", _no_frame_whole,
+         "FILE is damaged or cut off: none of its frames can be read"),
+    Case("an AVI without frames", _video("x.avi", 0), "FILE is a video without frames"),
+    Case("an AVI that is called .mp4", lambda folder: _video("x.avi", 1)(folder).rename(
+         folder / "x.mp4"), "(read)", 0, _TWO[:1]),
+    Case("a folder called x.mp4", lambda folder: _folder(folder, "x.mp4"), "(searched)", 0,
+         ("x.mp4/inside.safetensors",)),
+    Case("a link to nothing", _link("x.mp4", "nothing.mp4"), "FILE does not exist"),
 ]  # fmt: skip
 
 NAMES = [
@@ -580,6 +641,7 @@ OUTPUTS = [
 GROUPS = {
     "Pictures": ("`fmupsample extract`, beside a sound picture, which is done in every case.",
                  PICTURES),
+    "Videos": ("The same. `visualize` says the same, and draws what can be used.", VIDEOS),
     "Names, links and folders": ("The same.", NAMES),
     "`--head FILE`": ("Nothing is started.", HEADS),
     "`fmupsample probe predict FILE`": ("Nothing is started.", PROBES),

@@ -53,7 +53,7 @@ def test_help_speaks_of_every_option() -> None:
     for option in (
         "--output", "--list", "--backbone", "--layer", "--backbone-weights", "--upsampler",
         "--head", "--fit-head", "--image-size", "--fit", "--format", "--dtype", "--weight-bits",
-        "--output-size",
+        "--output-size", "--every", "--from", "--to",
         "--tokens-only", "--pca", "--shard-size", "--device", "--backend", "--precision",
         "--batch-size", "--workers", "--overwrite", "--json", "--quiet",
     ):  # fmt: skip

@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from drawn import Blocks, PatchMeans, draw
+from drawn import Blocks, PatchMeans, draw, film
 from safetensors.torch import load_file
 from sharing import in_threads, torchrun
 from torch import distributed
 
 from fmupsample import open_shards
+from fmupsample.distributed import Team
 from fmupsample.errors import OutputError, ProcessError
 from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.images import find_images
 from fmupsample.pipeline import Pipeline
+from fmupsample.video import Span, scan_videos, with_frames
 from fmupsample.writers.manifest import Manifest
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
@@ -188,3 +190,18 @@ def test_more_processes_than_pictures(tmp_path) -> None:
     first, *others = share(tmp_path / "photos", tmp_path / "out", 3)
     assert len(first.done) == 1 and all(not other.done for other in others)
     assert list(visible(tmp_path / "out")) == ["a.safetensors"]
+
+
+def test_frames_of_a_video_are_shared(tmp_path) -> None:
+    sources = find_images([film(tmp_path / "clip.avi", 9), draw(tmp_path / "a.png")], videos=True)
+    sources = with_frames(sources, scan_videos(sources, Span(every=2)))
+    extract(Pipeline(PatchMeans(), Blocks()), sources, tmp_path / "one")
+
+    def work(team: Team):
+        pipeline = Pipeline(PatchMeans(), Blocks(), workers=1)
+        return extract(pipeline, sources if team.leads else [], tmp_path / "two", team=team)
+
+    report, _, _ = in_threads(3, work)
+    assert len(report.done) == 6 and not report.failed
+    assert visible(tmp_path / "two") == visible(tmp_path / "one")
+    assert records(tmp_path / "two") == records(tmp_path / "one")

@@ -9,12 +9,12 @@ import shutil
 import subprocess
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import hostile
 import numpy as np
 import pytest
-from drawn import PatchMeans, draw
+from drawn import PatchMeans, draw, film
 from hostile import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,9 +25,10 @@ from fmupsample import backbones
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.errors import FeaturesError, FmupsampleError
 from fmupsample.extraction.projection import Projection
-from fmupsample.images import read_picture, read_size
+from fmupsample.images import Source, read_picture, read_size
 from fmupsample.probing.probe import load_probe
 from fmupsample.upsamplers import load_upsampler
+from fmupsample.video import FrameReader, Span, frames_of, scan
 from fmupsample.writers.manifest import Manifest
 from fmupsample_cli.main import main
 
@@ -64,7 +65,7 @@ def test_the_page_is_made_from_the_list() -> None:
     assert text == hostile.page(), "python tests/hostile.py > docs/broken-input.md"
 
 
-@cases(hostile.PICTURES, hostile.NAMES)
+@cases(hostile.PICTURES, hostile.VIDEOS, hostile.NAMES)
 def test_pictures(case: Case, tmp_path: Path, monkeypatch, capsys) -> None:
     path = case.make(tmp_path / "in")
     if case.fault is not None:
@@ -211,6 +212,14 @@ def _read_shard(path: Path) -> None:
         features.at([(3, 4)])
 
 
+def _read_video(path: Path) -> None:
+    clip = scan(Source(path, PurePosixPath(path.name)), Span(every=2))
+    assert bool(clip.frames) != bool(clip.error) and clip.rate > 0
+    reader = FrameReader()
+    for source in reader.watch(frames_of([clip])[clip.source]):
+        reader.read(source)
+
+
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
     "head": (hostile.write_head, lambda path: load_upsampler(PatchMeans(), path)),
     "probe": (hostile.write_probe, load_probe),
@@ -228,8 +237,10 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
         )
         for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")
     },
+    **{kind: (lambda path: film(path, 6), _read_video) for kind in ("avi", "mp4", "mkv")},
 }
-_NAMES = {"npy": "x.npy", "manifest": "manifest.jsonl"}
+_NAMES = {"npy": "x.npy", "manifest": "manifest.jsonl", "avi": "x.avi"}
+_NAMES |= {"mp4": "x.mp4", "mkv": "x.mkv"}
 # Where it is (of the whole file, the beginning more often), and what comes there.
 DAMAGE = st.lists(
     st.tuples(

@@ -23,6 +23,7 @@ def similarity_maps(
     reassemble: Callable[[Tensor], Tensor],
     points: Sequence[tuple[int, int]],
     *,
+    queries: Tensor | None = None,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities to the upsampled features at some points.
@@ -32,6 +33,7 @@ def similarity_maps(
         reassemble: maps any values ``[V, h, w]`` on that grid to ``[V, H, W]``, linearly and with
             the same weights each time (an upsampler with its kernels filled in).
         points: ``(row, column)`` in the ``H x W`` map.
+        queries: ``[P, C]`` of another map, see :func:`features_at`, in place of ``points``.
         block: channels per step (default: 32).
 
     Returns:
@@ -42,15 +44,34 @@ def similarity_maps(
     values = features.float()
     block = block or BLOCK
     squares: Tensor | float = 0.0
-    queries = []
+    found = []
     for start in range(0, len(values), block):
         part = reassemble(values[start : start + block]).float()
         squares = squares + (part * part).sum(dim=0)
-        queries.append(torch.stack([part[:, y, x] for y, x in points]))
+        if queries is None:
+            found.append(torch.stack([part[:, y, x] for y, x in points]))
         del part
-    query = torch.cat(queries, dim=1)  # [P, C]
+    query = torch.cat(found, dim=1) if queries is None else queries.to(values.device)  # [P, C]
     query = query / query.norm(dim=1, keepdim=True).clamp_min(1e-12)
     dots = torch.einsum("pc,chw->phw", query, values)
     low = dots / values.norm(dim=0).clamp_min(1e-12)
     high = reassemble(dots).float() / squares.sqrt().clamp_min(1e-12)
     return low.clamp(-1, 1), high.clamp(-1, 1)
+
+
+def features_at(
+    features: Tensor,
+    reassemble: Callable[[Tensor], Tensor],
+    points: Sequence[tuple[int, int]],
+    *,
+    block: int | None = None,
+) -> Tensor:
+    """The upsampled features at some points, float32 ``[P, C]``; arguments as above."""
+    values = features.float()
+    block = block or BLOCK
+    found = []
+    for start in range(0, len(values), block):
+        part = reassemble(values[start : start + block]).float()
+        found.append(torch.stack([part[:, y, x] for y, x in points]))
+        del part
+    return torch.cat(found, dim=1)

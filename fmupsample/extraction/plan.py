@@ -18,11 +18,11 @@ from fmupsample.images import (
     check_output_size,
     parse_output_size,
     printable,
-    read_size,
     storable,
 )
 from fmupsample.pipeline import Pipeline, map_sizes
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.video.frames import size_of
 from fmupsample.writers import Manifest, check_format, file_bytes, output_names
 from fmupsample.writers.formats import COMPACT, DTYPES, suffix_of
 from fmupsample.writers.manifest import NAME as MANIFEST_NAME
@@ -358,7 +358,7 @@ def _estimate(plan: Plan, pipeline: Pipeline, out: Path, replaced: int) -> None:
     sizes = []
     for task in plan.tasks[::step]:
         try:
-            sizes.append(read_size(task.source.path))
+            sizes.append(size_of(task.source))
         except ImageError:
             continue  # it will be reported when its turn comes
 

@@ -352,6 +352,7 @@ class Run:
             "relative": storable(source.relative),
             "status": "",
             "output": str(self.tasks[source].output),
+            **source.facts,
         }
         if item is not None:
             record |= source_stat(source)
@@ -421,8 +422,11 @@ def _meta(record: Record) -> dict[str, str]:
     for key in ("backbone", "backbone_fingerprint", "layer", "upsampler", "upsampler_fingerprint"):
         if options[key] is not None:
             meta[key] = str(options[key])
-    if "window" in record:
-        meta["window"] = json.dumps(record["window"])
+    if "video" in record:
+        meta["video"] = record["video"]
+    for key in ("window", "frame_index", "time"):
+        if key in record:
+            meta[key] = json.dumps(record[key])
     if "pca_fingerprint" in record:
         meta["pca_fingerprint"] = record["pca_fingerprint"]
     return meta

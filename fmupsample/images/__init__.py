@@ -1,6 +1,14 @@
 """Pictures: finding, decoding, sizing and preparing them for a backbone."""
 
-from fmupsample.images.find import EXTENSIONS, Source, find_images, printable, storable
+from fmupsample.images.find import (
+    EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    Source,
+    find_images,
+    is_video,
+    printable,
+    storable,
+)
 from fmupsample.images.read import read_image, read_picture, read_size
 from fmupsample.images.size import (
     Frame,
@@ -15,12 +23,14 @@ from fmupsample.images.size import (
 
 __all__ = [
     "EXTENSIONS",
+    "VIDEO_EXTENSIONS",
     "Frame",
     "ImageSize",
     "Source",
     "check_image_size",
     "check_output_size",
     "find_images",
+    "is_video",
     "parse_output_size",
     "plan_frame",
     "printable",

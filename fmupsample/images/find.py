@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fmupsample.errors import UsageError
 
@@ -18,6 +19,8 @@ EXTENSIONS = frozenset(
     | {".jpe", ".jpeg", ".jpg", ".jpx", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd"}
     | {".qoi", ".sgi", ".tga", ".tif", ".tiff", ".webp"}
 )
+# Where frames are wanted as well.
+VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 _MAGIC = frozenset("*?[")
 
 
@@ -42,6 +45,16 @@ class Source:
         """Its absolute path, links not followed: what it is known by in a manifest."""
         return os.path.abspath(self.path)  # noqa: PTH100 - resolve() would follow links
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of it, beside what it says of every picture."""
+        return {}
+
+
+def is_video(source: Source) -> bool:
+    """Whether it is a video, by its extension."""
+    return source.path.suffix.lower() in VIDEO_EXTENSIONS
+
 
 def storable(path: str | os.PathLike[str]) -> str:
     """``path`` as text that any JSON reader takes: undecodable bytes become ``\\udcXX``."""
@@ -59,6 +72,7 @@ def find_images(
     list_file: str | Path | None = None,
     exclude: Iterable[Path] = (),
     warn: Callable[[str], None] | None = None,
+    videos: bool = False,
 ) -> list[Source]:
     """The pictures named by ``inputs`` and ``list_file``, sorted by name, each once.
 
@@ -72,11 +86,12 @@ def find_images(
     Args:
         exclude: folders that are not searched (the output folder, when it lies inside an input).
         warn: told about subfolders that cannot be read; without it they are an error.
+        videos: look for :data:`VIDEO_EXTENSIONS` as well.
 
     Raises:
         UsageError: nothing named, a path that does not exist, a pattern or folder without pictures.
     """
-    search = _Search(exclude, warn)
+    search = _Search(exclude, warn, EXTENSIONS | VIDEO_EXTENSIONS if videos else EXTENSIONS)
     found: dict[tuple[str, str], Source] = {}
     searched: list[str] = []
     real: dict[str, str] = {}  # folders, links followed: the same for all that lies in one
@@ -95,10 +110,11 @@ def find_images(
         )
     if not found:
         shown = ", ".join(printable(s) for s in searched[:5])
+        known = " ".join(extension[1:] for extension in sorted(search.extensions))
         more = f" and {len(searched) - 5} more" if len(searched) > 5 else ""
         raise UsageError(
-            f"no pictures found in {shown}{more}: looked for "
-            f"{' '.join(e[1:] for e in sorted(EXTENSIONS))}, hidden files and folders left out"
+            f"no pictures found in {shown}{more}: looked for {known}, hidden files and folders "
+            "left out"
         )
     return sorted(found.values(), key=lambda s: (s.relative.parts, os.fspath(s.path)))
 
@@ -140,7 +156,13 @@ def _read_list(list_file: str | Path) -> tuple[Path, str]:
 
 
 class _Search:
-    def __init__(self, exclude: Iterable[Path], warn: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        exclude: Iterable[Path],
+        warn: Callable[[str], None] | None,
+        extensions: frozenset[str],
+    ) -> None:
+        self.extensions = extensions
         self.exclude = {os.path.realpath(folder) for folder in exclude}
         self.warn = warn
 
@@ -190,7 +212,7 @@ class _Search:
                 path, below = folder / entry.name, name / entry.name
                 if _is(entry.is_dir):
                     (links if entry.is_symlink() else folders).append((path, below))
-                elif path.suffix.lower() in EXTENSIONS and (
+                elif path.suffix.lower() in self.extensions and (
                     # A link to nowhere is kept: reading it reports which picture is missing.
                     _is(entry.is_file) or (entry.is_symlink() and not path.exists())
                 ):
@@ -222,7 +244,7 @@ class _Search:
                 if "**" not in rest.parts:  # "**" lists the files below by itself
                     matched = True
                     yield from self.folder(path, below)
-            elif by_name or path.suffix.lower() in EXTENSIONS:
+            elif by_name or path.suffix.lower() in self.extensions:
                 matched = True
                 yield Source(path, below)
         if not matched:

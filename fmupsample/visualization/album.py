@@ -6,11 +6,12 @@ options and from which file, so that the next run redoes only what has changed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +24,7 @@ from fmupsample.images.find import Source, printable
 from fmupsample.images.read import read_picture
 from fmupsample.progress import Progress
 from fmupsample.render.contact import PER_PAGE, Entry, draw_sheet
+from fmupsample.video.write import SUFFIX as VIDEO_SUFFIX
 from fmupsample.visualization.draw import Drawing, Point
 from fmupsample.writers.manifest import Manifest, ManifestPart
 from fmupsample.writers.names import output_names
@@ -42,6 +44,7 @@ class Album:
     Args:
         folder: exists and is locked by the caller.
         sources: all pictures of the run.
+        videos: all videos of the run.
         image_format: ``"png"`` or ``"jpg"``.
         points: of the similarity pictures.
         overwrite: redo what is finished, and replace files that are not in the log.
@@ -58,17 +61,17 @@ class Album:
         image_format: str = "png",
         points: Sequence[Point] = (),
         overwrite: bool = False,
+        videos: Sequence[Source] = (),
     ) -> None:
         self.folder = folder
-        self.sources = list(sources)
+        self.sources, self.videos = list(sources), list(videos)
         self.overwrite = overwrite
         self.suffix = f".{image_format}"
         pages = min(-(-len(self.sources) // PER_PAGE), MAX_PAGES)
         sheets = [self._sheet_name(n) for n in range(pages)]
-        self.names: dict[Source, PurePosixPath] = self._named(self.suffix, sheets)
+        self.names: dict[Source, PurePosixPath] = self._named("", sheets)
         self.point_names = {
-            point: self._named(f".point-{point.x:g}-{point.y:g}{self.suffix}", [])
-            for point in points
+            point: self._named(f".point-{point.x:g}-{point.y:g}", []) for point in points
         }
         self._refuse_to_replace_photographs()
         self._log = Manifest(folder / _LOG_FOLDER)
@@ -76,18 +79,20 @@ class Album:
         folders = {self.path(name).parent for name in self.names.values()}
         remove_leftovers({folder, self.log_folder, *folders})
 
-    def _named(self, suffix: str, reserved: Sequence[str]) -> dict[Source, PurePosixPath]:
-        names = output_names(self.sources, suffix, reserved=reserved)
-        return dict(zip(self.sources, names, strict=True))
+    def _named(self, ending: str, reserved: Sequence[str]) -> dict[Source, PurePosixPath]:
+        """The results of all pictures and videos: their names, then ``ending``."""
+        names = output_names(self.sources, ending + self.suffix, reserved=reserved)
+        videos = output_names(self.videos, ending + VIDEO_SUFFIX)
+        return dict(zip([*self.sources, *self.videos], [*names, *videos], strict=True))
 
     def _refuse_to_replace_photographs(self) -> None:
-        photographs = {os.path.realpath(source.path) for source in self.sources}
+        photographs = {os.path.realpath(s.path) for s in (*self.sources, *self.videos)}
         for named in (self.names, *self.point_names.values()):
             for name in named.values():
                 if os.path.realpath(self.path(name)) in photographs:
                     raise UsageError(
-                        f"the result {printable(self.path(name))} would replace a photograph of "
-                        "this run; choose another folder with --output"
+                        f"the result {printable(self.path(name))} would replace a photograph "
+                        "or video of this run; choose another folder with --output"
                     )
 
     def path(self, name: PurePosixPath | str) -> Path:
@@ -164,27 +169,50 @@ class Album:
             FmupsampleError: this one cannot be written.
             OutputError: nothing more can be written (a full disk).
         """
-        name = (self.names if point is None else self.point_names[point])[source]
-        path = self.path(name)
         data = encode(drawing.pixels, self.suffix)
         made = {
-            "output": str(name),
             "recipe": recipe,
             "bytes": len(data),
             "photo": drawing.photo,
             "colours": drawing.colours,
         }
+        path, record = self._entry(source, point, made)
+        self._write(path, data, record)
+        return path
+
+    @contextlib.contextmanager
+    def film(
+        self, source: Source, recipe: str, point: Point | None = None
+    ) -> Iterator[tuple[Path, Path]]:
+        """``with film(...) as (temporary, path)``: the video written there becomes ``path``.
+
+        Raises:
+            FmupsampleError, OutputError: as :meth:`save`; and whatever the body does.
+        """
+        made: dict[str, Any] = {"recipe": recipe, "bytes": 0}
+        path, record = self._entry(source, point, made)
+        with self._place(path, record, VIDEO_SUFFIX) as temporary:
+            yield temporary, path
+            made["bytes"] = temporary.stat().st_size
+
+    def _entry(
+        self, source: Source, point: Point | None, made: dict[str, Any]
+    ) -> tuple[Path, dict[str, Any]]:
+        """Where a result goes, and what the log will say of its picture with ``made`` in it."""
+        name = (self.names if point is None else self.point_names[point])[source]
+        made["output"] = str(name)
         before = self.record(source)
-        pictures = {**before.get("pictures", {}), "pca" if point is None else str(point): made}
         record = {
             "source": _key(source),
             "status": "ok",
             "output": str(self.names[source]),
             "input": _stamp(source),
-            "pictures": pictures,
+            "pictures": {
+                **before.get("pictures", {}),
+                "pca" if point is None else str(point): made,
+            },
         }
-        self._write(path, data, record)
-        return path
+        return self.path(name), record
 
     def save_sheets(self, progress: Progress) -> list[Path]:
         """Contact sheets of every picture of this run that is there; cut from the results.
@@ -251,6 +279,12 @@ class Album:
         return load
 
     def _write(self, path: Path, data: bytes, record: dict[str, Any]) -> None:
+        with self._place(path, record) as temporary:
+            temporary.write_bytes(data)
+
+    @contextlib.contextmanager
+    def _place(self, path: Path, record: dict[str, Any], extension: str = "") -> Iterator[Path]:
+        """What the body writes to the path it is given becomes ``path``, noted in the log."""
         shown = printable(path)
         relative = path.relative_to(self.folder).as_posix()
         try:
@@ -261,8 +295,8 @@ class Album:
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             self.log_folder.mkdir(exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_bytes(data)
+            with replacing(path, extension) as temporary:
+                yield temporary
                 # First the log, then the file: what is ours is known even after a crash.
                 self._log.append({**record, "status": "pending"})
             self._log.append(record)

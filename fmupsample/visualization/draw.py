@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fmupsample.analysis.foreground import Split, opacity
 from fmupsample.analysis.pca import PCABasis
-from fmupsample.analysis.similarity import similarity_maps
+from fmupsample.analysis.similarity import features_at, similarity_maps
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
 from fmupsample.images.read import read_picture
 from fmupsample.images.size import parse_output_size
@@ -49,7 +49,7 @@ _TITLES = {
     "deconvolution": "Deconvolution",
     "pixel-shuffle": "Pixel shuffle",
 }
-_HEAT_OPACITY = 0.72
+HEAT_OPACITY = 0.72
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Artist:
     def _whole(self, item: Item, basis: PCABasis, high: Tensor, size: tuple[int, int]) -> Drawing:
         whole = (0, 0, size[1], size[0])
         if self.layout == "single":
-            return Drawing(_colours(basis, high), colours=whole)
+            return Drawing(colours(basis, high), colours=whole)
         photo = self._photo(item, size)
         mixed = pca_overlay(photo, basis.to_rgb(high[:3]))
         if self.foreground:
@@ -195,12 +195,12 @@ class Artist:
     def _panel(self, item: Item, basis: PCABasis, low: Tensor, high: Tensor) -> Drawing:
         size = self._tile_size(item)
         (h, w), (height, width) = item.grid, high.shape[-2:]
-        cells = self._blocks(item, _colours(basis, low), size)
+        cells = self._blocks(item, colours(basis, low), size)
         tiles = [Tile("Photograph", self._photo(item, size)), Tile("Features", cells, f"{h} x {w}")]
         if self.pipeline.upsampler.name != "bilinear":
-            smooth = _colours(basis, _bilinear(low, item))
+            smooth = colours(basis, _bilinear(low, item))
             tiles.append(Tile("Bilinear", resize(smooth, size)))
-        sharp = resize(_colours(basis, high), size)
+        sharp = resize(colours(basis, high), size)
         tiles.append(Tile(self.title, sharp, f"{height} x {width}"))
         panel = draw_panel(tiles, caption=str(item.source.relative), note=self.note)
         return Drawing(panel.pixels, photo=panel.boxes[0], colours=panel.boxes[-1])
@@ -227,37 +227,46 @@ class Artist:
         return results
 
     def _similarities(
-        self, item: Item, centres: Sequence[tuple[float, float]]
+        self,
+        item: Item,
+        centres: Sequence[tuple[float, float]],
+        queries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        height, width = item.frame.placed
-        pixels = [(min(int(y), height - 1), min(int(x), width - 1)) for x, y in centres]
+        """To the features at ``centres``, or to those of ``queries`` ``[P, C]``."""
         if self.pipeline.upsampler.linear_in_value:
             kernels = self.pipeline.kernels(item)
-            return similarity_maps(item.features, kernels.apply, pixels)
+            pixels = _pixels(item, centres)
+            return similarity_maps(item.features, kernels.apply, pixels, queries=queries)
         dense = self.pipeline.upsample(item)
-        rows, columns = zip(*pixels, strict=True)
-        queries = F.normalize(dense[:, list(rows), list(columns)], dim=0)  # [C, P]
+        if queries is None:
+            queries = _at(dense, item, centres)
+        queries = F.normalize(queries.T, dim=0)  # [C, P]
         low, high = (
             torch.einsum("cp,chw->phw", queries, F.normalize(values, dim=0))
             for values in (item.features, dense)
         )
         return low, high
 
+    def _features_at(self, item: Item, centres: Sequence[tuple[float, float]]) -> Tensor:
+        """The upsampled features at ``centres``, ``[P, C]``."""
+        if self.pipeline.upsampler.linear_in_value:
+            kernels = self.pipeline.kernels(item)
+            return features_at(item.features, kernels.apply, _pixels(item, centres))
+        return _at(self.pipeline.upsample(item), item, centres)
+
     def _similarity_panel(
         self, item: Item, point: Point, centre: tuple[float, float], low: Tensor, high: Tensor
     ) -> Drawing:
         size = self._tile_size(item)
         low_values, high_values = low.cpu().numpy(), high.cpu().numpy()
-        # From the usual background to the most alike; the same scale in both tiles.
-        bottom = float(np.quantile(high_values, 0.05))
-        top = max(float(np.quantile(high_values, 0.999)), bottom + 1e-3)
+        bottom, top = heat_range(high_values)  # in both tiles
         photo = self._photo(item, size)
         dim = grey(photo)
         x = centre[0] * size[1] / item.frame.placed[1]
         y = centre[1] * size[0] / item.frame.placed[0]
 
         def tile(colours: np.ndarray) -> np.ndarray:
-            return mark_point(overlay(dim, colours, _HEAT_OPACITY), x, y)
+            return mark_point(overlay(dim, colours, HEAT_OPACITY), x, y)
 
         cells = self._blocks(item, heat_colours(low_values, bottom, top), size)
         sharp = resize(heat_colours(high_values, bottom, top), size)
@@ -267,8 +276,7 @@ class Artist:
             Tile("Similarity of the features", tile(cells), f"{h} x {w}"),
             Tile(f"Upsampled: {self.title}", tile(sharp)),
         ]
-        letters = max(11, min(round((size[0] * size[1]) ** 0.5 / 30), 22))
-        bar = colour_bar(bottom, top, width=min(220, size[1] // 2), size=letters)
+        bar = colour_bar(bottom, top, width=min(220, size[1] // 2), size=letter_size(size))
         panel = draw_panel(tiles, caption=str(item.source.relative), footer=bar)
         return Drawing(panel.pixels, photo=panel.boxes[0], colours=panel.boxes[-1])
 
@@ -295,7 +303,30 @@ class Artist:
         return blocks(cells, size, placed=item.frame.placed, canvas=item.frame.canvas)
 
 
-def _colours(basis: PCABasis, values: Tensor) -> np.ndarray:
+def heat_range(values: np.ndarray) -> tuple[float, float]:
+    """The similarities drawn in the first and last colour: usual background, and most alike."""
+    bottom = float(np.quantile(values, 0.05))
+    return bottom, max(float(np.quantile(values, 0.999)), bottom + 1e-3)
+
+
+def letter_size(tile: tuple[int, int]) -> int:
+    """Of the numbers at a colour bar beside tiles of this size."""
+    return max(11, min(round((tile[0] * tile[1]) ** 0.5 / 30), 22))
+
+
+def _pixels(item: Item, centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
+    """``(row, column)`` of each ``(x, y)``."""
+    height, width = item.frame.placed
+    return [(min(int(y), height - 1), min(int(x), width - 1)) for x, y in centres]
+
+
+def _at(dense: Tensor, item: Item, centres: Sequence[tuple[float, float]]) -> Tensor:
+    """Of a map ``[C, H, W]``, the features ``[P, C]`` at ``centres``."""
+    rows, columns = zip(*_pixels(item, centres), strict=True)
+    return dense[:, list(rows), list(columns)].T
+
+
+def colours(basis: PCABasis, values: Tensor) -> np.ndarray:
     """RGB of scores ``[3, ...]``, or ``[4, ...]`` with the foreground's: then dark outside it."""
     colours = basis.to_rgb(values[:3])
     return colours if len(values) == 3 else darken(colours, _inside(values))

@@ -1,5 +1,7 @@
 """Draw the features of many pictures: one PCA basis for all, one drawing each, contact sheets.
 
+Videos are drawn after the pictures, see :mod:`.films`; the basis is fitted on some of their frames.
+
 With a shared basis there are two passes: the first computes features and keeps a sample of tokens
 for the basis, the second draws. Features of the first pass are kept in memory (half precision) up
 to a bound; beyond it they are computed again.
@@ -20,13 +22,16 @@ from torch import Tensor
 
 from fmupsample.analysis.pca import PCABasis, sample_tokens
 from fmupsample.distributed import Team
-from fmupsample.errors import FmupsampleError, OutputError, UsageError
+from fmupsample.errors import FmupsampleError, ImageError, OutputError, UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.images.size import check_output_size
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.progress import SILENT, Progress
+from fmupsample.video.clips import Clip
+from fmupsample.video.frames import FrameSource, frames_of
 from fmupsample.visualization.album import BASIS_NAME, FORMATS, Album, stamp_text
 from fmupsample.visualization.draw import LAYOUTS, Artist, Drawing, Layout, Point
+from fmupsample.visualization.films import FilmArtist, Filming, check_point, spread
 from fmupsample.visualization.passes import FeatureCache, Saver
 from fmupsample.writers.lock import FolderLock
 
@@ -63,8 +68,8 @@ class VisualizeOptions:
     overwrite: bool = False
     cache_bytes: int = 2**30
 
-    def check(self) -> None:
-        """Raise a UsageError for what cannot be honoured."""
+    def check(self, *, videos: bool = False) -> None:
+        """Raise a UsageError for what cannot be honoured, with videos or without."""
         if self.layout not in LAYOUTS:
             raise UsageError(f"layout {self.layout!r} is unknown: use {', '.join(LAYOUTS)}")
         if self.image_format not in FORMATS:
@@ -74,6 +79,11 @@ class VisualizeOptions:
                 "--output-size is for --layout single and overlay; the tiles of a panel follow "
                 "--image-size"
             )
+        if videos and self.foreground:
+            raise UsageError(
+                "--foreground divides each picture by itself, which would flicker in a video: "
+                "leave it away, or name pictures only"
+            )
 
 
 @dataclass
@@ -81,9 +91,11 @@ class Report:
     """What became of a run.
 
     Attributes:
-        drawn: files written, in the order of the pictures.
-        skipped: pictures all of whose files were there already.
-        failed: ``{"source": ..., "error": ...}`` for each picture with a fault.
+        pictures: how many there were.
+        clips: the videos, see :class:`fmupsample.video.Clip`.
+        drawn: files written, in the order of the pictures, then of the videos.
+        skipped: pictures and videos all of whose files were there already.
+        failed: ``{"source": ..., "error": ...}`` for each picture or video with a fault.
         sheets: the contact sheets.
         basis: the shared basis that was used, if it is a file.
         explained: share of the features' variance that the three colours show (shared basis).
@@ -91,6 +103,7 @@ class Report:
 
     output: Path
     pictures: int
+    clips: Sequence[Clip] = ()
     drawn: list[Path] = field(default_factory=list)
     skipped: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)
@@ -104,6 +117,7 @@ class Report:
         return {
             "output": str(self.output),
             "pictures": self.pictures,
+            "videos": [clip.to_json() for clip in self.clips],
             "drawn": [str(path) for path in self.drawn],
             "skipped": self.skipped,
             "failed": self.failed,
@@ -120,17 +134,18 @@ def visualize(
     output: str | Path,
     options: VisualizeOptions | None = None,
     *,
+    clips: Sequence[Clip] = (),
     progress: Progress = SILENT,
     team: Team | None = None,
 ) -> Report:
-    """Draw ``sources`` into the folder ``output``.
+    """Draw ``sources`` into the folder ``output``, and videos (``clips``) as videos.
 
     Pictures that cannot be read or drawn are reported and left out; what an earlier run with the
     same options finished is not done again.
 
     Args:
         team: processes that share the work, see :mod:`.sharing`. The first is given all
-            pictures; the others none, and their report is of their own share.
+            pictures; the others none, and their report is of their own share. Not with ``clips``.
 
     Raises:
         UsageError: options that cannot be honoured, a basis of another backbone.
@@ -138,7 +153,9 @@ def visualize(
         ProcessError: another process has failed; what is finished stays.
     """
     options = options or VisualizeOptions()
-    options.check()
+    options.check(videos=bool(clips))
+    if team is not None and clips:
+        raise UsageError("several processes share pictures, but a video is drawn by one alone")
     if team is not None:
         from fmupsample.visualization.sharing import LeadingRun, help_out  # which is a Run
 
@@ -151,9 +168,10 @@ def visualize(
             image_format=options.image_format,
             points=options.points,
             overwrite=options.overwrite,
+            videos=[clip.source for clip in clips if not clip.error],
         )
         if team is None:
-            run = Run(pipeline, album, options, progress)
+            run = Run(pipeline, album, options, progress, clips)
         else:
             run = LeadingRun(pipeline, album, options, progress, team)
         try:
@@ -166,11 +184,18 @@ class Run:
     """The state of one run over the pictures of ``album``; :meth:`run` does the work."""
 
     def __init__(
-        self, pipeline: Pipeline, album: Album, options: VisualizeOptions, progress: Progress
+        self,
+        pipeline: Pipeline,
+        album: Album,
+        options: VisualizeOptions,
+        progress: Progress,
+        clips: Sequence[Clip] = (),
     ) -> None:
         self.pipeline, self.album = pipeline, album
         self.sources, self.output = album.sources, album.folder
         self.options, self.progress = options, progress
+        self.clips = clips
+        self.frames = frames_of(clips)
         shared = options.basis != "image"
         self.artist = Artist(
             pipeline,
@@ -179,12 +204,15 @@ class Run:
             foreground=options.foreground,
             note=f"{pipeline.backbone.name}, PCA of {'the run' if shared else 'this picture'}",
         )
-        self.report = Report(self.output, len(self.sources))
+        self.report = Report(self.output, len(self.sources), clips)
         self.basis: PCABasis | None = None
         self.cache = FeatureCache(pipeline, options.cache_bytes)
 
     def run(self) -> Report:
         began = time.monotonic()
+        for clip in self.clips:
+            if clip.error:
+                self._failed(clip.source, ImageError(clip.error), step=0)
         if self.options.basis != "image":
             self.basis = self._basis()
         todo = [source for source in self.sources if self._wanted(source)]
@@ -193,6 +221,9 @@ class Run:
         self._draw([source for source in todo if str(source) not in bad])
         if self.options.contact_sheet:
             self.report.sheets = self.album.save_sheets(self.progress)
+        for clip in self.clips:
+            if str(clip.source) not in bad:
+                self._film(clip)
         self.report.seconds = time.monotonic() - began
         return self.report
 
@@ -225,7 +256,9 @@ class Run:
             self.report.basis = path
             return basis
         path = self.output / BASIS_NAME
-        pictures = hashlib.sha256("\n".join(map(stamp_text, self.sources)).encode()).hexdigest()
+        lines = [stamp_text(source) for source in self.sources]
+        lines += [f"{stamp_text(clip.source)} {clip.frames}" for clip in self.clips]
+        pictures = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         metadata = {**self._model(), "pictures": pictures[:16], "revision": str(_REVISION)}
         basis = self._saved_basis(path, metadata)
         if basis is None:
@@ -256,14 +289,23 @@ class Run:
         return basis if same and not self.options.overwrite else None
 
     def _sample(self) -> Tensor | None:
-        """Tokens ``[N, C]`` spread evenly over all pictures; fills the cache on the way."""
-        samples = self._samples(self.sources, range(len(self.sources)), len(self.sources))
+        """Tokens ``[N, C]`` spread evenly over all pictures and over frames of each video.
+
+        Fills the cache on the way.
+        """
+        sources = [*self.sources]
+        for clip in self.clips:
+            if not clip.error:
+                sources += spread(self.frames[clip.source])
+        samples = self._samples(sources, range(len(sources)), len(sources))
         return torch.cat(list(samples.values())) if samples else None
 
     def _samples(
         self, sources: Sequence[Source], numbers: Sequence[int], total: int
     ) -> dict[int, Tensor]:
         """Tokens ``[n, C]`` of these pictures, by their ``numbers`` among ``total``."""
+        if not sources:
+            return {}
         most = min(_MAX_TOKENS, _MAX_TOKEN_NUMBERS // self.pipeline.backbone.channels)
         each = max(1, most // total)
         every = -(-total // most)  # more pictures than tokens: some give none
@@ -275,13 +317,14 @@ class Run:
             if n % every == 0:
                 tokens = self.artist.basis_tokens(item)
                 samples[n] = sample_tokens(tokens.T[:, :, None], each).cpu()
-            self.cache.add(item)
+            if not isinstance(item.source, FrameSource):
+                self.cache.add(item)
             self.progress.advance()
         return samples
 
     # -- the drawings -------------------------------------------------------------------------
 
-    def _recipe(self, point: Point | None) -> str:
+    def _recipe(self, point: Point | None, clip: Clip | None = None) -> str:
         """Digest of all that decides how a drawing looks, but for the photograph itself."""
         options, upsampler = self.options, self.pipeline.upsampler
         what: dict[str, Any] = {
@@ -295,12 +338,48 @@ class Run:
             what |= {"layout": options.layout, "size": options.output_size, "basis": basis}
         else:
             del what["foreground"]
+        if clip is not None:
+            del what["format"]
+            what["frames"] = [clip.frames, clip.rate]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _wanted(self, source: Source) -> list[Point | None]:
-        """What is still to be drawn of a picture: ``None`` is the PCA picture."""
+    def _wanted(self, source: Source, clip: Clip | None = None) -> list[Point | None]:
+        """What is still to be drawn of a picture or video: ``None`` is the PCA picture."""
         kinds = (None, *self.options.points)
-        return [p for p in kinds if not self.album.is_drawn(source, self._recipe(p), p)]
+        return [p for p in kinds if not self.album.is_drawn(source, self._recipe(p, clip), p)]
+
+    def _film(self, clip: Clip) -> None:
+        """Draw a video; one that fails is reported."""
+        wanted = {point: self._recipe(point, clip) for point in self._wanted(clip.source, clip)}
+        if not wanted:
+            self.report.skipped += 1
+            return
+        for point in [p for p in wanted if p is not None]:
+            try:
+                check_point(clip, point)
+            except ImageError as error:
+                self._failed(clip.source, error, step=0)
+                del wanted[point]
+        if not wanted:
+            return
+        filming = Filming(self._film_artist(), self.album, self.progress)
+        try:
+            frames = self.frames[clip.source]
+            self.report.drawn += filming.draw(clip, frames, self.basis, wanted)
+        except OutputError:
+            raise
+        except FmupsampleError as error:
+            self._failed(clip.source, error, step=0)
+
+    def _film_artist(self) -> FilmArtist:
+        options = self.options
+        shown = "this video" if self.basis is None else "the run"
+        return FilmArtist(
+            self.pipeline,
+            layout=options.layout,
+            output_size=options.output_size,
+            note=f"{self.pipeline.backbone.name}, PCA of {shown}",
+        )
 
     def _draw(self, todo: list[Source]) -> None:
         if not todo:
@@ -341,7 +420,8 @@ class Run:
             self._failed(source, result, step=0)
 
     def _failed(self, source: Source, error: FmupsampleError, step: int = 1) -> None:
-        self.report.failed.append({"source": str(source), "error": str(error)})
+        # Of a frame, its video.
+        self.report.failed.append({"source": printable(source.path), "error": str(error)})
         self.progress.warn(str(error))
         if step:
             self.progress.advance(step)
