@@ -35,6 +35,7 @@ LAYOUTS: tuple[Layout, ...] = ("panel", "single", "overlay")
 
 _TITLES = {
     "resfu": "ReSFU",
+    "resfu-universal": "ReSFU, universal",
     "jbu": "Joint bilateral",
     "bilinear": "Bilinear",
     "nearest": "Nearest",
