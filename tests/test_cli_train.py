@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_training import HEAD, SMALL, draw_pictures
+from small_training import SMALL, draw_pictures
 from toy import ToyBackbone
 from typer.testing import CliRunner
 
@@ -115,12 +115,16 @@ def test_fit_head(pictures, tmp_path, monkeypatch, capsys) -> None:
     train = fit.train
 
     def quickly(backbone, sources, output, config, **more):
-        small = {**SMALL, "steps": 2, "previews": 0, "upsampler_config": HEAD}
+        small = {**SMALL, "steps": 2, "previews": 0, "upsampler_config": {}}
         return train(backbone, sources, output, TrainConfig.from_dict(small), **more)
 
     monkeypatch.setattr(fit, "train", quickly)
-    assert call("extract", pictures, "-o", tmp_path / "none") == 1
+    assert call("extract", pictures, "-o", tmp_path / "none", "--upsampler", "resfu") == 1
     assert "there is no head for toy.v1" in capsys.readouterr().err
+    assert call("extract", pictures, "-o", tmp_path / "any", "--pca", 3) == 0
+    said = capsys.readouterr().err
+    assert "upsampler: resfu-universal, as there is no head for toy.v1" in said
+    assert "fmupsample train IMAGES" in said and "--from resfu-universal" in said
     assert call("extract", pictures, "-o", tmp_path / "out", "--fit-head", "--pca", 3) == 0
     streams = capsys.readouterr()
     assert "training one on these pictures" in streams.err and "8 done" in streams.out
