@@ -111,7 +111,7 @@ def test_a_run_stops_goes_on_and_tells(run, data, head, capsys, monkeypatch):
     assert set(report["skipped"]) == {f"mine {part}" for part in impossible}
     assert "needs training" in report["skipped"]["mine inner"]
     assert {"cpu", "torch", "commit"} <= report["machine"].keys()
-    assert report["settings"]["backbone_fingerprint"] == ToyBackbone.fingerprint
+    assert report["settings"]["backbone_fingerprint"] == ToyBackbone().fingerprint
     assert report["settings"]["camvid_probe"]["rates"] == [1e-2, 1e-1]
     assert report["upsamplers"]["mine no-detail"]["config"]["detail"] is False
     lines = text.read_text().splitlines()
