@@ -59,10 +59,12 @@ def load_models(
         _fit_head(model, upsampler, fit_on, place, quiet)
     method = load_upsampler(model, head if head is not None else upsampler)
     if upsampler is None and head is None and method.name == UNIVERSAL:
+        which = f"--backbone {backbone}"
+        which += "" if layer is None else f" --layer {layer}"
+        which += "" if weights is None else f" --backbone-weights {weights}"
         note(
             f"upsampler: {UNIVERSAL}, as there is no head for {model.name}; train one of its own "
-            f"with: fmupsample train IMAGES -o head.safetensors --backbone {backbone} "
-            f"--from {UNIVERSAL}",
+            f"with: fmupsample train IMAGES -o head.safetensors {which} --from {UNIVERSAL}",
             quiet=quiet,
         )
     origin = f" from {weights}" if weights is not None else ""

@@ -221,10 +221,14 @@ def test_it_is_specialised(pictures, trained, tmp_path):
         load_head(output, ToyBackbone(channels=16))
 
 
-def test_what_several_backbones_cannot_do(pictures, tmp_path):
+def test_what_several_backbones_cannot_do(pictures, trained, tmp_path):
     output = tmp_path / "head.safetensors"
     with pytest.raises(UsageError, match="several backbones are for --upsampler resfu-universal"):
         run(pictures, output, options(), backbone=backbones())
+    with pytest.raises(UsageError, match="holds a resfu-universal, which cannot become a sapa"):
+        run(pictures, output, options(upsampler="sapa", upsampler_config={}), start_from=trained)
+    with pytest.raises(UsageError, match="--objective task is for a head of one backbone"):
+        run(pictures, output, wanted(objective={"task": 1.0}), backbone=backbones())
 
 
 # --- use ------------------------------------------------------------------------------------------

@@ -321,6 +321,11 @@ class _Run:
         universal = several or config.upsampler == UNIVERSAL
         if start_from is not None:
             head = load_head(start_from, backbone).train().requires_grad_(True)
+            if config.upsampler not in (TrainConfig.upsampler, UNIVERSAL, head.name):
+                raise UsageError(
+                    f"{printable(start_from)} holds a {head.name}, which cannot become a "
+                    f"{config.upsampler}: leave --upsampler away"
+                )
             if head.name == UNIVERSAL and not universal:
                 head = head.specialised(backbone.channels).train()
             wanted = {**head.config.to_dict(), **config.upsampler_config}
