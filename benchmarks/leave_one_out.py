@@ -159,16 +159,16 @@ def table(found: dict[str, list[dict]]) -> str:
         for name in NAMES:
             values = [_show(_numbers(cells, name, key)) for key in MEASURES]
             lines.append([source, name, *values])
-    for title, names in (("gain", "universal"), ("gain", "specialised")):
-        gains = [mean(_gains(cells, names, key) for cells in found.values()) for key in MEASURES]
-        lines.append([f"*mean {title}*", names, *(f"{gain:+.1f}" for gain in gains)])
-    shares = []
-    for key in MEASURES:
-        one, own = (
-            mean(_gains(cells, name, key) for cells in found.values())
-            for name in ("universal", "specialised")
-        )
-        shares.append(f"{100 * one / own:.0f} %" if own > 0 else "-")
+    gains = {}
+    for name in ("universal", "specialised"):
+        gains[name] = [
+            mean(_gain(cells, name, key) for cells in found.values()) for key in MEASURES
+        ]
+        lines.append(["*mean gain*", name, *(f"{gain:+.1f}" for gain in gains[name])])
+    shares = (
+        f"{100 * one / own:.0f} %" if own > 0 else "-"
+        for one, own in zip(gains["universal"], gains["specialised"], strict=True)
+    )
     lines.append(["*share of the gain*", "universal", *shares])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -179,7 +179,7 @@ def _numbers(cells: list[dict], name: str, key: tuple[str, str]) -> list[float]:
     return [100 * cell[probe][measure] for cell in own]
 
 
-def _gains(cells: list[dict], name: str, key: tuple[str, str]) -> float:
+def _gain(cells: list[dict], name: str, key: tuple[str, str]) -> float:
     """Over bilinear, the mean over seeds."""
     return mean(_numbers(cells, name, key)) - mean(_numbers(cells, "bilinear", key))
 

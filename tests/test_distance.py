@@ -16,8 +16,7 @@ def normal(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def cells_around(n: int, pixels: int, p: int, reach: int) -> list[int]:
-    own = p * n // pixels  # the cell that the pixel's centre lies in, or begins at
-    own = min(n - 1, (2 * p + 1) * n // (2 * pixels))
+    own = (2 * p + 1) * n // (2 * pixels)  # the cell that the pixel's centre lies in
     return [min(max(own + d, 0), n - 1) for d in range(-reach, reach + 1)]
 
 

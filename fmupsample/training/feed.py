@@ -6,7 +6,6 @@ A run has one of them or, for a head of any backbone, several that take turns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,9 +48,8 @@ class Feed:
         self, backbone: Backbone, config: TrainConfig, here: World, keep_bytes: int
     ) -> None:
         self.backbone, self.here = backbone.to(here.device).eval(), here
-        own = replace(config, image_sizes=config.image_sizes).resolve(backbone, here.device)
-        self.sizes = own.image_sizes
-        self.config = replace(config, image_sizes=self.sizes)
+        self.config = config.resolve(backbone, here.device)
+        self.sizes = self.config.image_sizes
         self.cropper = Cropper(backbone.mean, backbone.std, here.device)
         extractor = partial(
             Features,

@@ -246,8 +246,7 @@ class _Run:
     ) -> None:
         here, backbone = self.here, self.backbone
         head, config = self._head(config, start_from)
-        asked, self.config = config, config.resolve(backbone, here.device)
-        config = self.config
+        self.config = config = config.resolve(backbone, here.device)
         self.labelled = "task" in config.terms
         files: dict[Source, Path] = {}
         if self.labelled != bool(labels):
@@ -283,7 +282,7 @@ class _Run:
         )
         share = keep_bytes // 2 // len(self.backbones) if views else 0
         self.feeds = [
-            Feed(each, replace(config, image_sizes=self._sizes(each, asked)), here, share)
+            Feed(each, replace(config, image_sizes=self._sizes(each)), here, share)
             for each in self.backbones
         ]
         model = Model(head, backbone.channels, classes).to(here.device)
@@ -352,10 +351,10 @@ class _Run:
         # The whole of the head's configuration is recorded, not only what was asked for.
         return head, replace(config, upsampler=head.name, upsampler_config=head.config.to_dict())
 
-    def _sizes(self, backbone: Backbone, asked: TrainConfig) -> tuple[int, ...] | None:
-        """Of crops for one of several backbones: as many cells as the first has."""
-        if backbone is self.backbone or backbone.fixed_size is not None:
-            return asked.image_sizes if backbone is self.backbone else None
+    def _sizes(self, backbone: Backbone) -> tuple[int, ...] | None:
+        """Of crops for a backbone: as many cells as the first has, or what it takes alone."""
+        if backbone.fixed_size is not None:
+            return None
         share = backbone.stride[0] / self.backbone.stride[0]
         return tuple(round(size * share) for size in self.config.image_sizes)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fmupsample.ops.grid import neighbour_inside, squared_distance
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
-from fmupsample.upsamplers.resfu.distance import cell_products
+from fmupsample.upsamplers.resfu.distance import WHOLE, Window, cell_products
 
 
 class Prior:
@@ -40,9 +40,7 @@ class Prior:
             self.colours = mean / config.sigma_range**2
             self.offset = -0.5 * (self.colours * mean).sum(1, keepdim=True)
 
-    def add(
-        self, scores: Tensor, window: tuple[slice, slice] = (slice(None), slice(None))
-    ) -> Tensor:
+    def add(self, scores: Tensor, window: Window = WHOLE) -> Tensor:
         """``scores`` ``[B, K*K, rows, columns]`` of the window, changed in place."""
         down, across = (
             self._place(n, pixels, scores)[:, part]

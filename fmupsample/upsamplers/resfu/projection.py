@@ -38,12 +38,12 @@ class Projection(nn.Module):
         self.register_parameter("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if weight is None:
+        weight, channels = self.weight, x.shape[1]
+        if weight is None and self.training:
             # Of PyTorch's own random numbers, so that a run that goes on draws as it would have.
-            seed = int(torch.randint(2**31, ())) if self.training else _SEED
-            draw = random_projection if seed else _fixed_projection
-            weight = draw(x.shape[1], self.embedding, seed)
+            weight = random_projection(channels, self.embedding, int(torch.randint(2**31, ())))
+        elif weight is None:
+            weight = _fixed_projection(channels, self.embedding)
         return project(x, weight.to(x))
 
 
@@ -71,5 +71,5 @@ def random_projection(channels: int, embedding: int, seed: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _fixed_projection(channels: int, embedding: int, seed: int) -> Tensor:
-    return random_projection(channels, embedding, seed)
+def _fixed_projection(channels: int, embedding: int) -> Tensor:
+    return random_projection(channels, embedding, _SEED)
