@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import distributed
 
 from fmupsample.distributed import Team
@@ -44,6 +45,24 @@ def in_threads(size: int, work: Callable[[Team], object]) -> list[object]:
     for thread in threads:
         thread.join(60)
     return ends
+
+
+def visible(out: Path) -> dict[str, object]:
+    """Every file; of the basis, whose header has no order, only the numbers."""
+    assert list(out.rglob(".*")) == []
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        if path.name != "pca.safetensors"
+        else {name: numbers.tolist() for name, numbers in load_file(path).items()}
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != "manifest.jsonl"
+    }
+
+
+def records(out: Path) -> list[dict]:
+    """The manifest's, without what differs from run to run."""
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 def torchrun(processes: int, *commands: list, kill: tuple[int, int] = (-1, 0)) -> tuple:

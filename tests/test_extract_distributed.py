@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from drawn import Blocks, PatchMeans, draw, film
 from safetensors.torch import load_file
-from sharing import in_threads, torchrun
+from sharing import in_threads, records, torchrun, visible
 from torch import distributed
 
 from fmupsample import open_shards
@@ -38,23 +38,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         draw(folder / ("deep" if i % 3 == 0 else ".") / f"{i:02}.png", 16 + i, 40)
     (folder / "bad.jpg").write_text("no picture")
     return folder
-
-
-def visible(out: Path) -> dict[str, object]:
-    """Every file; of the basis, whose header has no order, only the numbers."""
-    assert list(out.rglob(".*")) == []
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        if path.name != "pca.safetensors"
-        else {name: numbers.tolist() for name, numbers in load_file(path).items()}
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name != "manifest.jsonl"
-    }
-
-
-def records(out: Path) -> list[dict]:
-    lines = (out / "manifest.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 def samples(out: Path) -> dict[str, tuple]:

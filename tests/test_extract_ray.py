@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from drawn import Blocks, PatchMeans, draw
-from safetensors.torch import load_file
+from sharing import records, visible
 
 from fmupsample import open_shards
 from fmupsample.errors import ProcessError, UsageError
@@ -48,23 +48,6 @@ def cluster():
 def run(photos: Path, out: Path, cluster: RayCluster | None = None, **options):
     pipeline = Pipeline(PatchMeans(), Blocks())
     return extract(pipeline, find_images([photos]), out, ExtractOptions(**options), cluster=cluster)
-
-
-def visible(out: Path) -> dict[str, object]:
-    """Every file; of the basis, whose header has no order, only the numbers."""
-    assert list(out.rglob(".*")) == []
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        if path.name != "pca.safetensors"
-        else {name: numbers.tolist() for name, numbers in load_file(path).items()}
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name != "manifest.jsonl"
-    }
-
-
-def records(out: Path) -> list[dict]:
-    lines = (out / "manifest.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 def test_a_cluster_writes_the_files_of_one_process(cluster, photos, tmp_path, monkeypatch, capsys):
