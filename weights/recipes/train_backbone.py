@@ -150,23 +150,51 @@ def save_checkpoint(path: Path, content: dict) -> None:
     partial.replace(path)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def run_parser(description: str, phases: Sequence[str]) -> argparse.ArgumentParser:
+    """With the options of every run: pictures, phases, length, and where it goes."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--images", type=Path, nargs="*", default=[], help="folders of pictures without labels")
     add(
         "--labelled", type=Path, nargs="*", default=[], help="folders whose sub-folders are classes"
     )
+    add("--side", type=int, default=224, help="stored side of the training squares")
+    add("--cache", type=Path, help="folder for decoded pictures")
+    add(
+        "--phases",
+        type=Phase.parse,
+        nargs="+",
+        default=[Phase.parse(p) for p in phases],
+        help="share:size:batch:smallest crop area",
+    )
+    add("--minutes", type=float, help="length of the run by the clock")
+    add("--steps", type=int, help="or by steps")
+    add("--weight-decay", type=float, default=0.05)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("-o", "--output", type=Path, required=True)
+    return parser
+
+
+def parse_run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with the length of the run given in one way."""
+    args = parser.parse_args(argv)
+    if bool(args.minutes) == bool(args.steps):
+        parser.error("give either --minutes or --steps")
+    return args
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = run_parser(__doc__, PHASES)
+    add = parser.add_argument
     add(
         "--unlabelled-repeat",
         type=float,
         default=2.0,
         help="how much likelier an unlabelled square is drawn",
     )
-    add("--side", type=int, default=224, help="stored side of the training squares")
-    add("--cache", type=Path, help="folder for decoded pictures")
     add("--architecture", default=ARCHITECTURE)
     add(
         "--model-args",
@@ -176,13 +204,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--start", choices=["mimetic", "timm"], default="timm", help="attention weights")
     add("--guide", type=Path, help="convolutional guide written by train_guide.py")
-    add(
-        "--phases",
-        type=Phase.parse,
-        nargs="+",
-        default=[Phase.parse(p) for p in PHASES],
-        help="share:size:batch:smallest crop area",
-    )
     add("--init", type=Path, help="start from the networks of another run's checkpoint.pt")
     add("--damping", type=float, default=0.01, help="of the targets' whitening, see targets.py")
     add("--local-share", type=float, default=0.5, help="of local descriptors in the targets")
@@ -195,10 +216,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar=("START", "STOP"),
         help="part of the run over which the EMA teacher's targets come in",
     )
-    add("--minutes", type=float, help="length of the run by the clock")
-    add("--steps", type=int, help="or by steps")
     add("--lr", type=float, default=5e-4)
-    add("--weight-decay", type=float, default=0.05)
     add("--prototypes", type=int, default=512)
     add("--strength", type=float, default=0.8, help="of the photometric changes")
     add(
@@ -207,15 +225,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default={},
         help="JSON of loss weights that differ from the defaults",
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
     add("--save-every", type=float, default=120, help="seconds between checkpoints")
     add("--tag", default="embedded.v1")
-    add("-o", "--output", type=Path, required=True)
-    args = parser.parse_args(argv)
-    if bool(args.minutes) == bool(args.steps):
-        parser.error("give either --minutes or --steps")
-    return args
+    return parse_run(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import timm
 import torch
@@ -44,7 +43,7 @@ from backbone import (
     whiten_patch_embed,
 )  # fmt: skip
 from pictures import load_pictures
-from train_backbone import Phase, phase_at, save_checkpoint, schedule
+from train_backbone import parse_run, phase_at, run_parser, save_checkpoint, schedule
 
 PHASES = ("0.75:96:48:0.25", "0.25:192:12:0.4")
 
@@ -186,41 +185,17 @@ VITS = {"mask": Masked, "contrast": Contrasted}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = run_parser(__doc__, PHASES)
     add = parser.add_argument
     add("--objective", choices=["label", *VITS], required=True)
-    add("--images", type=Path, nargs="*", default=[], help="folders of pictures without labels")
-    add(
-        "--labelled", type=Path, nargs="*", default=[], help="folders whose sub-folders are classes"
-    )
-    add("--side", type=int, default=224, help="stored side of the training squares")
-    add("--cache", type=Path, help="folder for decoded pictures")
     add("--architecture", required=True)
     add("--model-args", type=json.loads, default={}, help="JSON of timm.create_model arguments")
-    add(
-        "--phases",
-        type=Phase.parse,
-        nargs="+",
-        default=[Phase.parse(p) for p in PHASES],
-        help="share:size:batch:smallest crop area",
-    )
-    add("--minutes", type=float, help="length of the run by the clock")
-    add("--steps", type=int, help="or by steps")
     add("--lr", type=float, default=2e-3)
-    add("--weight-decay", type=float, default=0.05)
     add("--strength", type=float, default=0.6, help="of the photometric changes")
     add("--held-out", type=int, default=500, help="labelled pictures kept aside to be scored")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
     add("--save-every", type=float, default=60, help="seconds between checkpoints")
     add("--tag", default="plain")
-    add("-o", "--output", type=Path, required=True)
-    args = parser.parse_args(argv)
-    if bool(args.minutes) == bool(args.steps):
-        parser.error("give either --minutes or --steps")
-    return args
+    return parse_run(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
