@@ -14,7 +14,7 @@ from fmupsample.atomic import replacing
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.training.config import TrainConfig
 
-FORMAT = "fmupsample-training/1"
+FORMAT = "fmupsample-training/2"
 NAME = "checkpoint.pt"
 
 
