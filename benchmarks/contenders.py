@@ -18,8 +18,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-align": {"align": False},
     "inner": {"similarity": "inner"},
     "no-colours": {"sigma_range": None},
-    "no-prior": {"sigma_space": None, "sigma_range": None},
-    "fine": {"neighbours": "fine", "sigma_space": None, "sigma_range": None},
+    "no-prior": {"taper": False, "sigma_space": None, "sigma_range": None},
+    "no-taper": {"taper": False},
+    "fine": {"neighbours": "fine", "taper": False, "sigma_space": None, "sigma_range": None},
     "coarse": {"neighbours": "coarse"},
 }
 

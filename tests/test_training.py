@@ -311,16 +311,18 @@ def test_what_is_trained_where_nothing_is_asked_for(pictures, tmp_path) -> None:
         return load_head(tmp_path / name, ToyBackbone()).config
 
     config = trained("plain.safetensors")
-    assert (config.neighbours, config.sigma_space, config.sigma_range) == ("coarse", 0.75, 0.6)
+    assert (config.neighbours, config.similarity) == ("coarse", "distance")
+    assert (config.taper, config.sigma_range) == (True, 0.6)
     # The colours come in after training, which is one without them.
-    without = {"neighbours": "coarse", "sigma_space": 0.75}
+    without = {"neighbours": "coarse", "similarity": "distance", "taper": True}
     assert trained("without.safetensors", upsampler_config=without).sigma_range is None
     assert_same(tmp_path / "plain.safetensors", tmp_path / "without.safetensors")
     assert trained("early.safetensors", late_prior=False) == config
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "plain.safetensors", tmp_path / "early.safetensors")
     faithful = trained("paper.safetensors", upsampler_config={"neighbours": "fine"})
-    assert (faithful.neighbours, faithful.sigma_space, faithful.sigma_range) == ("fine", None, None)
+    assert (faithful.neighbours, faithful.similarity) == ("fine", "pcdc")
+    assert (faithful.taper, faithful.sigma_range) == (False, None)
 
 
 def test_a_head_learns_edges(tmp_path, monkeypatch) -> None:

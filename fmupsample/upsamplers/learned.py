@@ -43,11 +43,10 @@ LEARNED: dict[str, tuple[type[Upsampler], type[Config]]] = {
 
 # What training gives a new upsampler unless any of these fields is asked for: improvements on the
 # papers' own forms, measured in benchmarks/README.md.
-_COLOURS = {"neighbours": "coarse", "sigma_range": 0.6}
-RECOMMENDED: dict[str, dict[str, Any]] = {
-    ReSFU.name: {**_COLOURS, "sigma_space": 0.75},
-    UNIVERSAL: {**_COLOURS, "similarity": "distance", "taper": True},
-}
+_WHOLE_CELLS = {
+    "neighbours": "coarse", "similarity": "distance", "taper": True, "sigma_range": 0.6,
+}  # fmt: skip
+RECOMMENDED: dict[str, dict[str, Any]] = {ReSFU.name: _WHOLE_CELLS, UNIVERSAL: _WHOLE_CELLS}
 
 # Of these, what a head is given after its training only: trained with the colours of its prior, it
 # learns to argue with them.
