@@ -103,7 +103,7 @@ def test_a_run_stops_goes_on_and_tells(run, data, head, capsys, monkeypatch):
     report = run(*mine, "--markdown", str(text))
     assert all(cell in report["cells"] for cell in part)
 
-    impossible = {"inner", "no-colours", "no-prior", "fine"}
+    impossible = {"inner", "no-colours", "no-prior", "no-taper", "fine"}
     names = ["nearest", "bilinear", "mine"] + [
         f"mine {part}" for part in ABLATIONS if part not in impossible
     ]
