@@ -25,7 +25,6 @@ from fmupsample.render import (
     heat_colours,
     mark_point,
     overlay,
-    resize,
     tile_size,
 )
 from fmupsample.render.contact import justify
@@ -217,12 +216,6 @@ def test_sheet_of_one_narrow_picture():
         [Entry("a", (2000, 10), lambda: (flat(RED, 2000, 10), flat(BLUE, 2000, 10)))]
     )
     assert (sheet == RED).all(-1).any() and sheet.shape[1] >= 420
-
-
-def test_resize_keeps_flat_colours():
-    assert (resize(flat(GOLD), (17, 200)) == GOLD).all()
-    same = flat(GOLD)
-    assert resize(same, (60, 90)) is same
 
 
 # --- similarity -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor
 from fmupsample.atomic import replacing
 from fmupsample.errors import OutputError, ShapeError, UsageError
 from fmupsample.fingerprint import fingerprint
+from fmupsample.images.arrays import interleaved
 
 FORMAT = "fmupsample-pca-basis"
 FORMAT_VERSION = "1"
@@ -36,6 +37,7 @@ _LOW_PERCENT, _HIGH_PERCENT = 1.0, 99.0
 _SKEW = 0.6  # how far the middle of a component's range is moved to its median
 # From scores to colours: slope of the curve; how far from grey (1: as far as RGB goes).
 _CONTRAST, _CHROMA = 2.6, 0.82
+_BLOCK = 2**15  # pixels
 _LUMA = (0.299, 0.587, 0.114)
 # A component whose range is below this share of the largest one is noise of a rank-deficient fit.
 _FLAT = 1e-4
@@ -164,17 +166,24 @@ class PCABasis:
         is cut off hard. Colours are then drawn a little together, away from neon. A score that is
         not finite is drawn in the middle.
         """
+        device, shape = scores.device, scores.shape
         low, middle, high = (
-            t.to(scores.device)[:, None, None] for t in (self.low, self.middle, self.high)
+            t.to(device, torch.float32)[:, None] for t in (self.low, self.middle, self.high)
         )
-        away = scores.float() - middle
-        side = torch.where(away > 0, high - middle, middle - low)
-        place = torch.where(side > 0, away / (2 * torch.where(side > 0, side, 1.0)), 0.0)
-        place = torch.nan_to_num(place, nan=0.0, posinf=0.0, neginf=0.0)
-        rgb = 0.5 + 0.5 * torch.tanh(_CONTRAST * place)
-        luma = torch.tensor(_LUMA, device=rgb.device) @ rgb.flatten(1)
-        rgb = luma.reshape(rgb.shape[1:]) * (1 - _CHROMA) + rgb * _CHROMA
-        return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        # Per unit of the score; a side without any width drives nothing.
+        below, above = (
+            torch.where(side > 0, _CONTRAST / side, 0.0) for side in (middle - low, high - middle)
+        )
+        luma = 255 * (1 - _CHROMA) * torch.tensor(_LUMA, device=device)
+        scores = scores.reshape(3, -1)
+        rgb = torch.empty_like(scores, dtype=torch.uint8)
+        # In place and a few at a time, which stay in the processor's cache.
+        for part, out in zip(scores.split(_BLOCK, 1), rgb.split(_BLOCK, 1), strict=True):
+            place = part.float() - middle
+            place.mul_(torch.where(place > 0, above, below))
+            place.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).sigmoid_()
+            out.copy_((place * (255 * _CHROMA)).add_(luma @ place).round_())
+        return interleaved(rgb.reshape(shape))
 
     def save(self, path: str | Path) -> None:
         """Write ``path`` (safetensors, numbers in float32, :attr:`metadata` in the header).

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from fmupsample.images.arrays import planes, resize
 from fmupsample.images.size import Frame
 
 
@@ -18,9 +18,7 @@ def fit_to_frame(pixels: np.ndarray, frame: Frame) -> np.ndarray:
     Bicubic, antialiased when shrinking; the padding repeats the last row and column.
     """
     height, width = frame.placed
-    if pixels.shape[:2] != frame.placed:
-        picture = Image.fromarray(pixels)
-        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    pixels = resize(pixels, frame.placed)
     below, right = frame.canvas[0] - height, frame.canvas[1] - width
     if below or right:
         pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)), mode="edge")
@@ -29,8 +27,7 @@ def fit_to_frame(pixels: np.ndarray, frame: Frame) -> np.ndarray:
 
 def normalise(canvas: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 ``[H, W, 3]`` -> float32 ``[3, H, W]``: RGB in 0..1, minus ``mean``, over ``std``."""
-    # A copy: decoded arrays are read-only, which torch cannot express.
-    image = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).to(torch.float32).div_(255.0)
+    pixels = planes(canvas).to(torch.float32, memory_format=torch.contiguous_format)
     centre = torch.tensor(mean, dtype=torch.float32)[:, None, None]
     scale = torch.tensor(std, dtype=torch.float32)[:, None, None]
-    return image.sub_(centre).div_(scale).contiguous()
+    return pixels.div_(255.0).sub_(centre).div_(scale)

@@ -72,7 +72,9 @@ def read_picture(
             full = _upright(image.size, turned)
             height, width = (_DRAFT_MARGIN * n for n in wanted(full))
             image.draft(None, (height, width) if turned else (width, height))
-        pixels = np.asarray(_to_rgb(image))
+        image = _to_rgb(image)
+        # NumPy asks a picture for its bytes twice, and takes new memory for them both times.
+        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
     height, width = pixels.shape[:2]
     return pixels, full or (height, width)
 
@@ -171,7 +173,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", rgba.size, (255, 255, 255))
         image.paste(rgba, mask=rgba.getchannel("A"))
-    image = image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
 

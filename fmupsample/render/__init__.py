@@ -9,7 +9,7 @@ from fmupsample.render.contact import Entry, draw_sheet
 from fmupsample.render.heat import colour_bar, heat_colours, mark_point
 from fmupsample.render.overlay import darken, grey, overlay
 from fmupsample.render.panel import Panel, Tile, draw_panel
-from fmupsample.render.resize import blocks, resize, tile_size
+from fmupsample.render.tiles import blocks, tile_size
 
 __all__ = [
     "Entry",
@@ -24,6 +24,5 @@ __all__ = [
     "heat_colours",
     "mark_point",
     "overlay",
-    "resize",
     "tile_size",
 ]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from fmupsample.images.arrays import resize
 from fmupsample.prefetch import prefetch
-from fmupsample.render.resize import resize
 from fmupsample.render.text import FAINT, INK, PAPER, draw_text
 
 PER_PAGE = 48

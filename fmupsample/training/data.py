@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fmupsample.errors import ImageError, UsageError
+from fmupsample.images.arrays import resize
 from fmupsample.images.find import Source
 from fmupsample.images.read import read_picture, read_size
 from fmupsample.labels import read_labels
@@ -228,8 +229,7 @@ class Pictures:
 
         pixels, size = read_picture(square.source.path, wanted)
         height, width = wanted(size)
-        picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-        cut = self._cut(np.asarray(picture), square)
+        cut = self._cut(resize(pixels, (height, width)), square)
         labels = None
         if square.labels is not None:
             found = Image.fromarray(read_labels(square.labels, size))

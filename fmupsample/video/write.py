@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fmupsample.errors import OutputError
-from fmupsample.render.resize import resize
+from fmupsample.images.arrays import resize
 from fmupsample.video.clips import quiet
 
 if TYPE_CHECKING:

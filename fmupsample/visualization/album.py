@@ -10,11 +10,11 @@ import contextlib
 import errno
 import io
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -347,12 +347,16 @@ class AlbumPart(Album):
 
 def encode(pixels: np.ndarray, suffix: str) -> bytes:
     """uint8 ``[H, W, 3]`` as the bytes of a PNG or JPEG file."""
-    buffer = io.BytesIO()
     if suffix == ".png":
-        # Run lengths of filtered rows: less than half the time of level 5, and 3 % larger.
-        Image.fromarray(pixels).save(buffer, "PNG", compress_type=zlib.Z_RLE)
-    else:
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=92, subsampling=0)
+        # Run lengths of filtered rows: a sixth of the time of level 6, and as small.
+        options = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
+        if (wanted := getattr(cv2, "IMWRITE_PNG_FILTER", None)) is not None:
+            options += [wanted, cv2.IMWRITE_PNG_FILTER_PAETH]  # not all five tried on every row
+        done, encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)
+        assert done, pixels.shape
+        return encoded.tobytes()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
 
 

@@ -22,13 +22,14 @@ from fmupsample.analysis.foreground import Split, opacity
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.analysis.similarity import features_at, similarity_maps
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
+from fmupsample.images.arrays import resize
 from fmupsample.images.read import read_picture
 from fmupsample.images.size import parse_output_size
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.render.heat import colour_bar, heat_colours, mark_point
 from fmupsample.render.overlay import darken, grey, overlay, pca_overlay
 from fmupsample.render.panel import Box, Tile, draw_panel
-from fmupsample.render.resize import blocks, resize, tile_size
+from fmupsample.render.tiles import blocks, tile_size
 
 Layout = Literal["panel", "single", "overlay"]
 LAYOUTS: tuple[Layout, ...] = ("panel", "single", "overlay")

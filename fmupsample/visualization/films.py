@@ -19,13 +19,13 @@ from torch import Tensor
 
 from fmupsample.analysis.pca import PCABasis, sample_tokens
 from fmupsample.errors import FmupsampleError, ImageError
+from fmupsample.images.arrays import resize
 from fmupsample.images.find import Source, printable
 from fmupsample.pipeline import Item
 from fmupsample.progress import Progress
 from fmupsample.render.heat import colour_bar, heat_colours, mark_point
 from fmupsample.render.overlay import grey, overlay
 from fmupsample.render.panel import Tile, draw_panel
-from fmupsample.render.resize import resize
 from fmupsample.video.clips import Clip
 from fmupsample.video.frames import FrameReader, FrameSource
 from fmupsample.video.span import show_time

@@ -1,9 +1,8 @@
-"""Sizes of tiles, and arrays brought to them."""
+"""Sizes of tiles, and cells drawn at them."""
 
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
 
 SMALLEST, LARGEST = 448, 640  # short side of a tile, where the picture's shape allows
 LONGEST = 1600  # long side of a tile
@@ -21,14 +20,6 @@ def tile_size(
     scale = min(max(short, smallest), largest) / short
     scale = min(scale, LONGEST / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 ``[h, w, 3]`` or ``[h, w]`` at ``size`` ``(H, W)``: antialiased Lanczos."""
-    if pixels.shape[:2] == tuple(size):
-        return pixels
-    picture = Image.fromarray(pixels)
-    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.LANCZOS))
 
 
 def blocks(
@@ -53,4 +44,5 @@ def blocks(
         # Integer arithmetic: floor((i + 1/2) / out * part / whole * n).
         i = 2 * np.arange(out, dtype=np.int64) + 1
         index.append(np.minimum(i * part * n // (2 * out * whole), n - 1))
-    return cells[index[0][:, None], index[1][None, :]]
+    # Columns first, while the rows are few.
+    return cells[:, index[1]][index[0]]
