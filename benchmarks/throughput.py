@@ -37,6 +37,7 @@ from fmupsample.bench.measuring import summary
 from fmupsample.device import autocast, resolve_device
 from fmupsample.errors import FmupsampleError
 from fmupsample.extraction import ExtractOptions, extract
+from fmupsample.heap import keep_freed_memory
 from fmupsample.images import ImageSize, Source, find_images
 from fmupsample.images.prepare import normalise
 from fmupsample.pipeline import Item, Pipeline
@@ -342,6 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--folder", type=Path, help="where results go; default: the folder for temporary files")
     add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
     args = parser.parse_args(arguments)
+    keep_freed_memory()  # as the command does
     if args.threads:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device)

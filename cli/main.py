@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from fmupsample._version import __version__
+from fmupsample.heap import keep_freed_memory
 from fmupsample_cli.errors import run
 
 FEATURES = "Features"
@@ -75,4 +76,6 @@ def build_app() -> typer.Typer:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code (see :mod:`fmupsample_cli.errors`)."""
+    if arguments is None:  # the process is this command's own
+        keep_freed_memory()
     return run(build_app(), arguments)

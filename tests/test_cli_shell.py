@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -38,6 +39,33 @@ def failing(error: BaseException):
         raise error
 
     return run(app, [])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")
+def test_freed_memory_is_kept_by_the_command():
+    """Taking and freeing the same megabytes again costs no new pages then."""
+    code = """
+import ctypes, resource
+from fmupsample.heap import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        block = libc.malloc(24 << 20)
+        ctypes.memset(block, 1, 24 << 20)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+libc.mallopt(-3, 1 << 17)  # where glibc begins: larger blocks are the system's
+first = faults()
+assert keep_freed_memory()
+faults()
+print(first, faults())
+"""
+    result = started("-c", code)
+    assert result.returncode == 0, result.stderr
+    first, then = map(int, result.stdout.split())
+    assert first > 20 * 10 and then < first / 10, (first, then)
 
 
 def test_help_lists_the_commands_and_imports_nothing_heavy():

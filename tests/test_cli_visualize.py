@@ -15,10 +15,11 @@ from toy import ToyBackbone, ToyNonlinear, ToyUpsampler
 import fmupsample_cli.loading
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.errors import UsageError
-from fmupsample.images.find import find_images
+from fmupsample.images.find import Source, find_images
 from fmupsample.images.size import ImageSize
 from fmupsample.pipeline import Pipeline
-from fmupsample.visualization.draw import Artist, Point
+from fmupsample.visualization import thumbnails
+from fmupsample.visualization.draw import Artist, Drawing, Point
 from fmupsample.visualization.run import VisualizeOptions, visualize
 from fmupsample_cli.main import main
 
@@ -353,6 +354,31 @@ def test_sheets_of_many_pictures_have_pages(backbone, tmp_path):
         (tmp_path / "in" / f"{n:02}.png").unlink()
     assert run(*command) == 0
     assert [name for name in names(out) if name.startswith("contact")] == ["contact_sheet.png"]
+
+
+@pytest.mark.parametrize("pictures", [3, 9])
+def test_a_sheet_is_the_same_from_memory_and_from_files(backbone, tmp_path, pictures):
+    for n in range(pictures):
+        picture(tmp_path / "in" / f"{n:02}.png", (64, 48 + 16 * (n % 3)), seed=n)
+    out = tmp_path / "out"
+    sheet = out / "contact_sheet.png"
+    assert run(tmp_path / "in", "-o", out, "--image-size", "64") == 0
+    drawn = sheet.read_bytes()
+    sheet.unlink()
+    assert run(tmp_path / "in", "-o", out, "--image-size", "64") == 0
+    assert sheet.read_bytes() == drawn
+
+
+def test_thumbnails_are_kept_up_to_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(thumbnails, "_LIMIT", 2 * 2 * 288 * 300 * 3 + 1)
+    kept = thumbnails.Thumbnails(20)
+    drawing = Drawing(np.zeros((576, 1300, 3), np.uint8), (0, 0, 600, 576), (650, 0, 600, 576))
+    sources = [Source(tmp_path / name, Path(name)) for name in "abc"]
+    for source in sources:
+        kept.add(source, drawing)
+    kept.add(sources[2], Drawing(drawing.pixels, None, (0, 0, 10, 10)))
+    assert [kept.get(source) is not None for source in sources] == [True, True, False]
+    assert [pixels.shape for pixels in kept.get(sources[0])] == [(288, 300, 3)] * 2
 
 
 def test_options_that_make_no_sense():

@@ -18,6 +18,7 @@ PER_PAGE = 48
 _WIDTH = 1680
 _MARGIN, _GAP = 24, 18
 _SEAM = 2  # between a photograph and its colours
+FEW = 8  # pictures of which a sheet shows large ones
 _ROW = 190  # height of a row that the arrangement aims at, and the most for a large run
 _ROW_FEW = 340  # the same for a handful of pictures
 _TEXT = 15
@@ -46,7 +47,7 @@ class Entry:
 
 def draw_sheet(entries: Sequence[Entry], *, title: str = "", note: str = "") -> np.ndarray:
     """One page: uint8 ``[H, 1680, 3]`` (narrower when the pictures do not fill a row)."""
-    target = _ROW_FEW if len(entries) <= 8 else _ROW
+    target = _ROW_FEW if len(entries) <= FEW else _ROW
     rows = justify([2 * entry.aspect for entry in entries], _WIDTH - 2 * _MARGIN, target)
     label = _TEXT + 12
     top = _MARGIN + (40 if title or note else 0)

@@ -26,6 +26,7 @@ from fmupsample.progress import Progress
 from fmupsample.render.contact import PER_PAGE, Entry, draw_sheet
 from fmupsample.video.write import SUFFIX as VIDEO_SUFFIX
 from fmupsample.visualization.draw import Drawing, Point
+from fmupsample.visualization.thumbnails import Thumbnails, cut
 from fmupsample.writers.manifest import Manifest, ManifestPart
 from fmupsample.writers.names import output_names
 
@@ -67,6 +68,7 @@ class Album:
         self.sources, self.videos = list(sources), list(videos)
         self.overwrite = overwrite
         self.suffix = f".{image_format}"
+        self._thumbnails: Thumbnails | None = Thumbnails(len(self.sources))
         pages = min(-(-len(self.sources) // PER_PAGE), MAX_PAGES)
         sheets = [self._sheet_name(n) for n in range(pages)]
         self.names: dict[Source, PurePosixPath] = self._named("", sheets)
@@ -178,6 +180,8 @@ class Album:
         }
         path, record = self._entry(source, point, made)
         self._write(path, data, record)
+        if point is None and self._thumbnails is not None:
+            self._thumbnails.add(source, drawing)
         return path
 
     @contextlib.contextmanager
@@ -215,7 +219,7 @@ class Album:
         return self.path(name), record
 
     def save_sheets(self, progress: Progress) -> list[Path]:
-        """Contact sheets of every picture of this run that is there; cut from the results.
+        """Contact sheets of every picture of this run that is there, drawn now or before.
 
         Pages that show what they should already are left, pages of an earlier, larger run removed.
         """
@@ -263,14 +267,17 @@ class Album:
         return f"{SHEET_STEM}{f'_{page + 1}' if page else ''}{self.suffix}"
 
     def _loader(self, made: dict[str, Any], source: Source):
+        thumbnails = self._thumbnails
+        assert thumbnails is not None
+
         def load() -> tuple[np.ndarray, np.ndarray]:
+            if (kept := thumbnails.get(source)) is not None:
+                return kept
             with Image.open(self.path(made["output"])) as image:
                 result = np.asarray(image.convert("RGB"))
-            x, y, width, height = made["colours"]
-            colours = result[y : y + height, x : x + width]
+            colours = thumbnails.reduce(cut(result, made["colours"]))
             if made["photo"]:
-                x, y, width, height = made["photo"]
-                return result[y : y + height, x : x + width], colours
+                return thumbnails.reduce(cut(result, made["photo"])), colours
             try:
                 return read_picture(source.path, lambda _: (400, 400))[0], colours
             except FmupsampleError:  # gone since
@@ -330,6 +337,7 @@ class AlbumPart(Album):
         self.folder, self.overwrite = folder, overwrite
         self.suffix = f".{image_format}"
         self.sources, self.names = [], {}
+        self._thumbnails = None  # sheets are the first one's
         self.point_names = {point: {} for point in points}
         self._log = ManifestPart(self.log_folder, f"{rank:05}")
         self._ours = set()
