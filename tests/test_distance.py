@@ -7,6 +7,7 @@ import torch
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers import ReSFU, ReSFUConfig
+from fmupsample.upsamplers.resfu import distance
 from fmupsample.upsamplers.resfu.distance import CellDistance, cell_products
 
 
@@ -122,3 +123,20 @@ def test_what_is_for_whole_cells():
         ReSFUConfig(6, similarity="distance")
     with pytest.raises(UsageError, match=r"taper.*coarse"):
         ReSFUConfig(6, taper=True)
+
+
+@pytest.mark.parametrize("band", [1, 500, 2**18])
+def test_bands_of_cells_are_the_whole(monkeypatch, band):
+    """What is computed without gradients, some rows of cells at a time, and added in place."""
+    monkeypatch.setattr(distance, "_BAND", band)
+    query = normal(2, 5, 24, 21)
+    key, offset = normal(2, 5, 6, 3, seed=2), normal(2, 1, 6, 3, seed=3)
+    size = tuple(query.shape[-2:])
+    whole = cell_products(query.clone().requires_grad_(), key, offset, 3, size)
+    assert whole.requires_grad
+    torch.testing.assert_close(
+        cell_products(query, key, offset, 3, size), whole.detach(), rtol=0, atol=1e-14
+    )
+    onto = torch.ones_like(whole)
+    assert cell_products(query, key, offset, 3, size, onto=onto) is onto
+    torch.testing.assert_close(onto, whole.detach() + 1, rtol=0, atol=1e-14)

@@ -23,6 +23,7 @@ WHOLE: Window = (slice(None), slice(None))
 # Scores are means over the channels times this: of a size that training reaches in some dozens of
 # steps.
 _GAIN = 8.0
+_BAND = 2**18  # numbers of a band of queries: a megabyte
 
 
 class CellDistance(nn.Module):
@@ -81,6 +82,7 @@ def cell_products(
     kernel_size: int,
     size: tuple[int, int],
     window: Window = WHOLE,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """``query(p) . key(c) + offset(c)`` for the K x K cells c around the one that pixel p lies in.
 
@@ -90,15 +92,57 @@ def cell_products(
         query: ``[B, E, rows, columns]`` of the window.
         key: ``[B, E, h, w]``; offset: ``[B, 1, h, w]``.
         size: ``(H, W)`` of the whole map.
+        onto: what it is added to, in place.
 
     Returns:
         ``[B, K*K, rows, columns]``.
     """
     padded = F.pad(torch.cat([key, offset], 1), (kernel_size // 2,) * 4, mode="replicate")
+    cells = tuple(key.shape[-2:])
     whole = tuple(query.shape[-2:]) == tuple(size)
-    if whole and all(n % m == 0 for n, m in zip(size, key.shape[-2:], strict=True)):
-        return _by_cell(query, padded, kernel_size, tuple(key.shape[-2:]))
-    return _by_row(query, padded, kernel_size, tuple(key.shape[-2:]), size, window)
+    if not whole or any(n % m for n, m in zip(size, cells, strict=True)):
+        found = _by_row(query, padded, kernel_size, cells, size, window)
+    elif _in_bands(query, padded, onto):
+        return _by_band(query, padded, kernel_size, cells, onto)
+    else:
+        found = _by_cell(query, padded, kernel_size, cells)
+    return found if onto is None else onto.add_(found)
+
+
+def _in_bands(query: Tensor, *others: Tensor | None) -> bool:
+    """Whether the cache of a processor decides the time, and nobody asks for gradients."""
+    learning = any(x is not None and x.requires_grad for x in (query, *others))
+    learning = learning and torch.is_grad_enabled()
+    return query.device.type == "cpu" and not learning and not torch.compiler.is_compiling()
+
+
+def _by_band(
+    query: Tensor,
+    padded: Tensor,
+    kernel_size: int,
+    cells: tuple[int, int],
+    onto: Tensor | None,
+) -> Tensor:
+    """:func:`_by_cell`, some rows of cells at a time: pixels in the order of their cells and their
+    products never leave the processor's cache."""
+    (batch, embedding, height, width), (h, w) = query.shape, cells
+    out = query.new_empty(batch, kernel_size**2, height, width) if onto is None else onto
+    rows = max(1, _BAND // (embedding * width * (height // h)))  # of cells
+    for one, near, result in zip(query, padded, out, strict=True):
+        for first in range(0, h, rows):
+            last = min(first + rows, h)
+            part = slice(first * height // h, last * height // h)
+            found = _by_cell(
+                one[None, :, part],
+                near[None, :, first : last + kernel_size - 1],
+                kernel_size,
+                (last - first, w),
+            )[0]
+            if onto is None:
+                result[:, part] = found
+            else:
+                result[:, part] += found
+    return out
 
 
 def _by_cell(query: Tensor, padded: Tensor, kernel_size: int, cells: tuple[int, int]) -> Tensor:

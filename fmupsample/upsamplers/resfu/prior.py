@@ -50,11 +50,10 @@ class Prior:
         grid.add_(down[:, None, :, None]).add_(across[:, None, :])
         if self.colours is not None:
             guidance = self.guidance[(..., *window)]
-            scores.add_(
-                cell_products(
-                    guidance, self.colours, self.offset, self.config.kernel_size, self.size, window
-                )
-            )
+            cell_products(
+                guidance, self.colours, self.offset, self.config.kernel_size, self.size, window,
+                onto=scores,
+            )  # fmt: skip
         return scores
 
     def _place(self, cells: int, pixels: int, like: Tensor) -> Tensor:
