@@ -61,6 +61,12 @@ def together(folder: Path, out: Path, size: int, **options) -> list:
     return in_threads(size, one)
 
 
+def summary_of(printed: str, out: Path) -> dict:
+    """Without what differs from run to run."""
+    summary = json.loads(printed.replace(str(out), "OUT"))
+    return {key: value for key, value in summary.items() if key != "seconds"}
+
+
 def test_two_processes_draw_the_videos_of_one(folder, tmp_path, monkeypatch, capsys) -> None:
     from fmupsample_cli import loading
     from fmupsample_cli.main import main
@@ -70,13 +76,13 @@ def test_two_processes_draw_the_videos_of_one(folder, tmp_path, monkeypatch, cap
 
     def commands(out: Path) -> list[list]:
         shared = ["visualize", folder, "-o", out / "shared", "--point", "3,3", "--json", *SMALL]
-        image = ["visualize", folder, "-o", out / "image", "--basis", "image", "-q", *SMALL]
+        image = ["visualize", folder, "-o", out / "image", "--basis", "image", "--json", *SMALL]
         return [shared, [*image, "--every", "2"], [*shared, "-q"]]
 
     alone = []
     for command in commands(one):
         assert main([str(word) for word in command]) == 3
-        alone.append(capsys.readouterr())
+        alone.append(capsys.readouterr().out)
     code, said, ends = torchrun(2, *commands(two))
     assert code == 0 and len(ends) == 3, said
     for name in ("shared", "image"):
@@ -87,13 +93,7 @@ def test_two_processes_draw_the_videos_of_one(folder, tmp_path, monkeypatch, cap
 
     for (code, out, _), of_one in zip(ends, alone, strict=True):
         assert code == 3, out
-        of_one, of_two = json.loads(of_one.out or "{}"), json.loads(out or "{}")
-        for summary in (of_one, of_two):
-            summary.pop("seconds", None)
-            for names in ("output", "drawn", "basis", "contact_sheets"):
-                found = json.dumps(summary.pop(names, None))
-                summary[names] = found.replace(str(one), "OUT").replace(str(two), "OUT")
-        assert of_one == of_two
+        assert summary_of(out, two) == summary_of(of_one, one)
     summary = json.loads(ends[0][1])
     assert len(summary["drawn"]) == 2 * (3 + 5) and len(summary["videos"]) == 6
     assert [Path(failure["source"]).name for failure in summary["failed"]] == ["bad.mp4"]
