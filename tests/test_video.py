@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import struct
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 import pytest
-from drawn import PatchMeans, cut, draw, film, gradient, number
+from drawn import PatchMeans, cut, draw, film, number
 
 from fmupsample.errors import FmupsampleError, ImageError, OutputError, UsageError
 from fmupsample.images import Source, find_images
@@ -163,26 +162,6 @@ def test_decoders_say_nothing(tmp_path: Path, capfd) -> None:
     look(cut(film(tmp_path / "a.avi", 20), 0.6))
     look(cut(film(tmp_path / "a.mp4", 20), 0.6))
     assert capfd.readouterr().err == ""
-
-
-def test_orientation(tmp_path: Path) -> None:
-    path = film(tmp_path / "a.mp4", [gradient(48, 64)] * 3)
-    turn(path)
-    [first, *_] = frames(path)
-    assert first.size == (64, 48)
-    pixels, size = FrameReader().read(first)
-    assert size == (64, 48) and pixels.shape == (64, 48, 3)
-    upright = np.rot90(gradient(48, 64), -1).astype(float)
-    assert np.abs(pixels - upright).mean() < 12
-
-
-def turn(path: Path) -> None:
-    """Say in the header of an mp4 file that it is to be turned by 90 degrees clockwise."""
-    content = bytearray(path.read_bytes())
-    matrix = content.index(b"tkhd") + 4 + 40
-    one = 1 << 16
-    struct.pack_into(">9i", content, matrix, 0, one, 0, -one, 0, 0, 48 * one, 0, 1 << 30)
-    path.write_bytes(content)
 
 
 def test_the_list_of_videos_keeps_their_order_and_warns(tmp_path: Path) -> None:
