@@ -233,6 +233,21 @@ def test_a_video_is_opened_once(tmp_path: Path, monkeypatch) -> None:
         assert len(opened) == 1
 
 
+def test_a_reader_of_several_calls(tmp_path: Path, monkeypatch) -> None:
+    """The next call goes on in the video; one that goes back begins it anew."""
+    opened = []
+    capture = cv2.VideoCapture
+    wanted = frames(film(tmp_path / "a.avi", 25))
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *a: opened.append(a) or capture(*a))
+    pipeline = Pipeline(PatchMeans(), workers=2)
+    pipeline.reader = FrameReader()
+    for part, opens in ((slice(0, 7), 1), (slice(10, 20), 1), (slice(20, 25), 1), (slice(3, 5), 2)):
+        items = list(pipeline.items(wanted[part], on_error=stop))
+        assert [number(item.canvas) for item in items] == [s.index for s in wanted[part]]
+        assert len(opened) == opens
+    pipeline.reader.close()
+
+
 def test_any_order(tmp_path: Path) -> None:
     wanted = frames(film(tmp_path / "a.mp4"))
     reader = FrameReader()
