@@ -127,10 +127,10 @@ def visualize(
 
     A video becomes a video (mp4, without sound), in colours that are the same for all its frames.
 
-    With `torchrun --nproc-per-node N -m fmupsample visualize ...` N GPUs share the pictures.
+    With `torchrun --nproc-per-node N -m fmupsample visualize ...` N GPUs share the pictures
+    and videos.
     """
     from fmupsample.distributed import joined, leads
-    from fmupsample.errors import UsageError
     from fmupsample.images import ImageSize
     from fmupsample_cli.pictures import find_pictures, refuse_to_fit
     from fmupsample_cli.progress import RichProgress
@@ -142,11 +142,6 @@ def visualize(
         if leads():
             sources, complete = find_pictures(images, list_file, output, videos=True)
             clips = v.look_into(sources, every, start, stop, quiet=quiet)
-            if clips and team is not None:
-                raise UsageError(
-                    "several processes share pictures, but a video is drawn by one: leave "
-                    f"{clips[0].source} out, or draw videos without torchrun"
-                )
             complete = complete and not any(clip.broken for clip in clips)
         else:
             from fmupsample.sharing import wait_for_share

@@ -115,6 +115,11 @@ class Pipeline:
         workers: threads that decode ahead; ``None``: up to 4 (half the cores
             when these also compute); 0: decode in the caller's thread.
 
+    Attributes:
+        reader: decodes for all calls of :meth:`items` where it is set, so that the next frames of a
+            video may come in another call; it is closed by whoever sets it. ``None``: each call has
+            its own.
+
     Raises:
         UsageError: an option this backbone, device or machine cannot honour.
     """
@@ -153,6 +158,7 @@ class Pipeline:
         self.workers = _default_workers(self.device) if workers is None else workers
         self.window = window
         self.max_memory = max_memory
+        self.reader: FrameReader | None = None
         self._most_pixels: int | None = None  # of kernels at once, after memory ran out
 
     def with_upsampler(self, upsampler: Upsampler) -> Pipeline:
@@ -217,7 +223,7 @@ class Pipeline:
                 if item is not None:
                     yield item
 
-        reader = FrameReader()
+        reader = self.reader or FrameReader()
         loaded = prefetch(
             partial(self.load, reader=reader),
             reader.watch(sources),
@@ -246,7 +252,8 @@ class Pipeline:
             yield from ready()
         finally:
             loaded.close()
-            reader.close()
+            if reader is not self.reader:
+                reader.close()
 
     def _batch(self, batch: list[_Loaded], on_error: OnError) -> list[Item | None]:
         """Features of pictures of equal canvas size.

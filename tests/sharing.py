@@ -59,6 +59,26 @@ def visible(out: Path) -> dict[str, object]:
     }
 
 
+def drawn(out: Path) -> dict[str, object]:
+    """Of ``visualize``, every file but the log; of the basis only the numbers."""
+    assert [path.name for path in out.rglob(".*")] == [".fmupsample"]
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        if path.suffix != ".safetensors"
+        else {name: numbers.tolist() for name, numbers in load_file(path).items()}
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.parent.name != ".fmupsample"
+    }
+
+
+def logged(out: Path) -> dict[str, dict]:
+    """Of ``visualize``, the log, which is whole and alone."""
+    from fmupsample.writers.manifest import Manifest
+
+    assert [path.name for path in (out / ".fmupsample").iterdir()] == ["manifest.jsonl"]
+    return Manifest(out / ".fmupsample").records
+
+
 def records(out: Path) -> list[dict]:
     """The manifest's, without what differs from run to run."""
     lines = (out / "manifest.jsonl").read_text().splitlines()

@@ -8,8 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
-from drawn import Blocks, PatchMeans, draw
+from drawn import Blocks, PatchMeans, cut, draw, film
 from sharing import records, visible
 
 from fmupsample import open_shards
@@ -18,6 +19,7 @@ from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.extraction.ray import RayCluster
 from fmupsample.images import find_images
 from fmupsample.pipeline import Pipeline
+from fmupsample.video import scan_videos, with_frames
 from fmupsample_cli import loading
 from fmupsample_cli.main import main
 
@@ -85,11 +87,84 @@ def test_a_cluster_writes_the_files_of_one_process(cluster, photos, tmp_path, mo
     assert visible(two) == visible(one) and records(two) == records(one)
 
 
-def test_shards(cluster, photos, tmp_path):
-    def samples(out: Path) -> dict[str, tuple]:
-        shards = open_shards(out)
-        return {key: (shards.info(key), shards[key].full().tolist()) for key in shards}
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two videos, one of which breaks off, a file that is no video, and a picture."""
+    folder = tmp_path_factory.mktemp("films")
+    film(folder / "deep/a.mp4", 21)
+    cut(film(folder / "b.avi", 20), 0.8)
+    (folder / "bad.mp4").write_text("no video")
+    draw(folder / "b.png")
+    return folder
 
+
+@pytest.mark.parametrize("more", [["--pca", "1"], ["--shard-size", "4"]])
+def test_videos(cluster, films, tmp_path, monkeypatch, capsys, more):
+    """Their frames are pictures of the run, wherever they are computed."""
+    monkeypatch.setattr(loading, "load_models", lambda *_, **__: (PatchMeans(), Blocks()))
+    every = ["--every", "2", "--from", "0.1", "--device", "cpu", "--json"]
+
+    def summary_of(out: Path, *way: str) -> dict:
+        assert main(["extract", str(films), "-o", str(out), *every, *more, *way]) == 3
+        said = capsys.readouterr()
+        assert ("extracting on Ray" in said.err) == bool(way)
+        summary = json.loads(said.out.replace(str(out), "OUT"))
+        times = ("seconds", "pictures_per_second")
+        return {key: value for key, value in summary.items() if key not in times}
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = summary_of(one)
+    assert 10 + 1 + 2 < alone["done"] < 10 + 1 + 10 and alone["failed"] == 1
+    assert [bool(video["breaks_off"]) for video in alone["videos"]] == [True, False, False]
+    together = summary_of(two, "--ray", "auto")
+    if "--pca" in more:
+        assert together == alone
+        assert visible(two) == visible(one) and records(two) == records(one)
+    else:  # whose shards are divided in another way
+        assert samples(two) == samples(one)
+    again = summary_of(two)
+    assert (again["done"], again["skipped"]) == (0, alone["done"])
+
+
+class Counting(PatchMeans):
+    """Notes, in a worker, each time that a video is opened."""
+
+    def __init__(self, opened: Path) -> None:
+        super().__init__()
+        self.opened = opened
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        capture = cv2.VideoCapture
+
+        def noted(*arguments):
+            with self.opened.open("a") as file:
+                file.write("x")
+            return capture(*arguments)
+
+        cv2.VideoCapture = noted
+
+
+def test_a_worker_goes_on_where_it_was_in_a_video(cluster, tmp_path):
+    """It does not begin anew with each row, which would decode long videos many times."""
+    sources = find_images([film(tmp_path / "a.avi", 28)], videos=True)
+    sources = with_frames(sources, scan_videos(sources))
+    opened = tmp_path / "opened"
+    report = extract(
+        Pipeline(Counting(opened), Blocks()), sources, tmp_path / "out", cluster=cluster
+    )
+    assert len(report.done) == 28
+    # Eight rows; either of two workers opens it once, and again if Ray's order is another.
+    assert 1 <= len(opened.read_text()) <= 4
+
+
+def samples(out: Path) -> dict[str, tuple]:
+    """What is in the shards, whichever of them it is in."""
+    shards = open_shards(out)
+    return {key: (shards.info(key), shards[key].full().tolist()) for key in shards}
+
+
+def test_shards(cluster, photos, tmp_path):
     run(photos, tmp_path / "one", shard_size=4)
     report = run(photos, tmp_path / "two", cluster, shard_size=4)
     assert len(report.done) == PICTURES and len(report.failed) == 1

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import struct
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 import pytest
-from drawn import PatchMeans, cut, draw, film, gradient, number
+from drawn import PatchMeans, cut, draw, film, number
 
 from fmupsample.errors import FmupsampleError, ImageError, OutputError, UsageError
 from fmupsample.images import Source, find_images
@@ -165,26 +164,6 @@ def test_decoders_say_nothing(tmp_path: Path, capfd) -> None:
     assert capfd.readouterr().err == ""
 
 
-def test_orientation(tmp_path: Path) -> None:
-    path = film(tmp_path / "a.mp4", [gradient(48, 64)] * 3)
-    turn(path)
-    [first, *_] = frames(path)
-    assert first.size == (64, 48)
-    pixels, size = FrameReader().read(first)
-    assert size == (64, 48) and pixels.shape == (64, 48, 3)
-    upright = np.rot90(gradient(48, 64), -1).astype(float)
-    assert np.abs(pixels - upright).mean() < 12
-
-
-def turn(path: Path) -> None:
-    """Say in the header of an mp4 file that it is to be turned by 90 degrees clockwise."""
-    content = bytearray(path.read_bytes())
-    matrix = content.index(b"tkhd") + 4 + 40
-    one = 1 << 16
-    struct.pack_into(">9i", content, matrix, 0, one, 0, -one, 0, 0, 48 * one, 0, 1 << 30)
-    path.write_bytes(content)
-
-
 def test_the_list_of_videos_keeps_their_order_and_warns(tmp_path: Path) -> None:
     class Heard:
         warnings: list[str] = []  # noqa: RUF012
@@ -252,6 +231,21 @@ def test_a_video_is_opened_once(tmp_path: Path, monkeypatch) -> None:
         opened.clear()
         assert len(list(Pipeline(PatchMeans(), workers=workers).items(wanted, on_error=stop))) == 25
         assert len(opened) == 1
+
+
+def test_a_reader_of_several_calls(tmp_path: Path, monkeypatch) -> None:
+    """The next call goes on in the video; one that goes back begins it anew."""
+    opened = []
+    capture = cv2.VideoCapture
+    wanted = frames(film(tmp_path / "a.avi", 25))
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *a: opened.append(a) or capture(*a))
+    pipeline = Pipeline(PatchMeans(), workers=2)
+    pipeline.reader = FrameReader()
+    for part, opens in ((slice(0, 7), 1), (slice(10, 20), 1), (slice(20, 25), 1), (slice(3, 5), 2)):
+        items = list(pipeline.items(wanted[part], on_error=stop))
+        assert [number(item.canvas) for item in items] == [s.index for s in wanted[part]]
+        assert len(opened) == opens
+    pipeline.reader.close()
 
 
 def test_any_order(tmp_path: Path) -> None:

@@ -39,12 +39,14 @@ class Heard:
     def __init__(self) -> None:
         self.warnings: list[str] = []
         self.steps: list[tuple[str, int]] = []
+        self.done = 0  # of the last stage
 
     def start(self, total: int, label: str) -> None:
         self.steps.append((label, total))
+        self.done = 0
 
     def advance(self, steps: int = 1) -> None:
-        pass
+        self.done += steps
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -297,6 +299,11 @@ def test_similarity_to_a_point_of_the_first_frame(tmp_path: Path, capsys) -> Non
     assert files(out) == ["basis.safetensors", "clip.mp4", "clip.point-8-24.mp4"]
     made = frames_in(out / "clip.point-8-24.mp4")
     height, width = made[0].shape[:2]
+    # The next run knows both.
+    capsys.readouterr()
+    assert call("visualize", path, "-o", out, *options[:2], *options[4:], "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["skipped"], summary["drawn"]) == (1, [])
     # Of the last frame, a row of the right tile.
     row = made[3][height // 2, int(0.53 * width) : int(0.97 * width)].sum(1)
     quarter = len(row) // 4
@@ -377,7 +384,11 @@ def test_progress_goes_by_frame(tmp_path: Path) -> None:
         pipeline, [], tmp_path / "out", VisualizeOptions(layout="single"), clips=clips,
         progress=heard,
     )  # fmt: skip
-    assert heard.steps == [("features", 20), ("drawing a.mp4", 40)]
+    assert heard.steps == [("features", 20), ("drawing", 40)] and heard.done == 40
+    heard = Heard()
+    own = VisualizeOptions(layout="single", basis="image")
+    visualize(pipeline, [], tmp_path / "own", own, clips=clips, progress=heard)
+    assert heard.steps == [("drawing", 20 + 40)] and heard.done == 60
     heard = Heard()
     extract(pipeline, with_frames(sources, clips), tmp_path / "features", progress=heard)
     assert heard.steps == [("extracting", 40)]
@@ -398,6 +409,7 @@ def test_a_frame_that_fails_fails_the_video(tmp_path: Path, monkeypatch) -> None
         Pipeline(PatchMeans(), Blocks()), [], tmp_path / "out",
         VisualizeOptions(basis="image"), clips=clips, progress=heard,
     )  # fmt: skip
+    assert heard.steps == [("drawing", 16)] and heard.done == 16
     assert files(tmp_path / "out") == ["b.mp4"]
     assert heard.warnings == [f"{tmp_path / 'a.mp4'} at 0:00:00.3 is a damaged frame"]
     assert report.failed[0]["source"] == str(tmp_path / "a.mp4")

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 from drawn import Blocks, PatchMeans, draw
-from safetensors.torch import load_file
-from sharing import in_threads, torchrun
+from sharing import drawn, in_threads, logged, torchrun
 from torch import distributed
 
 from fmupsample.errors import OutputError, ProcessError, UsageError
 from fmupsample.images import find_images
 from fmupsample.pipeline import Pipeline
 from fmupsample.visualization import Point, VisualizeOptions, visualize
-from fmupsample.writers.manifest import Manifest
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
 
@@ -38,23 +36,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def visible(out: Path) -> dict[str, object]:
-    """Every file; of the basis, whose header has no order, only the numbers."""
-    assert [path.name for path in out.rglob(".*")] == [".fmupsample"]
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        if path.suffix != ".safetensors"
-        else {name: numbers.tolist() for name, numbers in load_file(path).items()}
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and path.parent.name != ".fmupsample"
-    }
-
-
-def logged(out: Path) -> dict[str, dict]:
-    assert [path.name for path in (out / ".fmupsample").iterdir()] == ["manifest.jsonl"]
-    return Manifest(out / ".fmupsample").records
-
-
 def test_two_processes_draw_the_pictures_of_one(photos, tmp_path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     alone(photos, one / "shared", points=(Point(3, 3),))
@@ -65,9 +46,9 @@ def test_two_processes_draw_the_pictures_of_one(photos, tmp_path) -> None:
     code, said, ends = torchrun(2, shared, [*shared, "-q"], image, fit)
     assert code == 0 and len(ends) == 4, said
     for name in ("shared", "image"):
-        assert visible(two / name) == visible(one / name)
+        assert drawn(two / name) == drawn(one / name)
         assert logged(two / name) == logged(one / name)
-    assert len(visible(two / "shared")) == 2 * PICTURES + 2  # and the basis, and the sheet
+    assert len(drawn(two / "shared")) == 2 * PICTURES + 2  # and the basis, and the sheet
 
     code, out, warned = ends[0]
     summary = json.loads(out)
@@ -103,7 +84,7 @@ def test_four_processes_of_which_one_dies(photos, tmp_path) -> None:
     # Finished ones are left; one that was there, but not yet in the log, may be drawn again.
     assert sum(path.stat().st_mtime_ns == time for path, time in before.items()) >= report.skipped
     assert report.skipped >= len(before) - 4
-    assert visible(out) == visible(one) and logged(out) == logged(one)
+    assert drawn(out) == drawn(one) and logged(out) == logged(one)
 
 
 def share(photos: Path, out: Path, size: int, options=None, folders=None, progress=None) -> list:
@@ -134,7 +115,7 @@ def test_processes_that_do_not_fit_together(photos, tmp_path) -> None:
     assert isinstance(second, ProcessError)
     alone(photos, tmp_path / "out")  # goes on
     alone(photos, tmp_path / "one")
-    assert visible(tmp_path / "out") == visible(tmp_path / "one")
+    assert drawn(tmp_path / "out") == drawn(tmp_path / "one")
     # With the basis there, only the drawings go astray.
     (tmp_path / "out/01.png").unlink()
     (tmp_path / "out/02.png").unlink()
@@ -168,7 +149,7 @@ def test_ctrl_c(photos, tmp_path) -> None:
     report = alone(photos, out)
     assert report.skipped >= len(second.drawn) and report.drawn
     alone(photos, tmp_path / "one")
-    assert visible(out) == visible(tmp_path / "one")
+    assert drawn(out) == drawn(tmp_path / "one")
 
 
 def test_more_processes_than_pictures(tmp_path) -> None:
@@ -176,4 +157,4 @@ def test_more_processes_than_pictures(tmp_path) -> None:
     first, *others = share(tmp_path / "photos", tmp_path / "out", 3)
     assert [path.name for path in first.drawn] == ["a.png"]
     assert not any(other.drawn for other in others)
-    assert set(visible(tmp_path / "out")) == {"a.png", "basis.safetensors"}
+    assert set(drawn(tmp_path / "out")) == {"a.png", "basis.safetensors"}

@@ -32,6 +32,7 @@ from fmupsample.extraction.sharing import open_for_others, pack_share, take_earl
 from fmupsample.images import printable, storable
 from fmupsample.pipeline import Pipeline
 from fmupsample.progress import SILENT
+from fmupsample.video import FrameReader
 from fmupsample.writers.manifest import Manifest, ManifestPart
 from fmupsample.writers.shards import Shards, shard_name
 
@@ -265,6 +266,7 @@ class Worker:
         # Temporary files are named by this and the number of the process, which two machines share.
         os.environ["RANK"] = str(name.int % 10**9)
         self.pipeline = self.job.open()
+        self.pipeline.reader = FrameReader()  # the next row may go on with this one's video
         self.described = describe(self.pipeline, self.job.options)
         self.manifest = ManifestPart(self.job.out, f"ray-{name.hex}")
 

@@ -115,7 +115,8 @@ def _count(capture: cv2.VideoCapture, source: Source, span: Span) -> Clip:
 
     fps = capture.get(cv2.CAP_PROP_FPS)
     fps = fps if 0 < fps < 1000 else 25.0
-    claimed = max(0.0, capture.get(cv2.CAP_PROP_FRAME_COUNT)) / fps  # seconds
+    named = max(0.0, capture.get(cv2.CAP_PROP_FRAME_COUNT))  # frames; by some files an estimate
+    claimed = named / fps  # seconds
     frames: list[int] = []
     times: list[float] = []
     count, inside, time, size = 0, 0, 0.0, (0, 0)
@@ -150,7 +151,8 @@ def _count(capture: cv2.VideoCapture, source: Source, span: Span) -> Clip:
     before = "the one frame" if count == 1 else f"the {count} frames"
     end = time + 1 / fps
     slack = 3 / fps + min(_SILENT_SECONDS, _SILENT_SHARE * claimed)
-    whole = whole or span.ends_by(end)
+    # A last frame may be shown for long: where all frames are there, nothing breaks off.
+    whole = whole or span.ends_by(end) or count >= named
     if not whole and claimed < 1e7 and claimed - end > slack:
         broken = (
             f"{shown_path} breaks off after {show_time(end)} of {show_time(claimed)} (damaged or "

@@ -198,6 +198,9 @@ class Album:
         with self._place(path, record, VIDEO_SUFFIX) as temporary:
             yield temporary, path
             made["bytes"] = temporary.stat().st_size
+            # The PCA and the points of a video are written at once: each keeps what ended before.
+            known = self.record(source).get("pictures", {})
+            record["pictures"] = {**known, **record["pictures"]}
 
     def _entry(
         self, source: Source, point: Point | None, made: dict[str, Any]
@@ -343,14 +346,14 @@ class AlbumPart(Album):
         self._ours = set()
 
     def take(self, sources: Sequence[Source], packed: dict[str, Any]) -> None:
-        """Draw these, of which :meth:`Album.pack` of the first process gave ``packed``."""
-        self.sources = list(sources)
+        """Draw these too, of which :meth:`Album.pack` of the first process gave ``packed``."""
+        self.sources += sources
         named = (self.names, *self.point_names.values())
         for source, row in zip(sources, packed["names"], strict=True):
             for names, name in zip(named, row, strict=True):
                 names[source] = PurePosixPath(name)
         self._log.records.update(packed["records"])
-        self._ours = set(packed["ours"])
+        self._ours.update(packed["ours"])
 
 
 def encode(pixels: np.ndarray, suffix: str) -> bytes:

@@ -144,29 +144,32 @@ class _Shown:
 
 
 class Filming:
-    """The videos of one run.
+    """Draws a video.
 
     Args:
         artist: of the run's options.
-        album: has names for the videos' results.
+        album: has names for the video's results.
     """
 
     def __init__(self, artist: FilmArtist, album: Album, progress: Progress) -> None:
         self.artist, self.album, self.progress = artist, album, progress
+        self.steps = 0  # frames that progress has heard of
 
-    def own_basis(self, clip: Clip, frames: Sequence[FrameSource]) -> PCABasis:
+    def _advance(self) -> None:
+        self.steps += 1
+        self.progress.advance()
+
+    def own_basis(self, frames: Sequence[FrameSource]) -> PCABasis:
         """The basis of one video by itself.
 
         Raises:
             ImageError: a frame cannot be read.
         """
-        chosen = spread(frames)
-        self.progress.start(len(chosen), f"basis of {printable(clip.source.relative)}")
         tokens = []
-        for item in self.artist.pipeline.items(chosen, on_error=_stop):
+        for item in self.artist.pipeline.items(spread(frames), on_error=_stop):
             found = self.artist.basis_tokens(item)
             tokens.append(sample_tokens(found.T[:, :, None], 2000).cpu())
-            self.progress.advance()
+            self._advance()
         return PCABasis.fit(torch.cat(tokens))
 
     def draw(
@@ -189,7 +192,6 @@ class Filming:
             FmupsampleError: it cannot be drawn; there is no file then.
             KeyboardInterrupt: the same.
         """
-        name = printable(clip.source.relative)
         files: dict[Point | None, VideoFile] = {}
         paths = []
         try:
@@ -200,11 +202,11 @@ class Filming:
                     files[point] = stack.enter_context(VideoFile(temporary, clip.rate))
                     paths.append(path)
                 if basis is None and None in wanted:
-                    basis = self.own_basis(clip, frames)
-                self.progress.start(len(frames), f"drawing {name}")
+                    basis = self.own_basis(frames)
                 stack.callback(self.artist.close)
                 self._fill(files, frames, basis)
         except KeyboardInterrupt:
+            name = printable(clip.source.relative)
             self.progress.warn(
                 f"stopped: the video of {name} is not finished, and the same command draws it "
                 "from its start; what was finished before is kept"
@@ -241,7 +243,7 @@ class Filming:
                             looks[point] = self.artist.look(item, point)
                         drawing = self.artist.similarity(item, looks[point], first=first)
                     saver.put(item.source, drawing, point)
-                self.progress.advance()
+                self._advance()
 
 
 def check_point(clip: Clip, point: Point) -> None:

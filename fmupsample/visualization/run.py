@@ -145,7 +145,7 @@ def visualize(
 
     Args:
         team: processes that share the work, see :mod:`.sharing`. The first is given all
-            pictures; the others none, and their report is of their own share. Not with ``clips``.
+            pictures and videos; the others none, and their report is of their own share.
 
     Raises:
         UsageError: options that cannot be honoured, a basis of another backbone.
@@ -154,8 +154,6 @@ def visualize(
     """
     options = options or VisualizeOptions()
     options.check(videos=bool(clips))
-    if team is not None and clips:
-        raise UsageError("several processes share pictures, but a video is drawn by one alone")
     if team is not None:
         from fmupsample.visualization.sharing import LeadingRun, help_out  # which is a Run
 
@@ -173,7 +171,7 @@ def visualize(
         if team is None:
             run = Run(pipeline, album, options, progress, clips)
         else:
-            run = LeadingRun(pipeline, album, options, progress, team)
+            run = LeadingRun(pipeline, album, options, progress, clips, team)
         try:
             return run.run()
         finally:
@@ -216,14 +214,16 @@ class Run:
         if self.options.basis != "image":
             self.basis = self._basis()
         todo = [source for source in self.sources if self._wanted(source)]
+        films = [c for c in self.clips if not c.error and self._wanted(c.source, c)]
+        there = len(self.sources) + sum(not clip.error for clip in self.clips)
+        self.report.skipped = there - len(todo) - len(films)
         bad = {failure["source"] for failure in self.report.failed}
-        self.report.skipped = len(self.sources) - len(todo)
-        self._draw([source for source in todo if str(source) not in bad])
+        self._draw(
+            [source for source in todo if str(source) not in bad],
+            [clip for clip in films if str(clip.source) not in bad],
+        )
         if self.options.contact_sheet:
             self.report.sheets = self.album.save_sheets(self.progress)
-        for clip in self.clips:
-            if str(clip.source) not in bad:
-                self._film(clip)
         self.report.seconds = time.monotonic() - began
         return self.report
 
@@ -293,17 +293,22 @@ class Run:
 
         Fills the cache on the way.
         """
-        sources = [*self.sources]
-        for clip in self.clips:
-            if not clip.error:
-                sources += spread(self.frames[clip.source])
+        sources = [source for group in self._fitted_on() for source in group]
         samples = self._samples(sources, range(len(sources)), len(sources))
         return torch.cat(list(samples.values())) if samples else None
+
+    def _fitted_on(self) -> list[list[Source]]:
+        """What a basis is fitted on: each picture, and then frames of each video."""
+        clips = [clip for clip in self.clips if not clip.error]
+        return [
+            *([source] for source in self.sources),
+            *(spread(self.frames[clip.source]) for clip in clips),
+        ]
 
     def _samples(
         self, sources: Sequence[Source], numbers: Sequence[int], total: int
     ) -> dict[int, Tensor]:
-        """Tokens ``[n, C]`` of these pictures, by their ``numbers`` among ``total``."""
+        """Tokens ``[n, C]`` of these pictures and frames, by their ``numbers`` among ``total``."""
         if not sources:
             return {}
         most = min(_MAX_TOKENS, _MAX_TOKEN_NUMBERS // self.pipeline.backbone.channels)
@@ -350,10 +355,8 @@ class Run:
 
     def _film(self, clip: Clip) -> None:
         """Draw a video; one that fails is reported."""
+        steps = self._steps(clip)
         wanted = {point: self._recipe(point, clip) for point in self._wanted(clip.source, clip)}
-        if not wanted:
-            self.report.skipped += 1
-            return
         for point in [p for p in wanted if p is not None]:
             try:
                 check_point(clip, point)
@@ -361,6 +364,7 @@ class Run:
                 self._failed(clip.source, error, step=0)
                 del wanted[point]
         if not wanted:
+            self.progress.advance(steps)
             return
         filming = Filming(self._film_artist(), self.album, self.progress)
         try:
@@ -369,7 +373,13 @@ class Run:
         except OutputError:
             raise
         except FmupsampleError as error:
-            self._failed(clip.source, error, step=0)
+            self._failed(clip.source, error, step=steps - filming.steps)
+
+    def _steps(self, clip: Clip) -> int:
+        """How often drawing this video advances: once a frame, more for a basis of its own."""
+        frames = self.frames[clip.source]
+        own = self.basis is None and None in self._wanted(clip.source, clip)
+        return len(frames) + (len(spread(frames)) if own else 0)
 
     def _film_artist(self) -> FilmArtist:
         options = self.options
@@ -381,10 +391,16 @@ class Run:
             note=f"{self.pipeline.backbone.name}, PCA of {shown}",
         )
 
-    def _draw(self, todo: list[Source]) -> None:
-        if not todo:
+    def _draw(self, todo: list[Source], films: list[Clip]) -> None:
+        """Draw pictures, then videos, of which something is wanted."""
+        if not todo and not films:
             return
-        self.progress.start(len(todo), "drawing")
+        self.progress.start(len(todo) + sum(map(self._steps, films)), "drawing")
+        self._draw_pictures(todo)
+        for clip in films:
+            self._film(clip)
+
+    def _draw_pictures(self, todo: list[Source]) -> None:
         with Saver(self._save, self._saved) as saver:
             for item in self.cache.items(todo, on_error=self._failed):
                 for point, drawing in self._drawings(item, self._wanted(item.source)):

@@ -1,17 +1,20 @@
 """``visualize`` over several processes: the first plans, fits the basis and sums up.
 
-Where a basis is to be fitted, each process computes the features of every n-th picture and leaves a
-sample of them in a hidden file, from which the first fits it. Then each draws its share: the same
-pictures, whose features it has, or every n-th of those that are still to be drawn. What a process
-that dies has not drawn is drawn by the next run.
+Where a basis is to be fitted, each process computes the features of every n-th picture, and of
+frames of every n-th video, and leaves a sample of them in a hidden file, from which the first fits
+it. Then each draws its share: the same pictures, whose features it has, or every n-th of those that
+are still to be drawn. Of the videos, longest first, each process draws one, and then whichever
+nobody has begun. What a process that dies has not drawn is drawn by the next run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ from fmupsample.sharing import (
     shortly,
     unpack_sources,
 )
+from fmupsample.video.clips import Clip
+from fmupsample.video.frames import frames_of
 from fmupsample.visualization.album import BASIS_NAME, Album, AlbumPart
 from fmupsample.visualization.run import Report, Run, VisualizeOptions
 
@@ -49,9 +54,10 @@ class LeadingRun(Run):
         album: Album,
         options: VisualizeOptions,
         progress: Progress,
+        clips: Sequence[Clip],
         team: Team,
     ) -> None:
-        super().__init__(pipeline, album, options, progress)
+        super().__init__(pipeline, album, options, progress, clips)
         self.team = team
         self._began = self._sampled = False
 
@@ -62,26 +68,46 @@ class LeadingRun(Run):
         self._began, self._sampled = True, sampling
         self.album.share()
         for rank in range(1, self.team.size):
-            share = {
-                "digest": _digest(self),
-                "pictures": pack_sources(self._share(rank)) if sampling else None,
-                "total": len(self.sources),
-            }
+            share = {"digest": _digest(self), "sample": None}
+            if sampling:
+                numbers, sources = self._share(rank)
+                share["sample"] = {
+                    "numbers": numbers,
+                    "sources": pack_sources(sources),
+                    "total": self._total,
+                }
             self.team.post(share_of(rank), share)
 
-    def _share(self, rank: int) -> list[Source]:
-        return self.sources[rank :: self.team.size]
+    @functools.cached_property
+    def _groups(self) -> list[tuple[int, list[Source]]]:
+        """What a basis is fitted on, with the number of the first of each group."""
+        groups = self._fitted_on()
+        return list(zip(itertools.accumulate(map(len, groups), initial=0), groups, strict=False))
+
+    @property
+    def _total(self) -> int:
+        return sum(len(group) for _, group in self._groups)
+
+    def _share(self, rank: int) -> tuple[list[int], list[Source]]:
+        """What a process samples, and its numbers among all: a video's frames are for one."""
+        numbers: list[int] = []
+        sources: list[Source] = []
+        for first, group in self._groups[rank :: self.team.size]:
+            numbers += range(first, first + len(group))
+            sources += group
+        return numbers, sources
 
     def _sample(self) -> Tensor | None:
         self._begin(sampling=True)
-        team, progress, total = self.team, self.progress, len(self.sources)
+        team, progress, total = self.team, self.progress, self._total
         together = self.progress = Together(progress, team, total)
         try:
-            samples = self._samples(self._share(0), range(0, total, team.size), total)
+            numbers, sources = self._share(0)
+            samples = self._samples(sources, numbers, total)
             for rank in range(1, team.size):
                 team.wait(_features_of(rank), together.look, by=rank)
                 theirs = team.fetch(_features_of(rank))
-                self._hear(theirs["failed"], self._share(rank))
+                self._hear(theirs["failed"], self._share(rank)[1])
                 samples |= self._read(theirs["samples"])
             together.look()
         finally:
@@ -101,8 +127,11 @@ class LeadingRun(Run):
             ) from error
         return {int(number): tokens for number, tokens in found.items()}
 
-    def _draw(self, todo: list[Source]) -> None:
+    def _draw(self, todo: list[Source], films: list[Clip]) -> None:
         self._begin(sampling=False)
+        films = sorted(films, key=lambda clip: len(clip.frames), reverse=True)
+        for number, clip in enumerate(films):
+            self.team.post(_film(number), _pack_film(clip, self.album))
         team, progress, wanted = self.team, self.progress, set(todo)
         order = self.sources if self._sampled else todo
         shares = [[s for s in order[rank :: team.size] if s in wanted] for rank in range(team.size)]
@@ -110,25 +139,31 @@ class LeadingRun(Run):
             drawings = {
                 "sources": pack_sources(share),
                 "album": self.album.pack(share),
+                "films": len(films),
                 "basis": self.basis and self.basis.fingerprint,
             }
             team.post(_drawings_of(rank), drawings)
-        together = self.progress = Together(progress, team, len(todo))
+        total = len(todo) + sum(map(self._steps, films))
+        together = self.progress = Together(progress, team, total)
         try:
-            if todo and not shares[0]:
-                together.start(0, "drawing")
-            super()._draw(shares[0])
-            self._sum_up(shares, together.look)
+            if total:
+                together.start(total, "drawing")
+            self._draw_pictures(shares[0])
+            for number in _taken(team, len(films)):
+                self._film(films[number])
+            self._sum_up(shares, films, together.look)
         except KeyboardInterrupt:
             # They were interrupted as well. One that does not end keeps its own part of the log,
             # which the next run merges.
             with contextlib.suppress(FmupsampleError, TimeoutError):
-                self._sum_up(shares, shortly())
+                self._sum_up(shares, films, shortly())
             raise
         finally:
             self.progress = progress
 
-    def _sum_up(self, shares: list[list[Source]], meanwhile: Callable[[], None]) -> None:
+    def _sum_up(
+        self, shares: list[list[Source]], films: list[Clip], meanwhile: Callable[[], None]
+    ) -> None:
         """Wait for all, and report what they did."""
         for rank in range(1, self.team.size):
             self.team.wait(end_of(rank), meanwhile, by=rank)
@@ -143,16 +178,18 @@ class LeadingRun(Run):
                         "all processes write into one and the same folder?"
                     )
                 self.report.drawn.append(self.album.path(name))
-            self._hear(end["failed"], shares[rank])
+            taken = [films[number].source for number in end["films"]]
+            self._hear(end["failed"], [*shares[rank], *taken])
         named = (self.album.names, *self.album.point_names.values())
-        order = [self.album.path(names[s]) for s in self.sources for names in named]
+        order = [self.album.path(names[s]) for s in self.album.names for names in named]
         place = {path: number for number, path in enumerate(order)}
         self.report.drawn.sort(key=place.__getitem__)
 
     def _hear(self, failed: list[tuple[int, str]], sources: Sequence[Source]) -> None:
-        """Report the pictures that another process could not use."""
+        """Report the pictures and videos that another process could not use."""
         for number, error in failed:
-            self.report.failed.append({"source": str(sources[number]), "error": error})
+            source = printable(sources[number].path)
+            self.report.failed.append({"source": source, "error": error})
             self.progress.warn(error)
 
 
@@ -161,10 +198,20 @@ class HelpingRun(Run):
 
     album: AlbumPart
 
-    def leave_samples(self, share: dict[str, Any], team: Team) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        album: AlbumPart,
+        options: VisualizeOptions,
+        progress: Progress,
+    ) -> None:
+        super().__init__(pipeline, album, options, progress)
+        self.films: list[int] = []  # numbers of those that it has begun
+
+    def leave_samples(self, sample: dict[str, Any], team: Team) -> None:
         """Compute the features of a share, and leave what the basis is fitted on."""
-        sources, total = unpack_sources(share["pictures"]), share["total"]
-        samples = self._samples(sources, range(team.rank, total, team.size), total)
+        sources = unpack_sources(sample["sources"])
+        samples = self._samples(sources, sample["numbers"], sample["total"])
         # Under the name of a temporary file: what a run that is killed leaves of it goes with them.
         path = temporary_for(self.album.log_folder / "samples")
         try:
@@ -174,10 +221,10 @@ class HelpingRun(Run):
         failed, self.report.failed = _numbered(self.report.failed, sources), []
         team.post(_features_of(team.rank), {"samples": path.name, "failed": failed})
 
-    def draw(self, drawings: dict[str, Any]) -> None:
+    def draw(self, drawings: dict[str, Any], team: Team) -> None:
         """Draw a share."""
-        self.sources = unpack_sources(drawings["sources"])
-        self.album.take(self.sources, drawings["album"])
+        sources = unpack_sources(drawings["sources"])
+        self.album.take(sources, drawings["album"])
         if drawings["basis"] is not None:
             shared = self.options.basis == "shared"
             path = self.output / BASIS_NAME if shared else Path(self.options.basis)
@@ -187,13 +234,22 @@ class HelpingRun(Run):
                     f"{printable(path)} is not the basis that the first process uses: do all "
                     "processes see the same files?"
                 )
-        self._draw(self.sources)
+        self.progress.start(len(sources), "drawing")
+        self._draw_pictures(sources)
+        for number in _taken(team, drawings["films"]):
+            packed = team.fetch(_film(number))
+            clip = _unpack_clip(packed)
+            self.album.take([clip.source], packed["album"])
+            self.films.append(number)
+            self.frames = frames_of([clip])
+            self._film(clip)
 
     def end(self) -> dict[str, Any]:
         """What was done."""
         return {
             "drawn": [path.relative_to(self.output).as_posix() for path in self.report.drawn],
-            "failed": _numbered(self.report.failed, self.sources),
+            "failed": _numbered(self.report.failed, self.album.sources),
+            "films": self.films,
         }
 
 
@@ -214,9 +270,9 @@ def help_out(pipeline: Pipeline, output: Path, options: VisualizeOptions, team: 
     run = HelpingRun(pipeline, album, options, Counting(team))
     try:
         refuse_other_options(share["digest"] == _digest(run), team)
-        if share["pictures"] is not None:
-            run.leave_samples(share, team)
-        run.draw(team.fetch(_drawings_of(team.rank)))
+        if share["sample"] is not None:
+            run.leave_samples(share["sample"], team)
+        run.draw(team.fetch(_drawings_of(team.rank)), team)
     except KeyboardInterrupt:
         album.close()
         team.post(end_of(team.rank), run.end())
@@ -237,8 +293,37 @@ def _digest(run: Run) -> str:
 
 def _numbered(failed: list[dict[str, str]], sources: Sequence[Source]) -> list[tuple[int, str]]:
     """Failures by the number of the picture: its path may be another one for another process."""
-    numbers = {str(source): number for number, source in enumerate(sources)}
+    numbers = {printable(source.path): number for number, source in enumerate(sources)}
     return [(numbers[f["source"]], f["error"]) for f in failed if f["source"] in numbers]
+
+
+def _taken(team: Team, count: int) -> Iterator[int]:
+    """Numbers below ``count``, each for one process: that of its rank, then what nobody has."""
+    number = team.rank
+    while number < count:
+        yield number
+        number = team.size - 1 + team.add("films begun", 1)
+
+
+def _pack_film(clip: Clip, album: Album) -> dict[str, Any]:
+    """A video, and what another process must know to draw it, as plain values."""
+    return {
+        "source": pack_sources([clip.source]),
+        "clip": {name: value for name, value in vars(clip).items() if name != "source"},
+        "album": album.pack([clip.source]),
+    }
+
+
+def _unpack_clip(packed: dict[str, Any]) -> Clip:
+    """The video of :func:`_pack_film`."""
+    [source] = unpack_sources(packed["source"])
+    facts = packed["clip"]
+    lists = {name: tuple(facts[name]) for name in ("size", "frames", "times")}
+    return Clip(source, **{**facts, **lists})
+
+
+def _film(number: int) -> str:
+    return f"film {number}"
 
 
 def _features_of(rank: int) -> str:
