@@ -23,8 +23,9 @@ from fmupsample.device import autocast, check_precision, is_out_of_memory, resol
 from fmupsample.distributed import processes_here
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
 from fmupsample.images.find import Source
-from fmupsample.images.prepare import fit_to_frame, normalise
+from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, parse_output_size, plan_frame
+from fmupsample.layers.parts import InParts
 from fmupsample.memory import available_memory
 from fmupsample.ops import reassemble_window
 from fmupsample.ops.memory import empty_map
@@ -33,6 +34,7 @@ from fmupsample.upsamplers.base import Upsampler
 from fmupsample.video.frames import FrameReader
 from fmupsample.windows import (
     features_in_windows,
+    overview_of,
     overview_size,
     window_side,
     with_coarse_part,
@@ -61,7 +63,8 @@ class Item:
     Attributes:
         canvas: what the backbone saw, uint8 ``[H, W, 3]``.
         features: float32 ``[C, h, w]`` of the whole canvas, on the pipeline's device.
-        image: the canvas normalised for the backbone, float32 ``[3, H, W]``, on the device.
+        guidance: the canvas normalised for the backbone, float32 ``[3, H, W]``, on the device; of a
+            canvas that was shown in windows, something that gives any part of it.
         window: ``(H, W)`` of the windows in which the backbone saw the canvas; ``None``: whole.
     """
 
@@ -69,8 +72,13 @@ class Item:
     frame: Frame
     canvas: np.ndarray
     features: Tensor
-    image: Tensor
+    guidance: Tensor | InParts
     window: tuple[int, int] | None = None
+
+    @property
+    def image(self) -> Tensor:
+        """The normalised canvas as one tensor; where it is not kept, it is made at every look."""
+        return self.guidance[...]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -301,29 +309,32 @@ class Pipeline:
     @torch.no_grad()
     def _features(self, batch: list[_Loaded], window: tuple[int, int] | None) -> list[Item]:
         mean, std = self.backbone.mean, self.backbone.std
-        images = [normalise(p.canvas, mean, std).to(self.device) for p in batch]  # [3, H, W]
         if window is None:
+            images = [normalise(p.canvas, mean, std).to(self.device) for p in batch]  # [3, H, W]
             features = self._run_backbone(torch.stack(images)).float()  # [B, C, h, w]
         else:
+            images = [self._in_parts(p) for p in batch]
             features = [self._windowed(image, window) for image in images]
         return [
             Item(p.source, p.frame, p.canvas, features[i], images[i], window)
             for i, p in enumerate(batch)
         ]
 
-    def _windowed(self, image: Tensor, window: tuple[int, int]) -> Tensor:
+    def _in_parts(self, picture: _Loaded) -> InParts:
+        """The normalised canvas, ``[3, H, W]``, of which 3 bytes a pixel are kept, not 15."""
+        if not picture.canvas.flags.writeable:  # which torch cannot express
+            picture.canvas = picture.canvas.copy()
+        pixels = torch.from_numpy(picture.canvas).permute(2, 0, 1).to(self.device)
+        mean, std = self.backbone.mean, self.backbone.std
+        return InParts(pixels, partial(normalise_part, mean=mean, std=std))
+
+    def _windowed(self, image: InParts, window: tuple[int, int]) -> Tensor:
         """Features ``[C, h, w]`` of a picture shown in windows, and once whole, made small."""
         multiple = self.backbone.size_multiple
         found = features_in_windows(self._run_backbone, image, window, multiple, self.batch_size)
         size = tuple(image.shape[1:])
-        small = F.interpolate(
-            image[None],
-            overview_size(size, window, multiple),
-            mode="bicubic",
-            align_corners=False,
-            antialias=True,
-        )
-        return with_coarse_part(found, self._run_backbone(small)[0], size, window)
+        small = overview_of(image, overview_size(size, window, multiple))
+        return with_coarse_part(found, self._run_backbone(small[None])[0], size, window)
 
     def _run_backbone(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):
@@ -378,9 +389,11 @@ class Pipeline:
         y = 0
         for band in self._bands(item, full):
             rows = band[0, :, : max(0, crop[0] - y), : crop[1]]
+            y += band.shape[2]
+            del band  # what is yielded is all that is kept of it
             if rows.shape[1] > 0:
                 yield rows
-            y += band.shape[2]
+            del rows
 
     def _by_rows(
         self,
@@ -398,6 +411,7 @@ class Pipeline:
             part = reassemble_window(value[None], rows[None], full, (y, 0), fractional=fractional)
             out[:, y : y + rows.shape[1]] = part[0]
             y += rows.shape[1]
+            del rows, part
         return out
 
     @torch.no_grad()
@@ -407,21 +421,22 @@ class Pipeline:
         All at once where that fits. Where memory runs out, half as many pixels at a time go on from
         the row that was reached.
         """
-        upsampler, x, image = self._upsampler, item.features[None], item.image[None]
+        upsampler, x, guidance = self._upsampler, item.features[None], item.guidance
         done = 0
         while True:
             pixels = self._pixels_at_once()
             try:
                 if self._at_once(full):
-                    bands = iter([upsampler.kernels(x, image, full)])
+                    bands = iter([upsampler.kernels(x, guidance[None], full)])
                 else:
-                    bands = upsampler.kernels_in_rows(x, image, full, pixels)
+                    bands = upsampler.kernels_in_rows(x, guidance.unsqueeze(0), full, pixels)
                 y = 0
                 for band in bands:
                     y += band.shape[2]
                     if y > done:
                         new, done = y - done, y
                         yield band[:, :, band.shape[2] - new :]
+                    del band  # before the next one is made
                 return
             except Exception as error:
                 most = min(pixels, full[0] * full[1])

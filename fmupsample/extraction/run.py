@@ -326,7 +326,9 @@ class Run:
         if self.pipeline.upsampler.kernel_size == 1:
             return
         for rows in self.pipeline.kernel_rows(item, self.size(item)):
-            yield encode_weights(rows, options.weight_bits).cpu()
+            stored = encode_weights(rows, options.weight_bits).cpu()
+            del rows
+            yield stored
 
     def slices(self, item: Item, value: Tensor, basis: Projection | None) -> Iterator[Tensor]:
         """The map of the file, ``[c, H, W]`` at a time."""

@@ -29,8 +29,19 @@ def fit_to_frame(pixels: np.ndarray, frame: Frame) -> np.ndarray:
 
 def normalise(canvas: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 ``[H, W, 3]`` -> float32 ``[3, H, W]``: RGB in 0..1, minus ``mean``, over ``std``."""
-    # A copy: decoded arrays are read-only, which torch cannot express.
-    image = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).to(torch.float32).div_(255.0)
-    centre = torch.tensor(mean, dtype=torch.float32)[:, None, None]
-    scale = torch.tensor(std, dtype=torch.float32)[:, None, None]
-    return image.sub_(centre).div_(scale).contiguous()
+    image = torch.empty(3, *canvas.shape[:2])
+    # By NumPy: decoded arrays are read-only, which torch cannot express.
+    image.numpy()[:] = canvas.transpose(2, 0, 1)
+    return _scaled(image, mean, std)
+
+
+def normalise_part(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The same of any part of a canvas ``[..., 3, h, w]`` that is a uint8 tensor."""
+    part = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    return _scaled(part.copy_(pixels), mean, std)
+
+
+def _scaled(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """In place, of 0..255."""
+    centre, scale = (image.new_tensor(values)[:, None, None] for values in (mean, std))
+    return image.div_(255.0).sub_(centre).div_(scale)
