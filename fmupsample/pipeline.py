@@ -26,7 +26,7 @@ from fmupsample.images.find import Source
 from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, parse_output_size, plan_frame
 from fmupsample.layers.parts import InParts
-from fmupsample.memory import available_memory
+from fmupsample.memory import available_memory, return_freed
 from fmupsample.ops import reassemble_window
 from fmupsample.ops.memory import empty_map
 from fmupsample.prefetch import prefetch
@@ -324,6 +324,7 @@ class Pipeline:
         """The normalised canvas, ``[3, H, W]``, of which 3 bytes a pixel are kept, not 15."""
         if not picture.canvas.flags.writeable:  # which torch cannot express
             picture.canvas = picture.canvas.copy()
+        return_freed()  # what decoding took
         pixels = torch.from_numpy(picture.canvas).permute(2, 0, 1).to(self.device)
         mean, std = self.backbone.mean, self.backbone.std
         return InParts(pixels, partial(normalise_part, mean=mean, std=std))

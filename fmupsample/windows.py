@@ -123,9 +123,9 @@ def overview_of(image: Tensor | InParts, size: tuple[int, int]) -> Tensor:
     """
 
     def resized(some: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(
-            some[None], size, mode="bicubic", align_corners=False, antialias=True
-        )[0]
+        return F.interpolate(some[None], size, mode="bicubic", align_corners=False, antialias=True)[
+            0
+        ]
 
     rows = range(0, image.shape[1], _OVERVIEW_ROWS)
     parts = (image[:, y : y + _OVERVIEW_ROWS] for y in rows)

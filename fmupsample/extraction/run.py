@@ -400,7 +400,8 @@ def _check_range(source: Source, value: Tensor, dtype: str) -> None:
     Raises:
         FmupsampleError: NaN or infinity, or numbers that ``dtype`` cannot hold.
     """
-    largest = float(value.abs().amax())
+    low, high = value.aminmax()
+    largest = float(torch.maximum(-low, high))  # NaN if there is one
     if not largest < float("inf"):
         raise FmupsampleError(f"{source}: the backbone gave NaN or infinity; try --precision fp32")
     if largest > torch.finfo(DTYPES[dtype]).max:

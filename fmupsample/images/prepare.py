@@ -19,8 +19,8 @@ def fit_to_frame(pixels: np.ndarray, frame: Frame) -> np.ndarray:
     """
     height, width = frame.placed
     if pixels.shape[:2] != frame.placed:
-        picture = Image.fromarray(pixels)
-        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(resized)
     below, right = frame.canvas[0] - height, frame.canvas[1] - width
     if below or right:
         pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)), mode="edge")
