@@ -415,12 +415,11 @@ class Pipeline:
             del rows, part
         return out
 
-    @torch.no_grad()
     def _bands(self, item: Item, full: tuple[int, int]) -> Iterator[Tensor]:
         """Kernel weights ``[1, N, rows, W]`` of the whole canvas from the top.
 
         All at once where that fits. Where memory runs out, half as many pixels at a time go on from
-        the row that was reached.
+        the row that was reached. A band is not kept here while the next one is made.
         """
         upsampler, x, guidance = self._upsampler, item.features[None], item.guidance
         done = 0
@@ -428,16 +427,18 @@ class Pipeline:
             pixels = self._pixels_at_once()
             try:
                 if self._at_once(full):
-                    bands = iter([upsampler.kernels(x, guidance[None], full)])
+                    with torch.no_grad():
+                        bands = iter([upsampler.kernels(x, guidance[None], full)])
                 else:
                     bands = upsampler.kernels_in_rows(x, guidance.unsqueeze(0), full, pixels)
                 y = 0
-                for band in bands:
+                # No decorator does this: that of a generator would keep what was yielded.
+                while (band := _without_gradients(bands)) is not None:
                     y += band.shape[2]
                     if y > done:
                         new, done = y - done, y
                         yield band[:, :, band.shape[2] - new :]
-                    del band  # before the next one is made
+                    del band
                 return
             except Exception as error:
                 most = min(pixels, full[0] * full[1])
@@ -528,6 +529,12 @@ def map_sizes(
     if full[0] < grid[0] or full[1] < grid[1]:
         return frame.canvas, frame.placed, wanted
     return full, crop, wanted
+
+
+@torch.no_grad()
+def _without_gradients(bands: Iterator[Tensor]) -> Tensor | None:
+    """The next one."""
+    return next(bands, None)
 
 
 def _finish(full: Tensor, crop: tuple[int, int], size: tuple[int, int]) -> Tensor:

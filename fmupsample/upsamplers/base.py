@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fmupsample.errors import ShapeError, UsageError
@@ -87,7 +88,8 @@ class Upsampler(nn.Module):
         The same numbers up to rounding, without gradients. Methods that can do so work on about
         ``pixels`` output pixels at a time; this one makes all of them at once.
         """
-        yield self.kernels(x, guidance if guidance is None else guidance[...], size)
+        whole = guidance if guidance is None else guidance[...]
+        yield torch.no_grad()(self.kernels)(x, whole, size)
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted neighbours of ``value`` ``[B, V, h, w]`` -> ``[B, V, H, W]``.

@@ -60,19 +60,20 @@ class JointBilateral(Upsampler):
         )
         return self._weights(guidance, low, down, across)
 
-    @torch.no_grad()
     def kernels_in_rows(
         self, x: Tensor, guidance: Tensor | InParts | None, size: tuple[int, int], pixels: int
     ) -> Iterator[Tensor]:
         size = self.check(x, guidance if guidance is None else in_parts(guidance).like, size)
-        guidance, low = self._maps(x, guidance, size)
+        with torch.no_grad():
+            guidance, low = self._maps(x, guidance, size)
         down, across = (
             self._axis(n, pixels, low) for n, pixels in zip(x.shape[-2:], size, strict=True)
         )
         step = max(1, pixels // (len(x) * size[1]))
+        weights = torch.no_grad()(self._weights)
         for y in range(0, size[0], step):
             rows = tuple([t[y : y + step] for t in part] for part in down)
-            yield self._weights(guidance[:, :, y : y + step], low, rows, across)
+            yield weights(guidance[:, :, y : y + step], low, rows, across)
 
     def _maps(
         self, x: Tensor, guidance: Tensor | InParts | None, size: tuple[int, int]

@@ -108,22 +108,21 @@ class ReSFU(Upsampler):
             x, guidance, low = self._prepared(x, guidance, size)
             return self._kernels(x, guidance[...], low)
 
-    @torch.no_grad()
     def kernels_in_rows(
         self, x: Tensor, guidance: Tensor | InParts | None, size: tuple[int, int], pixels: int
     ) -> Iterator[Tensor]:
         few = len(x) * size[0] * size[1] <= pixels
         if guidance is None or self.config.similarity == "inner" or few:
-            yield self.kernels(x, guidance if guidance is None else guidance[...], size)
+            yield from super().kernels_in_rows(x, guidance, size, pixels)
             return
         guidance = in_parts(guidance)
         size = self.check(x, guidance.like, size)
-        features, guidance, low = self._prepared(x, guidance, size)
-        job = WindowedKernels(self, features, guidance, size, pixels // len(x), low)
-        with torch.autocast(x.device.type, enabled=False):
-            job.measure()
-            for band in job.windows:
-                yield job.band(band)
+        with torch.no_grad():
+            features, guidance, low = self._prepared(x, guidance, size)
+            job = WindowedKernels(self, features, guidance, size, pixels // len(x), low)
+        job.measure()
+        for band in job.windows:
+            yield job.band(band)
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted fine-grained (or coarse) neighbours of ``value`` ``[B, V, h, w]``."""

@@ -137,7 +137,7 @@ class WindowedKernels:
 
     Args:
         x: features ``[B, C, h, w]``.
-        guidance: ``[B, G, H, W]`` at the size of the output, before the stem; read window by window.
+        guidance: ``[B, G, H, W]`` at the size of the output, before the stem.
         pixels: of a window's region, about.
         low: multiply in bfloat16 where ReSFU does for bfloat16 features.
     """
@@ -153,7 +153,7 @@ class WindowedKernels:
     ) -> None:
         c = head.config
         self.head, self.guidance, self.size, self.low = head, guidance, size, low
-        cells = (x.shape[2], x.shape[3])
+        self.device, cells = x.device.type, (x.shape[2], x.shape[3])
         self.prior = Prior(c, guidance, cells)
         self.stride = neighbour_stride(size, cells)
         self.reach = tuple(s * (c.kernel_size // 2) for s in self.stride)
@@ -174,6 +174,7 @@ class WindowedKernels:
                 self.key, upsampled_group_moments(self.key, size, c.norm_groups), size
             )
 
+    @torch.no_grad()
     def measure(self) -> None:
         """The moments of every norm over the whole picture."""
         c, head = self.head.config, self.head
@@ -204,14 +205,17 @@ class WindowedKernels:
             }
 
         passes = [of_guidance, of_queries]
-        for measure in passes if self.by_distance else [*passes, of_middle]:
-            self._pool(measure)
+        with torch.autocast(self.device, enabled=False):
+            for measure in passes if self.by_distance else [*passes, of_middle]:
+                self._pool(measure)
 
+    @torch.no_grad()
     def band(self, windows: list[Window]) -> Tensor:
         """Kernel weights ``[B, K*K, rows, W]`` of the windows beside one another."""
         out: Tensor | None = None
         for window in windows:
-            weights = self._weights(window)
+            with torch.autocast(self.device, enabled=False):
+                weights = self._weights(window)
             if out is None:
                 out = on_huge_pages(weights.new_empty(*weights.shape[:3], self.size[1]))
             out[..., window.own[1]] = weights
