@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from fmupsample.images.size import Frame, ImageSize, check_image_size, parse_out
 from fmupsample.layers.parts import InParts
 from fmupsample.memory import available_memory, return_freed
 from fmupsample.ops import reassemble_window
-from fmupsample.ops.memory import empty_map
+from fmupsample.ops.memory import empty_map, on_huge_pages
 from fmupsample.prefetch import prefetch
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.video.frames import FrameReader
@@ -377,8 +378,14 @@ class Pipeline:
     def kernels(self, item: Item, size: tuple[int, int] | None = None) -> Kernels:
         """The first half of :meth:`upsample`, for several values of one picture."""
         full, crop, size = self._sizes(item, size)
-        bands = list(self._bands(item, full))
-        weights = bands[0] if len(bands) == 1 else torch.cat(bands, 2)
+        bands = self._bands(item, full)
+        weights, second = next(bands), next(bands, None)
+        if second is not None:  # else it is all of them, in a form of the upsampler's own
+            first, y = weights, 0
+            weights = on_huge_pages(first.new_empty(*first.shape[:2], *full))
+            for band in chain((first, second), bands):
+                weights[:, :, y : y + band.shape[2]] = band
+                y += band.shape[2]
         return Kernels(weights, crop, size, self)
 
     def kernel_rows(self, item: Item, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
