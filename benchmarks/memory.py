@@ -63,7 +63,16 @@ def prepare(method: str, size: int, way: str, allowed: int | None) -> Callable[[
         torch.randn(3, size, size, generator=generator),
     )
     list(pipeline.kernel_rows(_corner(item, backbone)))  # libraries are loaded by now
-    return lambda: sum(rows.shape[1] for rows in pipeline.kernel_rows(item))
+    return lambda: _read(pipeline, item)
+
+
+def _read(pipeline: Pipeline, item: Item) -> int:
+    """The number of rows of kernels, each band dropped before the next one is made."""
+    count = 0
+    for rows in pipeline.kernel_rows(item):
+        count += rows.shape[1]
+        del rows
+    return count
 
 
 def _corner(item: Item, backbone) -> Item:
