@@ -5,12 +5,17 @@
 Kernel weights of larger and larger square pictures, by the shipped head: all at once, and as the
 pipeline makes them, in windows beyond two million pixels. Each case in a process of its own; the
 number is by how much one call raises the memory in use, on top of the picture, its features and the
-model. In windows it must stay flat: what grows is what is kept at low resolution.
+model. In windows it must stay flat: what grows is what is kept at low resolution, and one band of
+kernel weights.
+
+The C library is told to return what is freed (glibc keeps blocks of up to 32 MB, by which the same
+call differs by 100 MB): what is counted is what is in use.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +37,8 @@ import reports
 SIZES = (560, 1120, 1680, 2240, 3360, 4480)
 # Whole pictures are measured up to here; larger ones take gigabytes.
 MOST_WHOLE = 2240
+# Blocks from this size on are returned when they are freed.
+_RETURNED_BYTES = 2**22
 # "Flat": a pixel more takes at most this share of what it takes at once.
 FLAT = 0.02
 
@@ -56,7 +63,16 @@ def prepare(method: str, size: int, way: str, allowed: int | None) -> Callable[[
         torch.randn(3, size, size, generator=generator),
     )
     list(pipeline.kernel_rows(_corner(item, backbone)))  # libraries are loaded by now
-    return lambda: sum(rows.shape[1] for rows in pipeline.kernel_rows(item))
+    return lambda: _read(pipeline, item)
+
+
+def _read(pipeline: Pipeline, item: Item) -> int:
+    """The number of rows of kernels, each band dropped before the next one is made."""
+    count = 0
+    for rows in pipeline.kernel_rows(item):
+        count += rows.shape[1]
+        del rows
+    return count
 
 
 def _corner(item: Item, backbone) -> Item:
@@ -126,18 +142,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=list(SIZES), help="sides, multiples of 14")
-    add("--methods", nargs="+", default=["resfu", "jbu"])
+    add("--methods", nargs="+", default=["resfu", "resfu-universal", "jbu"])
+    add("--ways", nargs="+", default=["whole", "windows"])
     add("--max-memory", type=parse_memory, help="as of the command line")
     add("--threads", type=int, default=0)
     add("-o", "--output", type=Path, help="JSON; other cases already in it are kept")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(_RETURNED_BYTES)  # read by the processes of cases
     machine = describe(torch.device("cpu"))
     results = reports.read(args.output, machine)
     for method in args.methods:
         for size in args.sizes:
-            for way in ("whole", "windows"):
+            for way in args.ways:
                 if way == "whole" and size > MOST_WHOLE:
                     continue
                 result = measure(method, size, way, args.max_memory)

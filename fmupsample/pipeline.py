@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -23,16 +24,18 @@ from fmupsample.device import autocast, check_precision, is_out_of_memory, resol
 from fmupsample.distributed import processes_here
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
 from fmupsample.images.find import Source
-from fmupsample.images.prepare import fit_to_frame, normalise
+from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, parse_output_size, plan_frame
-from fmupsample.memory import available_memory
+from fmupsample.layers.parts import InParts
+from fmupsample.memory import available_memory, return_freed
 from fmupsample.ops import reassemble_window
-from fmupsample.ops.memory import empty_map
+from fmupsample.ops.memory import empty_map, on_huge_pages
 from fmupsample.prefetch import prefetch
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.video.frames import FrameReader
 from fmupsample.windows import (
     features_in_windows,
+    overview_of,
     overview_size,
     window_side,
     with_coarse_part,
@@ -61,7 +64,8 @@ class Item:
     Attributes:
         canvas: what the backbone saw, uint8 ``[H, W, 3]``.
         features: float32 ``[C, h, w]`` of the whole canvas, on the pipeline's device.
-        image: the canvas normalised for the backbone, float32 ``[3, H, W]``, on the device.
+        guidance: the canvas normalised for the backbone, float32 ``[3, H, W]``, on the device; of a
+            canvas that was shown in windows, something that gives any part of it.
         window: ``(H, W)`` of the windows in which the backbone saw the canvas; ``None``: whole.
     """
 
@@ -69,8 +73,13 @@ class Item:
     frame: Frame
     canvas: np.ndarray
     features: Tensor
-    image: Tensor
+    guidance: Tensor | InParts
     window: tuple[int, int] | None = None
+
+    @property
+    def image(self) -> Tensor:
+        """The normalised canvas as one tensor; where it is not kept, it is made at every look."""
+        return self.guidance[...]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -308,29 +317,33 @@ class Pipeline:
     @torch.no_grad()
     def _features(self, batch: list[_Loaded], window: tuple[int, int] | None) -> list[Item]:
         mean, std = self.backbone.mean, self.backbone.std
-        images = [normalise(p.canvas, mean, std).to(self.device) for p in batch]  # [3, H, W]
         if window is None:
+            images = [normalise(p.canvas, mean, std).to(self.device) for p in batch]  # [3, H, W]
             features = self._run_backbone(torch.stack(images)).float()  # [B, C, h, w]
         else:
+            images = [self._in_parts(p) for p in batch]
             features = [self._windowed(image, window) for image in images]
         return [
             Item(p.source, p.frame, p.canvas, features[i], images[i], window)
             for i, p in enumerate(batch)
         ]
 
-    def _windowed(self, image: Tensor, window: tuple[int, int]) -> Tensor:
+    def _in_parts(self, picture: _Loaded) -> InParts:
+        """The normalised canvas, ``[3, H, W]``, of which 3 bytes a pixel are kept, not 15."""
+        if not picture.canvas.flags.writeable:  # which torch cannot express
+            picture.canvas = picture.canvas.copy()
+        return_freed()  # what decoding took
+        pixels = torch.from_numpy(picture.canvas).permute(2, 0, 1).to(self.device)
+        mean, std = self.backbone.mean, self.backbone.std
+        return InParts(pixels, partial(normalise_part, mean=mean, std=std))
+
+    def _windowed(self, image: InParts, window: tuple[int, int]) -> Tensor:
         """Features ``[C, h, w]`` of a picture shown in windows, and once whole, made small."""
         multiple = self.backbone.size_multiple
         found = features_in_windows(self._run_backbone, image, window, multiple, self.batch_size)
         size = tuple(image.shape[1:])
-        small = F.interpolate(
-            image[None],
-            overview_size(size, window, multiple),
-            mode="bicubic",
-            align_corners=False,
-            antialias=True,
-        )
-        return with_coarse_part(found, self._run_backbone(small)[0], size, window)
+        small = overview_of(image, overview_size(size, window, multiple))
+        return with_coarse_part(found, self._run_backbone(small[None])[0], size, window)
 
     def _run_backbone(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):
@@ -372,8 +385,14 @@ class Pipeline:
     def kernels(self, item: Item, size: tuple[int, int] | None = None) -> Kernels:
         """The first half of :meth:`upsample`, for several values of one picture."""
         full, crop, size = self._sizes(item, size)
-        bands = list(self._bands(item, full))
-        weights = bands[0] if len(bands) == 1 else torch.cat(bands, 2)
+        bands = self._bands(item, full)
+        weights, second = next(bands), next(bands, None)
+        if second is not None:  # else it is all of them, in a form of the upsampler's own
+            first, y = weights, 0
+            weights = on_huge_pages(first.new_empty(*first.shape[:2], *full))
+            for band in chain((first, second), bands):
+                weights[:, :, y : y + band.shape[2]] = band
+                y += band.shape[2]
         return Kernels(weights, crop, size, self)
 
     def kernel_rows(self, item: Item, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
@@ -385,9 +404,11 @@ class Pipeline:
         y = 0
         for band in self._bands(item, full):
             rows = band[0, :, : max(0, crop[0] - y), : crop[1]]
+            y += band.shape[2]
+            del band  # what is yielded is all that is kept of it
             if rows.shape[1] > 0:
                 yield rows
-            y += band.shape[2]
+            del rows
 
     def _by_rows(
         self,
@@ -405,30 +426,33 @@ class Pipeline:
             part = reassemble_window(value[None], rows[None], full, (y, 0), fractional=fractional)
             out[:, y : y + rows.shape[1]] = part[0]
             y += rows.shape[1]
+            del rows, part
         return out
 
-    @torch.no_grad()
     def _bands(self, item: Item, full: tuple[int, int]) -> Iterator[Tensor]:
         """Kernel weights ``[1, N, rows, W]`` of the whole canvas from the top.
 
         All at once where that fits. Where memory runs out, half as many pixels at a time go on from
-        the row that was reached.
+        the row that was reached. A band is not kept here while the next one is made.
         """
-        upsampler, x, image = self._upsampler, item.features[None], item.image[None]
+        upsampler, x, guidance = self._upsampler, item.features[None], item.guidance
         done = 0
         while True:
             pixels = self._pixels_at_once()
             try:
                 if self._at_once(full):
-                    bands = iter([upsampler.kernels(x, image, full)])
+                    with torch.no_grad():
+                        bands = iter([upsampler.kernels(x, guidance[None], full)])
                 else:
-                    bands = upsampler.kernels_in_rows(x, image, full, pixels)
+                    bands = upsampler.kernels_in_rows(x, guidance.unsqueeze(0), full, pixels)
                 y = 0
-                for band in bands:
+                # No decorator does this: that of a generator would keep what was yielded.
+                while (band := _without_gradients(bands)) is not None:
                     y += band.shape[2]
                     if y > done:
                         new, done = y - done, y
                         yield band[:, :, band.shape[2] - new :]
+                    del band
                 return
             except Exception as error:
                 most = min(pixels, full[0] * full[1])
@@ -519,6 +543,12 @@ def map_sizes(
     if full[0] < grid[0] or full[1] < grid[1]:
         return frame.canvas, frame.placed, wanted
     return full, crop, wanted
+
+
+@torch.no_grad()
+def _without_gradients(bands: Iterator[Tensor]) -> Tensor | None:
+    """The next one."""
+    return next(bands, None)
 
 
 def _finish(full: Tensor, crop: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -17,10 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmupsample.layers.parts import InParts
+
 # Of a window's side, at least, shared with the next one.
 _OVERLAP = 0.25
 # Areas along a window's side whose means come from the whole picture.
 _AREAS = 8
+# Worked on at a time, where all would take too much memory.
+_OVERVIEW_ROWS, _CHANNELS = 256, 16
 
 
 def starts(length: int, window: int, multiple: int) -> list[int]:
@@ -63,7 +67,7 @@ def window_side(size: tuple[int, int], wanted: int, multiple: tuple[int, int]) -
 
 def features_in_windows(
     run: Callable[[Tensor], Tensor],
-    image: Tensor,
+    image: Tensor | InParts,
     window: tuple[int, int],
     multiple: tuple[int, int],
     batch: int = 1,
@@ -112,10 +116,28 @@ def overview_size(
     )
 
 
+def overview_of(image: Tensor | InParts, size: tuple[int, int]) -> Tensor:
+    """A picture ``[3, H, W]`` made small, ``[3, H', W']``: bicubic, antialiased.
+
+    Across first, some rows at a time: so the whole picture need not be there.
+    """
+
+    def resized(some: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(some[None], size, mode="bicubic", align_corners=False, antialias=True)[
+            0
+        ]
+
+    rows = range(0, image.shape[1], _OVERVIEW_ROWS)
+    parts = (image[:, y : y + _OVERVIEW_ROWS] for y in rows)
+    return resized(torch.cat([resized(p, (p.shape[1], size[1])) for p in parts], 1), size)
+
+
 def with_coarse_part(
     features: Tensor, overview: Tensor, size: tuple[int, int], window: tuple[int, int]
 ) -> Tensor:
     """``features`` with the coarse part of ``overview`` in place of their own, ``[C, h, w]``.
+
+    In the memory of ``features``, if they are float32.
 
     Args:
         features: ``[C, h, w]`` of a picture of ``size`` pixels, by windows of ``window`` pixels.
@@ -130,14 +152,18 @@ def with_coarse_part(
         means = F.adaptive_avg_pool2d(x.float()[None], areas)
         return F.interpolate(means, features.shape[1:], mode="bicubic", align_corners=False)[0]
 
-    difference = coarse(overview)
-    difference -= coarse(features)
-    return features + difference
+    # The features of a large picture are large: some channels at a time, in place.
+    features = features.float()
+    for some, few in zip(features.split(_CHANNELS), overview.split(_CHANNELS), strict=True):
+        difference = coarse(few)
+        difference -= coarse(some)
+        some += difference
+    return features
 
 
 def _batches(
     run: Callable[[Tensor], Tensor],
-    image: Tensor,
+    image: Tensor | InParts,
     corners: list[tuple[int, int]],
     window: tuple[int, int],
     batch: int,

@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.reassembly import axis
 
-from fmupsample.ops.grid import interpolation_matrix, neighbour_inside, plan_axis
+from fmupsample.ops.grid import (
+    interpolation_matrix,
+    interpolation_part,
+    neighbour_inside,
+    plan_axis,
+)
 
 sizes = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(n, 8 * n + 3)))
 
@@ -54,6 +59,19 @@ def test_interpolation_matrix_rows_sum_to_one_and_match_interpolate(size, paddin
     padded = torch.cat([x[:1].expand(padding), x, x[-1:].expand(padding)])
     expected = torch.nn.functional.interpolate(x[None, None], size=pixels, mode="linear")[0, 0]
     torch.testing.assert_close(matrix @ padded, expected, atol=1e-12, rtol=0)
+
+
+@given(sizes, st.integers(0, 2), st.data())
+def test_a_part_of_the_interpolation_matrix_leaves_out_zeros(size, padding, data):
+    cells, pixels = size
+    first = data.draw(st.integers(0, pixels - 1))
+    step = data.draw(st.integers(1, 3))
+    wanted = torch.arange(first, data.draw(st.integers(first + 1, pixels)), step)
+    read, part = interpolation_part(cells, pixels, wanted, padding)
+    whole = interpolation_matrix(cells, pixels, padding)[wanted]
+    assert torch.equal(part, whole[:, read])
+    assert (whole.sum(1) - part.sum(1)).abs().max() < 1e-12
+    assert part.shape[1] <= (wanted[-1] - wanted[0]) * cells / pixels + 3
 
 
 @pytest.mark.parametrize("offset", [-2, -1, 0, 1, 2])

@@ -7,7 +7,6 @@ every case once, in a new random order, so that a slow minute of the machine hit
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
 import random
@@ -23,6 +22,7 @@ import torch
 
 from fmupsample.bench.machine import cache_bytes
 from fmupsample.device import is_out_of_memory
+from fmupsample.memory import return_freed
 
 Case = Callable[[], object]
 LEAST_ROUNDS = 3
@@ -291,7 +291,7 @@ def peak_of(case: Case) -> int:
     largest = 0
     start = time.perf_counter()
     for _ in range(PEAK_CALLS):
-        _trim()
+        return_freed()  # so that the call cannot use it without being seen
         _reset_peak()
         before = _status("VmRSS")
         with _memory_errors():
@@ -301,12 +301,6 @@ def peak_of(case: Case) -> int:
         if time.perf_counter() - start > PEAK_SECONDS:
             break
     return largest
-
-
-def _trim() -> None:
-    """Give freed memory back, so that the call cannot use it without being seen."""
-    with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> None:

@@ -326,7 +326,9 @@ class Run:
         if self.pipeline.upsampler.kernel_size == 1:
             return
         for rows in self.pipeline.kernel_rows(item, self.size(item)):
-            yield encode_weights(rows, options.weight_bits).cpu()
+            stored = encode_weights(rows, options.weight_bits).cpu()
+            del rows
+            yield stored
 
     def slices(self, item: Item, value: Tensor, basis: Projection | None) -> Iterator[Tensor]:
         """The map of the file, ``[c, H, W]`` at a time."""
@@ -398,7 +400,8 @@ def _check_range(source: Source, value: Tensor, dtype: str) -> None:
     Raises:
         FmupsampleError: NaN or infinity, or numbers that ``dtype`` cannot hold.
     """
-    largest = float(value.abs().amax())
+    low, high = value.aminmax()
+    largest = float(torch.maximum(-low, high))  # NaN if there is one
     if not largest < float("inf"):
         raise FmupsampleError(f"{source}: the backbone gave NaN or infinity; try --precision fp32")
     if largest > torch.finfo(DTYPES[dtype]).max:

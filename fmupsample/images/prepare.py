@@ -27,7 +27,11 @@ def fit_to_frame(pixels: np.ndarray, frame: Frame) -> np.ndarray:
 
 def normalise(canvas: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 ``[H, W, 3]`` -> float32 ``[3, H, W]``: RGB in 0..1, minus ``mean``, over ``std``."""
-    pixels = planes(canvas).to(torch.float32, memory_format=torch.contiguous_format)
-    centre = torch.tensor(mean, dtype=torch.float32)[:, None, None]
-    scale = torch.tensor(std, dtype=torch.float32)[:, None, None]
-    return pixels.div_(255.0).sub_(centre).div_(scale)
+    return normalise_part(planes(canvas), mean, std)
+
+
+def normalise_part(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The same of any part of a canvas ``[..., 3, h, w]`` that is a uint8 tensor."""
+    part = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    centre, scale = (part.new_tensor(values)[:, None, None] for values in (mean, std))
+    return part.div_(255.0).sub_(centre).div_(scale)

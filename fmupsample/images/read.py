@@ -31,6 +31,7 @@ _TURNS = {
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 when that still leaves this many times the pixels (per
 # side) that are wanted: the antialiased resize that follows then hides the difference.
 _DRAFT_MARGIN = 2
+_BAND_BYTES = 2**18
 
 
 @cache
@@ -72,9 +73,7 @@ def read_picture(
             full = _upright(image.size, turned)
             height, width = (_DRAFT_MARGIN * n for n in wanted(full))
             image.draft(None, (height, width) if turned else (width, height))
-        image = _to_rgb(image)
-        # NumPy asks a picture for its bytes twice, and takes new memory for them both times.
-        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
+        pixels = _array(_to_rgb(image))
     height, width = pixels.shape[:2]
     return pixels, full or (height, width)
 
@@ -173,9 +172,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", rgba.size, (255, 255, 255))
         image.paste(rgba, mask=rgba.getchannel("A"))
-    if image.mode != "RGB":
+    if image.mode != "RGB":  # else it would be copied
         image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    """The pixels of an RGB picture, uint8 ``[H, W, 3]``."""
+    # Asked for as a whole, Pillow makes them twice, as pieces and as one; and NumPy asks twice.
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _BAND_BYTES // pixels[0].nbytes)
+    for top in range(0, len(pixels), rows):
+        band = pixels[top : top + rows]
+        part = image.crop((0, top, image.width, top + len(band)))
+        band[:] = np.frombuffer(part.tobytes(), np.uint8).reshape(band.shape)
+    return pixels
 
 
 def _grey_to_8_bit(image: Image.Image) -> Image.Image:

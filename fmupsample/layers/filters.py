@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmupsample.layers.chunks import over_channels
-from fmupsample.ops.grid import interpolation_matrix
+from fmupsample.ops.grid import interpolation_part
 
 
 def box_mean(x: Tensor, radius: int) -> Tensor:
@@ -78,9 +78,11 @@ def upsampled_on_half_grid(
     x: Tensor, size: tuple[int, int], part: tuple[slice, slice] = (slice(None), slice(None))
 ) -> Tensor:
     """``x`` upsampled bilinearly to ``size``, evaluated on (a part of) the half grid only."""
-    uy = interpolation_matrix(x.shape[2], size[0])[half_grid(size[0])][part[0]].to(x)
-    ux = interpolation_matrix(x.shape[3], size[1])[half_grid(size[1])][part[1]].to(x)
-    return uy @ x @ ux.T
+    (rows, uy), (columns, ux) = (
+        interpolation_part(cells, n, torch.arange(n)[half_grid(n)][wanted])
+        for cells, n, wanted in zip(x.shape[2:], size, part, strict=True)
+    )
+    return uy.to(x) @ x[:, :, rows, columns] @ ux.to(x).T
 
 
 def fast_guided_filter(

@@ -128,12 +128,28 @@ def interpolation_matrix(cells: int, pixels: int, padding: int = 0) -> Tensor:
     With ``padding`` p the matrix is ``[N, n + 2p]`` and acts on an axis replicate-padded by p
     cells; with p >= 1 no row needs clamping.
     """
-    plan = plan_axis(cells, pixels, True)
-    matrix = torch.zeros(pixels, cells + 2 * padding, dtype=torch.float64)
-    last = cells + 2 * padding - 1
-    rows = torch.arange(pixels)
-    low = (plan.base + padding).clamp(0, last)
-    high = (plan.base + padding + 1).clamp(0, last)
-    matrix.index_put_((rows, low), 1 - plan.fraction, accumulate=True)
-    matrix.index_put_((rows, high), plan.fraction, accumulate=True)
-    return matrix
+    whole = torch.zeros(pixels, cells + 2 * padding, dtype=torch.float64)
+    read, matrix = interpolation_part(cells, pixels, torch.arange(pixels), padding)
+    whole[:, read] = matrix
+    return whole
+
+
+def interpolation_part(
+    cells: int, pixels: int, wanted: Tensor, padding: int = 0
+) -> tuple[slice, Tensor]:
+    """Some rows of :func:`interpolation_matrix`, without the columns that are 0 in all of them.
+
+    Args:
+        wanted: int64, which output pixels, ascending.
+
+    Returns:
+        The cells of the (padded) axis that these pixels read, and the matrix that acts on them.
+    """
+    plan, last = plan_axis(cells, pixels, True), cells + 2 * padding - 1
+    low, high = ((plan.base[wanted] + padding + i).clamp(0, last) for i in (0, 1))
+    first, share = int(low[0]), plan.fraction[wanted]
+    matrix = torch.zeros(len(wanted), int(high[-1]) + 1 - first, dtype=torch.float64)
+    rows = torch.arange(len(wanted))
+    matrix.index_put_((rows, low - first), 1 - share, accumulate=True)
+    matrix.index_put_((rows, high - first), share, accumulate=True)
+    return slice(first, first + matrix.shape[1]), matrix

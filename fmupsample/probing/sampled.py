@@ -152,13 +152,13 @@ class Comparison:
         for item in self.pipeline.items([pair.source for pair in pairs], on_error=stop):
             labels = torch.from_numpy(read_pair(by_source[item.source], self.table))
             small = _halved(item.features).cpu()
-            yield replace(item, features=small, image=item.image.new_empty(0)), labels
+            yield replace(item, features=small, guidance=torch.empty(0)), labels
             self.progress.advance()
 
     def _restored(self, item: Item) -> Item:
         device, backbone = self.pipeline.device, self.pipeline.backbone
         image = normalise(item.canvas, backbone.mean, backbone.std).to(device)
-        return replace(item, features=item.features.to(device, torch.float32), image=image)
+        return replace(item, features=item.features.to(device, torch.float32), guidance=image)
 
     def _with(self, upsampler: Upsampler) -> Pipeline:
         own = self.pipeline

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fmupsample.errors import ShapeError, UsageError
+from fmupsample.layers.parts import InParts
 
 
 class Upsampler(nn.Module):
@@ -79,14 +81,15 @@ class Upsampler(nn.Module):
         raise UsageError(f"{self.name} is not linear in its values: it has no kernel weights")
 
     def kernels_in_rows(
-        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int], pixels: int
+        self, x: Tensor, guidance: Tensor | InParts | None, size: tuple[int, int], pixels: int
     ) -> Iterator[Tensor]:
         """:meth:`kernels` in bands of rows ``[B, N, rows, W]`` from the top, in bounded memory.
 
         The same numbers up to rounding, without gradients. Methods that can do so work on about
         ``pixels`` output pixels at a time; this one makes all of them at once.
         """
-        yield self.kernels(x, guidance, size)
+        whole = guidance if guidance is None else guidance[...]
+        yield torch.no_grad()(self.kernels)(x, whole, size)
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted neighbours of ``value`` ``[B, V, h, w]`` -> ``[B, V, H, W]``.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmupsample.errors import UsageError
+from fmupsample.layers.parts import InParts, cell_means, in_parts
 from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import cell_inside, plan_axis, squared_distance
 from fmupsample.upsamplers.base import Upsampler
@@ -59,30 +60,31 @@ class JointBilateral(Upsampler):
         )
         return self._weights(guidance, low, down, across)
 
-    @torch.no_grad()
     def kernels_in_rows(
-        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int], pixels: int
+        self, x: Tensor, guidance: Tensor | InParts | None, size: tuple[int, int], pixels: int
     ) -> Iterator[Tensor]:
-        size = self.check(x, guidance, size)
-        guidance, low = self._maps(x, guidance, size)
+        size = self.check(x, guidance if guidance is None else in_parts(guidance).like, size)
+        with torch.no_grad():
+            guidance, low = self._maps(x, guidance, size)
         down, across = (
-            self._axis(n, pixels, guidance) for n, pixels in zip(x.shape[-2:], size, strict=True)
+            self._axis(n, pixels, low) for n, pixels in zip(x.shape[-2:], size, strict=True)
         )
         step = max(1, pixels // (len(x) * size[1]))
+        weights = torch.no_grad()(self._weights)
         for y in range(0, size[0], step):
             rows = tuple([t[y : y + step] for t in part] for part in down)
-            yield self._weights(guidance[:, :, y : y + step], low, rows, across)
+            yield weights(guidance[:, :, y : y + step], low, rows, across)
 
     def _maps(
-        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, guidance: Tensor | InParts | None, size: tuple[int, int]
+    ) -> tuple[Tensor | InParts, Tensor]:
         """The guidance at the output's size, and its mean over each cell."""
         assert guidance is not None  # checked before: needs_guidance
         guidance = guidance.to(torch.promote_types(x.dtype, torch.float32))
-        low = F.adaptive_avg_pool2d(guidance, x.shape[-2:])
+        low = cell_means(guidance, x.shape[-2:])
         if guidance.shape[-2:] != size:
             guidance = F.interpolate(
-                guidance, size, mode="bilinear", align_corners=False, antialias=True
+                guidance[...], size, mode="bilinear", align_corners=False, antialias=True
             )
         return guidance, low
 

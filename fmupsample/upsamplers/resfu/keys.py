@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmupsample.ops.grid import interpolation_matrix, plan_axis
+from fmupsample.ops.grid import interpolation_part, plan_axis
 
 # (first row, last row + 1, where to put it if anywhere) -> [B M, rows, W].
 KeyTerm = Callable[[int, int, Tensor | None], Tensor]
@@ -52,10 +52,11 @@ class UpsampledKeys:
         top, bottom = int(base[0]), int(base[-1]) + 2
         base = base - top
         # Rows of interpolation matrices sum to 1: what is added here is added to every pixel.
-        ux = interpolation_matrix(w, width, 1)[columns].to(low)
-        across = (low[:, :, top:bottom] + constant[:, :, None, None]) @ ux.T
+        cells, ux = interpolation_part(w, width, torch.arange(width)[columns], 1)
+        across = (low[:, :, top:bottom, cells] + constant[:, :, None, None]) @ ux.to(low).T
         across = across.flatten(0, 1).to(dtype)
-        down = interpolation_matrix(h, height, 1)[rows, top:bottom].to(across)
+        _, down = interpolation_part(h, height, torch.arange(height)[rows], 1)
+        down = down.to(across)
 
         def term(y0: int, y1: int, out: Tensor | None) -> Tensor:
             first, last = int(base[y0]), int(base[y1 - 1]) + 2

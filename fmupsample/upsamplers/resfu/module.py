@@ -8,6 +8,7 @@ and averages their features with the softmax of those scores.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from fmupsample.layers.moments import (
     pointwise_after_norm,
     upsampled_group_moments,
 )
+from fmupsample.layers.parts import InParts, in_parts
 from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import interpolation_matrix
 from fmupsample.upsamplers.base import Upsampler
@@ -103,22 +105,24 @@ class ReSFU(Upsampler):
         """Kernel weights ``[B, K*K, H, W]``; zero where a neighbour lies outside the picture."""
         size = self.check(x, guidance, size)
         with torch.autocast(x.device.type, enabled=False):
-            return self._kernels(*self._prepared(x, guidance, size))
+            x, guidance, low = self._prepared(x, guidance, size)
+            return self._kernels(x, guidance[...], low)
 
-    @torch.no_grad()
     def kernels_in_rows(
-        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int], pixels: int
+        self, x: Tensor, guidance: Tensor | InParts | None, size: tuple[int, int], pixels: int
     ) -> Iterator[Tensor]:
-        if self.config.similarity == "inner" or len(x) * size[0] * size[1] <= pixels:
-            yield self.kernels(x, guidance, size)
+        few = len(x) * size[0] * size[1] <= pixels
+        if guidance is None or self.config.similarity == "inner" or few:
+            yield from super().kernels_in_rows(x, guidance, size, pixels)
             return
-        size = self.check(x, guidance, size)
-        features, guidance, low = self._prepared(x, guidance, size)
-        job = WindowedKernels(self, features, guidance, size, pixels // len(x), low)
-        with torch.autocast(x.device.type, enabled=False):
-            job.measure()
-            for band in job.windows:
-                yield job.band(band)
+        guidance = in_parts(guidance)
+        size = self.check(x, guidance.like, size)
+        with torch.no_grad():
+            features, guidance, low = self._prepared(x, guidance, size)
+            job = WindowedKernels(self, features, guidance, size, pixels // len(x), low)
+        job.measure()
+        for band in job.windows:
+            yield job.band(band)
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted fine-grained (or coarse) neighbours of ``value`` ``[B, V, h, w]``."""
@@ -143,16 +147,23 @@ class ReSFU(Upsampler):
         self.picture_gain, self.picture_shift = std / own_std, (mean - own_mean) / own_std
 
     def _prepared(
-        self, x: Tensor, guidance: Tensor, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, bool]:
+        self, x: Tensor, guidance: Tensor | InParts, size: tuple[int, int]
+    ) -> tuple[Tensor, InParts, bool]:
         """Features and guidance as they are computed with; whether products may be bfloat16."""
         self._check_channels(x, guidance)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        guidance = resized_guidance(guidance.to(dtype), size)
-        if self.picture_gain is not None:
-            gain, shift = self.picture_gain.to(guidance), self.picture_shift.to(guidance)
-            guidance = torch.addcmul(shift, guidance, gain)
+        if guidance.shape[-2:] != size:
+            guidance = resized_guidance(guidance[...].to(dtype), size)
+        guidance = in_parts(guidance).then(partial(self._normalised, dtype=dtype), dtype)
         return x.to(dtype), guidance, x.dtype == torch.bfloat16
+
+    def _normalised(self, guidance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Guidance, or a part of it, as :meth:`use_with` was told to bring it about."""
+        guidance = guidance.to(dtype)
+        if self.picture_gain is None:
+            return guidance
+        gain, shift = self.picture_gain.to(guidance), self.picture_shift.to(guidance)
+        return torch.addcmul(shift, guidance, gain)
 
     def specialised(self, channels: int) -> ReSFU:
         """The same for features of so many channels, with a projection that can be trained.
@@ -169,7 +180,7 @@ class ReSFU(Upsampler):
             return self.key(x)
         return pointwise_after_norm(x, self.feature_norm, self.key.weight.flatten(1), self.key.bias)
 
-    def _check_channels(self, x: Tensor, guidance: Tensor) -> None:
+    def _check_channels(self, x: Tensor, guidance: Tensor | InParts) -> None:
         c = self.config
         if c.channels not in (0, x.shape[1]):
             raise ShapeError(f"this ReSFU was built for {c.channels} channels, got {x.shape[1]}")

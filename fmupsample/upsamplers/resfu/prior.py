@@ -14,9 +14,9 @@ neighbours: the softmax does not see it.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fmupsample.layers.parts import InParts, cell_means
 from fmupsample.ops.grid import neighbour_inside, squared_distance
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
 from fmupsample.upsamplers.resfu.distance import WHOLE, Window, cell_products
@@ -29,14 +29,16 @@ class Prior:
         guidance: ``[B, G, H, W]`` of the whole map, before the stem; cells: ``(h, w)``.
     """
 
-    def __init__(self, config: ReSFUConfig, guidance: Tensor, cells: tuple[int, int]) -> None:
+    def __init__(
+        self, config: ReSFUConfig, guidance: Tensor | InParts, cells: tuple[int, int]
+    ) -> None:
         self.config, self.guidance, self.cells = config, guidance, cells
         self.size = guidance.shape[-2:]
         reach = config.kernel_size // 2
         self.offsets = range(-reach, reach + 1)
         self.colours: Tensor | None = None
         if config.sigma_range is not None:
-            mean = F.adaptive_avg_pool2d(guidance, cells)
+            mean = cell_means(guidance, cells)
             self.colours = mean / config.sigma_range**2
             self.offset = -0.5 * (self.colours * mean).sum(1, keepdim=True)
 

@@ -8,7 +8,7 @@ training cannot learn what a channel means, only what distances do: so it serves
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 _SEED = 0
 # Channels that vary less than this, relative to their size, are constant but for rounding.
 _FAINTEST = 1e-5
+_CHUNK_BYTES = 128 << 20
 
 
 class Projection(nn.Module):
@@ -50,12 +51,20 @@ class Projection(nn.Module):
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """Standardise the channels of each picture, then project: ``[B, C, h, w]`` and ``[E, C]``."""
     flat = x.flatten(2)
+    # All at once, but for features so large that copies of them matter.
+    step = max(1, _CHUNK_BYTES // max(1, flat[:, :1].nbytes))
+    parts = zip(flat.split(step, 1), weight.split(step, 1), strict=True)
+    return reduce(torch.add, (_project(*part) for part in parts)).unflatten(2, x.shape[2:])
+
+
+def _project(flat: Tensor, weight: Tensor) -> Tensor:
+    """The share of some channels, ``[B, c, n]`` and ``[E, c]`` -> ``[B, E, n]``."""
     mean = flat.mean(2, keepdim=True)
     centred = flat - mean
     variance = centred.square().mean(2)
     floor = _FAINTEST**2 * (variance + mean.squeeze(2).square())
-    gain = (variance + floor + torch.finfo(x.dtype).tiny).rsqrt()  # [B, C]
-    return ((weight * gain[:, None]) @ centred).unflatten(2, x.shape[2:])
+    gain = (variance + floor + torch.finfo(flat.dtype).tiny).rsqrt()  # [B, c]
+    return (weight * gain[:, None]) @ centred
 
 
 def random_projection(channels: int, embedding: int, seed: int) -> Tensor:

@@ -31,7 +31,9 @@ from fmupsample.layers.moments import (
     pooled_moments,
     upsampled_group_moments,
 )
+from fmupsample.layers.parts import InParts
 from fmupsample.ops.grid import plan_axis
+from fmupsample.ops.memory import on_huge_pages
 from fmupsample.upsamplers.resfu.prior import Prior
 from fmupsample.upsamplers.resfu.scores import Workspace
 
@@ -109,13 +111,18 @@ def neighbour_stride(size: tuple[int, int], cells: tuple[int, int]) -> tuple[int
     return tuple(max(1, round(n / m)) for n, m in zip(size, cells, strict=True))
 
 
-def _cell_shares(cells: int, pixels: int) -> Tensor:
-    """What ``adaptive_avg_pool2d`` does along an axis, as a float64 matrix ``[n, N]``."""
-    shares = torch.zeros(cells, pixels, dtype=torch.float64)
-    for cell in range(cells):
-        first, last = cell * pixels // cells, -(-(cell + 1) * pixels // cells)
-        shares[cell, first:last] = 1 / (last - first)
-    return shares
+def _cell_shares(cells: int, pixels: int, part: slice) -> tuple[slice, Tensor]:
+    """What some pixels of an axis contribute to what ``adaptive_avg_pool2d`` makes of all.
+
+    Returns:
+        The cells that they contribute to, and a float64 matrix ``[these cells, these pixels]``.
+    """
+    first, last = part.start * cells // pixels, -(-part.stop * cells // pixels)
+    shares = torch.zeros(last - first, part.stop - part.start, dtype=torch.float64)
+    for row, cell in zip(shares, range(first, last), strict=True):
+        start, stop = cell * pixels // cells, -(-(cell + 1) * pixels // cells)
+        row[max(0, start - part.start) : stop - part.start] = 1 / (stop - start)
+    return slice(first, last), shares
 
 
 def resized_guidance(guidance: Tensor, size: tuple[int, int]) -> Tensor:
@@ -139,14 +146,14 @@ class WindowedKernels:
         self,
         head: ReSFU,
         x: Tensor,
-        guidance: Tensor,
+        guidance: InParts,
         size: tuple[int, int],
         pixels: int,
         low: bool,
     ) -> None:
         c = head.config
         self.head, self.guidance, self.size, self.low = head, guidance, size, low
-        cells = (x.shape[2], x.shape[3])
+        self.device, cells = x.device.type, (x.shape[2], x.shape[3])
         self.prior = Prior(c, guidance, cells)
         self.stride = neighbour_stride(size, cells)
         self.reach = tuple(s * (c.kernel_size // 2) for s in self.stride)
@@ -159,8 +166,7 @@ class WindowedKernels:
         self.moments: dict[str, Moments] = {}
         self.key: Tensor | None = None
         # For distances, of the detail pair: the means of the queries over the cells.
-        self.cell_means: Tensor | float = 0.0
-        self.shares = tuple(_cell_shares(n, m) for n, m in zip(cells, size, strict=True))
+        self.cell_means = x.new_zeros(len(x), c.embedding, *cells) if self.by_distance else None
         if c.semantic:
             self.key = head.low_key(x)
         if c.semantic and not self.by_distance:
@@ -168,6 +174,7 @@ class WindowedKernels:
                 self.key, upsampled_group_moments(self.key, size, c.norm_groups), size
             )
 
+    @torch.no_grad()
     def measure(self) -> None:
         """The moments of every norm over the whole picture."""
         c, head = self.head.config, self.head
@@ -198,12 +205,22 @@ class WindowedKernels:
             }
 
         passes = [of_guidance, of_queries]
-        for measure in passes if self.by_distance else [*passes, of_middle]:
-            self._pool(measure)
+        with torch.autocast(self.device, enabled=False):
+            for measure in passes if self.by_distance else [*passes, of_middle]:
+                self._pool(measure)
 
+    @torch.no_grad()
     def band(self, windows: list[Window]) -> Tensor:
         """Kernel weights ``[B, K*K, rows, W]`` of the windows beside one another."""
-        return torch.cat([self._weights(window) for window in windows], 3)
+        out: Tensor | None = None
+        for window in windows:
+            with torch.autocast(self.device, enabled=False):
+                weights = self._weights(window)
+            if out is None:
+                out = on_huge_pages(weights.new_empty(*weights.shape[:3], self.size[1]))
+            out[..., window.own[1]] = weights
+        assert out is not None
+        return out
 
     def _pool(self, measure: Callable[[Window], dict[str, Moments]]) -> None:
         windows = [window for band in self.windows for window in band]
@@ -237,10 +254,11 @@ class WindowedKernels:
             yield head.detail_scores(own, self.cell_means, self.size, window.own, moments)
 
     def _add_to_means(self, window: Window, query: Tensor) -> None:
-        down, across = (
-            share[:, part].to(query) for share, part in zip(self.shares, window.own, strict=True)
+        (rows, down), (columns, across) = (
+            _cell_shares(n, m, own)
+            for n, m, own in zip(self.cell_means.shape[2:], self.size, window.own, strict=True)
         )
-        self.cell_means = self.cell_means + down @ query @ across.T
+        self.cell_means[..., rows, columns] += down.to(query) @ query @ across.T.to(query)
 
     def _pairs(self, window: Window):
         """Of each pair: its name, keys and own queries."""
