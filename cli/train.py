@@ -100,7 +100,7 @@ Steps = Annotated[
         "--steps",
         min=1,
         metavar="N",
-        help="How many. Default: 2000 on a GPU, 800 on the CPU.",
+        help="How many. Default: 2000 on a GPU, 400 on the CPU.",
         show_default=False,
         rich_help_panel=TRAINING,
     ),

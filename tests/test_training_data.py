@@ -254,7 +254,7 @@ def test_options() -> None:
     assert TrainConfig.from_dict(config.to_dict()) == config
     resolved = config.resolve(ToyBackbone(), torch.device("cpu"))
     assert resolved.image_sizes == (224,) and resolved.side == 352
-    assert (resolved.steps, resolved.batch_size, resolved.precision) == (800, 2, "fp32")
+    assert (resolved.steps, resolved.batch_size, resolved.precision) == (400, 2, "fp32")
     assert options(image_sizes=[3 * 16 + 1]).resolve(
         ToyBackbone(), torch.device("cpu")
     ).image_sizes == (48,)

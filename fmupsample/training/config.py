@@ -59,7 +59,7 @@ class TrainConfig:
     held_out: float = 0.05  # of the pictures, where no others are given for validation
 
     # --- how long, how fast
-    steps: int | None = None  # a GPU does 2000 of batch 8 in minutes, two cores 800 of batch 2
+    steps: int | None = None  # a GPU does 2000 of batch 8 in minutes, two cores 400 of batch 2
     batch_size: int | None = None  # per process
     lr: float = 1e-3  # heads are small and start from nothing: more than the usual 2e-4
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # by parameter name's beginning
@@ -148,7 +148,7 @@ class TrainConfig:
         # At least 4 x 4 cells: below that a crop has more border than inside.
         sizes = tuple(max(round(s / multiple), 1) * multiple for s in sizes)
         sizes = tuple(max(s, -(-4 * backbone.stride[0] // multiple) * multiple) for s in sizes)
-        steps = self.steps or (2000 if fast else 800)
+        steps = self.steps or (2000 if fast else 400)
         return replace(
             self,
             image_sizes=tuple(dict.fromkeys(sizes)),
