@@ -23,6 +23,7 @@ from fmupsample.backbones import Backbone
 from fmupsample.device import autocast, check_precision, is_out_of_memory, resolve_device
 from fmupsample.distributed import processes_here
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
+from fmupsample.images.arrays import planes
 from fmupsample.images.find import Source
 from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, parse_output_size, plan_frame
@@ -316,25 +317,25 @@ class Pipeline:
 
     @torch.no_grad()
     def _features(self, batch: list[_Loaded], window: tuple[int, int] | None) -> list[Item]:
-        mean, std = self.backbone.mean, self.backbone.std
+        images = [self.guidance(p.canvas, window) for p in batch]  # [3, H, W]
         if window is None:
-            images = [normalise(p.canvas, mean, std).to(self.device) for p in batch]  # [3, H, W]
             features = self._run_backbone(torch.stack(images)).float()  # [B, C, h, w]
         else:
-            images = [self._in_parts(p) for p in batch]
+            return_freed()  # what decoding took
             features = [self._windowed(image, window) for image in images]
         return [
             Item(p.source, p.frame, p.canvas, features[i], images[i], window)
             for i, p in enumerate(batch)
         ]
 
-    def _in_parts(self, picture: _Loaded) -> InParts:
-        """The normalised canvas, ``[3, H, W]``, of which 3 bytes a pixel are kept, not 15."""
-        if not picture.canvas.flags.writeable:  # which torch cannot express
-            picture.canvas = picture.canvas.copy()
-        return_freed()  # what decoding took
-        pixels = torch.from_numpy(picture.canvas).permute(2, 0, 1).to(self.device)
+    def guidance(
+        self, canvas: np.ndarray, window: tuple[int, int] | None = None
+    ) -> Tensor | InParts:
+        """A canvas as :attr:`Item.guidance` has it; of one in windows 3 bytes a pixel, not 15."""
         mean, std = self.backbone.mean, self.backbone.std
+        if window is None:
+            return normalise(canvas, mean, std).to(self.device)
+        pixels = planes(canvas).to(self.device)
         return InParts(pixels, partial(normalise_part, mean=mean, std=std))
 
     def _windowed(self, image: InParts, window: tuple[int, int]) -> Tensor:

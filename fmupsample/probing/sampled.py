@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
-from fmupsample.images.prepare import normalise
 from fmupsample.labels.classes import ClassTable
 from fmupsample.labels.dataset import read_pair
 from fmupsample.labels.layouts import Pair
@@ -156,9 +155,9 @@ class Comparison:
             self.progress.advance()
 
     def _restored(self, item: Item) -> Item:
-        device, backbone = self.pipeline.device, self.pipeline.backbone
-        image = normalise(item.canvas, backbone.mean, backbone.std).to(device)
-        return replace(item, features=item.features.to(device, torch.float32), guidance=image)
+        features = item.features.to(self.pipeline.device, torch.float32)
+        guidance = self.pipeline.guidance(item.canvas, item.window)
+        return replace(item, features=features, guidance=guidance)
 
     def _with(self, upsampler: Upsampler) -> Pipeline:
         own = self.pipeline

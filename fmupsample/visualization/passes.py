@@ -11,7 +11,6 @@ import torch
 
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
-from fmupsample.images.prepare import normalise
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.visualization.draw import Drawing, Point
 
@@ -34,20 +33,19 @@ class FeatureCache:
             return
         self.left -= size
         self._kept[item.source] = Item(
-            item.source, item.frame, item.canvas, features.cpu(), torch.empty(0)
+            item.source, item.frame, item.canvas, features.cpu(), torch.empty(0), item.window
         )
 
     def items(
         self, sources: Sequence[Source], *, on_error: Callable[[Source, FmupsampleError], None]
     ) -> Iterator[Item]:
         """The items of these sources: kept ones first, then those computed again."""
-        backbone, device = self.pipeline.backbone, self.pipeline.device
         others = [source for source in sources if source not in self._kept]
         for source in sources:
             if (kept := self._kept.pop(source, None)) is not None:
-                image = normalise(kept.canvas, backbone.mean, backbone.std).to(device)
-                features = kept.features.to(device).float()
-                yield Item(source, kept.frame, kept.canvas, features, image)
+                kept.features = kept.features.to(self.pipeline.device).float()
+                kept.guidance = self.pipeline.guidance(kept.canvas, kept.window)
+                yield kept
         yield from self.pipeline.items(others, on_error=on_error)
 
 
