@@ -55,13 +55,15 @@ class CellDistance(nn.Module):
             size: ``(H, W)`` of the whole map.
             moments: of the queries of the whole map, where this is a window.
         """
+        cells = (key.shape[-2], key.shape[-1])
         mean, gain = self._normalisation(query, moments)
         key_mean, key_gain = self._normalisation(key)
-        key = (key - key_mean) * key_gain
+        key = (_near_cells(key, self.kernel_size, size, window) - key_mean) * key_gain
         # The query's normalisation is folded into the keys, which are few.
         weighted = key * (self.weight.to(key)[:, None, None] * _GAIN / key.shape[1])
         offset = -(weighted * (key + 2 * mean * gain)).sum(1, keepdim=True)
-        return cell_products(query, 2 * weighted * gain, offset, self.kernel_size, size, window)
+        near = torch.cat([2 * weighted * gain, offset], 1)
+        return _products(query, near, self.kernel_size, cells, size, window)
 
     def _normalisation(
         self, x: Tensor, moments: tuple[Tensor, Tensor] | None = None
@@ -97,15 +99,45 @@ def cell_products(
     Returns:
         ``[B, K*K, rows, columns]``.
     """
-    padded = F.pad(torch.cat([key, offset], 1), (kernel_size // 2,) * 4, mode="replicate")
-    cells = tuple(key.shape[-2:])
+    near = _near_cells(torch.cat([key, offset], 1), kernel_size, size, window)
+    cells = (key.shape[-2], key.shape[-1])
+    return _products(query, near, kernel_size, cells, size, window, onto)
+
+
+def _near_cells(x: Tensor, kernel_size: int, size: tuple[int, int], window: Window) -> Tensor:
+    """Of all cells ``[B, E, h, w]`` those that some pixel of the window has for a neighbour.
+
+    The ones around the map, as far as they count, are the nearest inside.
+    """
+    reach, pad = kernel_size // 2, []
+    if window == WHOLE:
+        return F.pad(x, (reach,) * 4, mode="replicate")
+    for dim, (pixels, part) in enumerate(zip(size, window, strict=True), -2):
+        own = plan_axis(x.shape[dim], pixels, False).base[part]
+        first, last = int(own[0]) - reach, int(own[-1]) + reach + 1
+        inside = max(0, first), min(x.shape[dim], last)
+        pad = [inside[0] - first, last - inside[1], *pad]
+        x = x.narrow(dim, inside[0], inside[1] - inside[0])
+    return F.pad(x, pad, mode="replicate")
+
+
+def _products(
+    query: Tensor,
+    near: Tensor,
+    kernel_size: int,
+    cells: tuple[int, int],
+    size: tuple[int, int],
+    window: Window,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """:func:`cell_products` of :func:`_near_cells` of keys and offsets ``[B, E + 1, ...]``."""
     whole = tuple(query.shape[-2:]) == tuple(size)
     if not whole or any(n % m for n, m in zip(size, cells, strict=True)):
-        found = _by_row(query, padded, kernel_size, cells, size, window)
-    elif _in_bands(query, padded, onto):
-        return _by_band(query, padded, kernel_size, cells, onto)
+        found = _by_row(query, near, kernel_size, cells, size, window)
+    elif _in_bands(query, near, onto):
+        return _by_band(query, near, kernel_size, cells, onto)
     else:
-        found = _by_cell(query, padded, kernel_size, cells)
+        found = _by_cell(query, near, kernel_size, cells)
     return found if onto is None else onto.add_(found)
 
 
@@ -167,10 +199,11 @@ def _by_row(
     window: Window,
 ) -> Tensor:
     """Any ratio: the pixels of a column in a row of cells have, one product each."""
-    rows, columns = (
+    bases = (
         plan_axis(n, pixels, False).base[part]
         for n, pixels, part in zip(cells, size, window, strict=True)
     )
+    rows, columns = (base - base[0] for base in bases)  # in the padded part
     across = (columns + torch.arange(kernel_size)[:, None]).to(query.device)  # [K, W], padded
     cuts = [0, *(torch.diff(rows).nonzero().flatten() + 1).tolist(), len(rows)]
     bands = []
