@@ -50,35 +50,58 @@ class FeatureCache:
 
 
 class Saver:
-    """Draws, encodes and writes in one thread while the next picture is computed; a few wait.
+    """Draws, encodes and writes in other threads than the one that computes.
+
+    In one thread while the next picture is computed, and a few wait; or, where models take all
+    cores of a CPU, in turns with them: their threads share a layer evenly and wait for the slowest
+    of them, so one core that has something else to do holds up all.
 
     Args:
-        save: called in that thread.
+        save: called in those threads.
         saved: called in the thread of the user of this class, with the path or the error.
+        in_turns: how many to save at once, while the user waits; 0: one, beside the user.
     """
 
     def __init__(
         self,
         save: Callable[[Source, Callable[[], Drawing], Point | None], Path],
         saved: Callable[[Source, Path | FmupsampleError], None],
+        in_turns: int = 0,
     ) -> None:
-        self._save, self._saved = save, saved
+        self._save, self._saved, self._in_turns = save, saved, in_turns
+        self._collected: list[tuple[Source, Callable[[], Drawing], Point | None]] = []
         self._waiting: deque[tuple[Source, Future[Path]]] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._pool = ThreadPoolExecutor(max(1, in_turns), thread_name_prefix="save")
 
     def __enter__(self) -> Saver:
         return self
 
     def put(self, source: Source, drawing: Callable[[], Drawing], point: Point | None) -> None:
         """Save soon, and hear about earlier ones."""
+        if self._in_turns:
+            self._collected.append((source, drawing, point))
+            if len(self._collected) >= self._in_turns:
+                self._finish()
+            return
         while len(self._waiting) >= 3:
             self._hear()
+        self._begin(source, drawing, point)
+
+    def _begin(self, source: Source, drawing: Callable[[], Drawing], point: Point | None) -> None:
         self._waiting.append((source, self._pool.submit(self._save, source, drawing, point)))
+
+    def _finish(self) -> None:
+        """Save all that is left, and hear about it."""
+        for one in self._collected:
+            self._begin(*one)
+        self._collected.clear()
+        while self._waiting:
+            self._hear()
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            while kind is None and self._waiting:
-                self._hear()
+            if kind is None:
+                self._finish()
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 

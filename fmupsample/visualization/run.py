@@ -401,7 +401,8 @@ class Run:
             self._film(clip)
 
     def _draw_pictures(self, todo: list[Source]) -> None:
-        with Saver(self._save, self._saved) as saver:
+        in_turns = torch.get_num_threads() if self.pipeline.device.type == "cpu" else 0
+        with Saver(self._save, self._saved, in_turns) as saver:
             for item in self.cache.items(todo, on_error=self._failed):
                 for point, drawing in self._drawings(item, self._wanted(item.source)):
                     saver.put(item.source, drawing, point)
