@@ -32,6 +32,7 @@ from fmupsample.memory import available_memory, return_freed
 from fmupsample.ops import reassemble_window
 from fmupsample.ops.memory import empty_map, on_huge_pages
 from fmupsample.prefetch import prefetch
+from fmupsample.threads import compute_alone
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.video.frames import FrameReader
 from fmupsample.windows import (
@@ -239,6 +240,7 @@ class Pipeline:
             reader.watch(sources),
             workers=self.workers,
             ahead=self.workers + self.batch_size,
+            begin=compute_alone,
         )
         try:
             for number, (source, result, error) in enumerate(loaded):

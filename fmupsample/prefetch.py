@@ -12,19 +12,25 @@ R = TypeVar("R")
 
 
 def prefetch(
-    work: Callable[[A], R], items: Iterable[A], *, workers: int, ahead: int
+    work: Callable[[A], R],
+    items: Iterable[A],
+    *,
+    workers: int,
+    ahead: int,
+    begin: Callable[[], None] | None = None,
 ) -> Iterator[tuple[A, R | None, Exception | None]]:
     """``(item, work(item), None)`` or ``(item, None, error)`` for each item, in order.
 
     At most ``ahead`` results are made before they are asked for, so memory stays bounded however
-    slow the consumer is. With ``workers=0`` the work is done on the spot. Leaving the loop early
+    slow the consumer is. With ``workers=0`` the work is done on the spot. ``begin`` is called first in
+    each thread. Leaving the loop early
     (an error, Ctrl-C) drops what has not begun and does not wait for what has.
     """
     if workers < 1:
         for item in items:
             yield _outcome(item, lambda item=item: work(item))
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=begin)
     waiting: deque[tuple[A, Future[R]]] = deque()
     try:
         source = iter(items)

@@ -35,6 +35,7 @@ from fmupsample.images.size import Frame
 from fmupsample.pipeline import Pipeline
 from fmupsample.prefetch import prefetch
 from fmupsample.progress import SILENT, Progress
+from fmupsample.threads import compute_alone
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
@@ -263,6 +264,7 @@ def encode(
         missing,
         workers=pipeline.workers,
         ahead=pipeline.workers + 1,
+        begin=compute_alone,
     )
     try:
         for number, (picture, result, error) in enumerate(loaded):

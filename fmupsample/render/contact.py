@@ -12,6 +12,7 @@ from PIL import Image
 from fmupsample.images.arrays import resize
 from fmupsample.prefetch import prefetch
 from fmupsample.render.text import FAINT, INK, PAPER, draw_text
+from fmupsample.threads import compute_alone
 
 PER_PAGE = 48
 
@@ -72,7 +73,9 @@ def draw_sheet(entries: Sequence[Entry], *, title: str = "", note: str = "") -> 
             x += pair + _GAP
         y += row_height + label + _GAP
     workers = min(4, os.cpu_count() or 1)
-    for place, thumbnails, error in prefetch(_thumbnails, places, workers=workers, ahead=workers):
+    for place, thumbnails, error in prefetch(
+        _thumbnails, places, workers=workers, ahead=workers, begin=compute_alone
+    ):
         if error is not None:
             raise error
         entry, left, right, y, row_height = place

@@ -22,6 +22,7 @@ from fmupsample.images.find import Source
 from fmupsample.images.read import read_picture, read_size
 from fmupsample.labels import read_labels
 from fmupsample.prefetch import prefetch
+from fmupsample.threads import compute_alone
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.regions import find_regions
 
@@ -335,6 +336,7 @@ class Stream:
             samples,
             workers=self.workers,
             ahead=self.workers + 2 * self.batch,
+            begin=compute_alone,
         )
         step: list[tuple[Sample, Loaded]] = []
         try:

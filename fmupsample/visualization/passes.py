@@ -12,6 +12,7 @@ import torch
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.pipeline import Item, Pipeline
+from fmupsample.threads import compute_alone
 from fmupsample.visualization.draw import Drawing, Point
 
 
@@ -71,7 +72,9 @@ class Saver:
         self._save, self._saved, self._in_turns = save, saved, in_turns
         self._collected: list[tuple[Source, Callable[[], Drawing], Point | None]] = []
         self._waiting: deque[tuple[Source, Future[Path]]] = deque()
-        self._pool = ThreadPoolExecutor(max(1, in_turns), thread_name_prefix="save")
+        self._pool = ThreadPoolExecutor(
+            max(1, in_turns), thread_name_prefix="save", initializer=compute_alone
+        )
 
     def __enter__(self) -> Saver:
         return self

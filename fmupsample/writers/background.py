@@ -16,6 +16,7 @@ from torch import Tensor
 from fmupsample.atomic import temporary_for
 from fmupsample.errors import OutputError
 from fmupsample.images.find import printable
+from fmupsample.threads import compute_alone
 from fmupsample.writers.formats import TensorFile
 from fmupsample.writers.manifest import Manifest, Record
 
@@ -130,6 +131,7 @@ class BackgroundWriter:
 
     def _run(self) -> None:
         try:
+            compute_alone()
             while isinstance(job := self._get(), Output):
                 self._write(job)
         except BaseException as error:
