@@ -22,9 +22,9 @@ def prefetch(
     """``(item, work(item), None)`` or ``(item, None, error)`` for each item, in order.
 
     At most ``ahead`` results are made before they are asked for, so memory stays bounded however
-    slow the consumer is. With ``workers=0`` the work is done on the spot. ``begin`` is called first in
-    each thread. Leaving the loop early
-    (an error, Ctrl-C) drops what has not begun and does not wait for what has.
+    slow the consumer is. With ``workers=0`` the work is done on the spot. Leaving the loop early
+    (an error, Ctrl-C) drops what has not begun and does not wait for what has. ``begin`` is called
+    first in each thread.
     """
     if workers < 1:
         for item in items:

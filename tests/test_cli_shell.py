@@ -8,13 +8,17 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 import typer
 
 from fmupsample._version import __version__
 from fmupsample.errors import BackboneError, ImageError, UsageError
 from fmupsample.progress import Progress
+from fmupsample.threads import compute_alone
 from fmupsample_cli.errors import run
 from fmupsample_cli.main import main
 from fmupsample_cli.progress import RichProgress
@@ -39,6 +43,26 @@ def failing(error: BaseException):
         raise error
 
     return run(app, [])
+
+
+def test_threads_beside_the_models_compute_alone():
+    """And change nothing for others: those that are there, and those to come."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ready = threading.Barrier(3)
+
+        def threads() -> int:
+            ready.wait()
+            return torch.get_num_threads()
+
+        with ThreadPoolExecutor(3, initializer=compute_alone) as pool:
+            assert [f.result() for f in [pool.submit(threads) for _ in range(3)]] == [1, 1, 1]
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")
