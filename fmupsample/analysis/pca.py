@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ class PCABasis:
         """C, the number of channels of the features that it projects."""
         return self.mean.shape[0]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """12 hex digits over the numbers (not the metadata): equal colours, equal fingerprint."""
         names = ("mean", "components", "low", "middle", "high")

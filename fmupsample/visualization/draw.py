@@ -52,6 +52,7 @@ _TITLES = {
     "pixel-shuffle": "Pixel shuffle",
 }
 HEAT_OPACITY = 0.72
+_SAME_SHAPE = 0.015  # by how much sides may differ: seven pixels of 448
 
 
 @dataclass(frozen=True)
@@ -285,9 +286,15 @@ class Artist:
     # -- tiles --------------------------------------------------------------------------------
 
     def _tile_size(self, item: Item) -> tuple[int, int]:
-        """Of the original picture's shape, at about the resolution that the backbone saw."""
+        """Of the original picture's shape, at about the resolution that the backbone saw.
+
+        Where whole cells changed the shape by next to nothing, the pixels are shown as they are.
+        """
         height, width = item.frame.original
-        scale = min(item.frame.placed) / min(height, width)
+        placed = item.frame.placed
+        if abs(height * placed[1] / (width * placed[0]) - 1) < _SAME_SHAPE:
+            return tile_size(*placed)
+        scale = min(placed) / min(height, width)
         return tile_size(max(1, round(height * scale)), max(1, round(width * scale)))
 
     def _photo(self, item: Item, size: tuple[int, int]) -> np.ndarray:
