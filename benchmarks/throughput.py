@@ -39,7 +39,6 @@ from fmupsample.errors import FmupsampleError
 from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.heap import keep_freed_memory
 from fmupsample.images import ImageSize, Source, find_images
-from fmupsample.images.prepare import normalise
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.upsamplers import load_upsampler
 from fmupsample.visualization import VisualizeOptions, visualize
@@ -108,8 +107,7 @@ def decode(pipeline: Pipeline, sources: list[Source]) -> list[Decoded]:
     buckets: dict[tuple[int, int], list[Item]] = {}
     for source in sources:
         frame, canvas = pipeline.load(source)
-        image = normalise(canvas, pipeline.backbone.mean, pipeline.backbone.std)
-        item = Item(source, frame, canvas, torch.empty(0), image.to(pipeline.device))
+        item = Item(source, frame, canvas, torch.empty(0), pipeline.guidance(canvas))
         buckets.setdefault(frame.canvas, []).append(item)
     size = pipeline.batch_size
     batches = [b[i : i + size] for b in buckets.values() for i in range(0, len(b), size)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import re
 from pathlib import Path
 
@@ -40,15 +39,6 @@ def available_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     found = [n for n in (_of_system(), _of_group()) if n is not None]
     return min(found) // processes_here() if found else None
-
-
-def return_freed() -> None:
-    """Give freed memory that the C library keeps for later back to the system.
-
-    Pillow takes a picture's memory in pieces that glibc keeps: 14 bytes a pixel of a large one.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # where it is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _of_system() -> int | None:

@@ -23,12 +23,13 @@ from fmupsample.backbones import Backbone
 from fmupsample.device import autocast, check_precision, is_out_of_memory, resolve_device
 from fmupsample.distributed import processes_here
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
+from fmupsample.heap import return_freed
 from fmupsample.images.arrays import planes
 from fmupsample.images.find import Source
 from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, parse_output_size, plan_frame
 from fmupsample.layers.parts import InParts
-from fmupsample.memory import available_memory, return_freed
+from fmupsample.memory import available_memory
 from fmupsample.ops import reassemble_window
 from fmupsample.ops.memory import empty_map, on_huge_pages
 from fmupsample.prefetch import prefetch

@@ -22,7 +22,7 @@ import torch
 
 from fmupsample.bench.machine import cache_bytes
 from fmupsample.device import is_out_of_memory
-from fmupsample.memory import return_freed
+from fmupsample.heap import return_freed
 
 Case = Callable[[], object]
 LEAST_ROUNDS = 3

@@ -12,14 +12,14 @@ from torch import Tensor
 def planes(pixels: np.ndarray) -> Tensor:
     """uint8 ``[H, W, C]`` -> ``[C, H, W]``, of the same memory where torch can express it."""
     if not pixels.flags.writeable or min(pixels.strides) < 0:
-        pixels = pixels.copy()  # decoded pictures are read-only, turned ones run backwards
+        pixels = pixels.copy()
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def interleaved(planes: Tensor) -> np.ndarray:
+def interleaved(maps: Tensor) -> np.ndarray:
     """uint8 ``[C, H, W]`` on any device -> ``[H, W, C]``."""
     # OpenCV's takes a tenth of the time of a transposed copy.
-    return cv2.merge(tuple(planes.cpu().numpy())).reshape(*planes.shape[1:], -1)
+    return cv2.merge(tuple(maps.cpu().numpy())).reshape(*maps.shape[1:], -1)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

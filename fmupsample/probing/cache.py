@@ -29,7 +29,6 @@ from fmupsample.atomic import replacing
 from fmupsample.device import autocast
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import Source
-from fmupsample.images.prepare import normalise
 from fmupsample.images.read import read_size
 from fmupsample.images.size import Frame
 from fmupsample.pipeline import Pipeline
@@ -294,7 +293,7 @@ def _make(
     """The tensors that ``picture`` lacks, by key."""
     backbone, upsampler = pipeline.backbone, pipeline.upsampler
     assert upsampler is not None
-    image = normalise(canvas, backbone.mean, backbone.std)[None].to(pipeline.device)
+    image = pipeline.guidance(canvas)[None]
     placed = picture.frame.placed if picture.frame else canvas.shape[:2]
     made: dict[str, Tensor] = {}
     for flipped, (features_key, weights_key) in zip(views, picture.keys, strict=True):

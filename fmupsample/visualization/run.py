@@ -38,6 +38,7 @@ from fmupsample.writers.lock import FolderLock
 # A drawing made by another revision of this code is drawn again.
 _REVISION = 1
 _MAX_TOKENS = 50_000
+_MOST_DRAWINGS = 4  # at once: each holds a picture and its maps
 _MAX_TOKEN_NUMBERS = 12_000_000  # tokens x channels that a basis is fitted on: 96 MB in float64
 
 
@@ -401,7 +402,8 @@ class Run:
             self._film(clip)
 
     def _draw_pictures(self, todo: list[Source]) -> None:
-        in_turns = torch.get_num_threads() if self.pipeline.device.type == "cpu" else 0
+        threads = torch.get_num_threads() if self.pipeline.device.type == "cpu" else 0
+        in_turns = min(threads, _MOST_DRAWINGS)
         with Saver(self._save, self._saved, in_turns) as saver:
             for item in self.cache.items(todo, on_error=self._failed):
                 for point, drawing in self._drawings(item, self._wanted(item.source)):
