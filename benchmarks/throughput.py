@@ -6,8 +6,9 @@
 Whole runs of ``extract`` (tokens, compact files) and ``visualize`` (PCA), as the commands do them,
 from picture files to result files, in turns with the models alone: backbone, kernel weights and
 what the result needs of reassembly, on the same pictures, decoded, normalised and on the device
-already. The pictures are dealt into rounds; in each, runs and models come in a new random order,
-and the overhead is the ratio of the two. Waiting is the time for which the thread that computes
+already. The pictures are dealt into rounds; in each, kinds come in a new random order, runs and
+models twice (models, run, run, models, or the other way round), and the overhead is the ratio of
+the two. Waiting is the time for which the thread that computes
 stands still for the next decoded picture, or for the writer.
 """
 
@@ -205,16 +206,17 @@ def measure(
         order = list(kinds)
         rng.shuffle(order)
         for name in order:
+            first, second = rng.sample(("models", "whole"), 2)
             row: dict[str, float] = {}
-
-            for part in rng.sample(("models", "whole"), 2):
+            for part in (first, second, second, first):  # a machine that slows down slows both
                 if part == "models":
                     began = time.perf_counter()
                     models_alone(pipeline, KINDS[name], batches)
-                    row["models"] = (time.perf_counter() - began) / len(share)
+                    taken = {"models": time.perf_counter() - began}
                 else:
                     taken = _whole_run(pipeline, KINDS[name], share, work)
-                    row |= {key: seconds / len(share) for key, seconds in taken.items()}
+                for key, seconds in taken.items():
+                    row[key] = row.get(key, 0.0) + seconds / (2 * len(share))
             found[name].append(row)
             print(f"round {number + 1} of {rounds}, {name}: {_percent(row):+.1f} %", flush=True)
     return {name: _summarise(rows) for name, rows in found.items()}

@@ -8,7 +8,6 @@ for item in pipeline.items(find_images(["photos"]), on_error=report):
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +32,7 @@ from fmupsample.memory import available_memory
 from fmupsample.ops import reassemble_window
 from fmupsample.ops.memory import empty_map, on_huge_pages
 from fmupsample.prefetch import prefetch
-from fmupsample.threads import compute_alone
+from fmupsample.threads import compute_alone, cores, models_take_all_cores
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.video.frames import FrameReader
 from fmupsample.windows import (
@@ -124,8 +123,9 @@ class Pipeline:
             windows are halved.
         max_memory: bytes that making one picture's map may take, beside models, picture and result;
             ``None``: half of what is free. Changes results by rounding only.
-        workers: threads that decode ahead; ``None``: up to 4 (half the cores
-            when these also compute); 0: decode in the caller's thread.
+        workers: threads that decode; ``None``: up to 4; 0: decode in the caller's thread. Threads
+            decode while others compute, or, where the models take all cores of a CPU, in turns with
+            them.
 
     Attributes:
         reader: decodes for all calls of :meth:`items` where it is set, so that the next frames of a
@@ -167,7 +167,7 @@ class Pipeline:
         self.fit = fit
         self.precision = precision
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
-        self.workers = _default_workers(self.device) if workers is None else workers
+        self.workers = _default_workers() if workers is None else workers
         self.window = window
         self.max_memory = max_memory
         self.reader: FrameReader | None = None
@@ -236,11 +236,13 @@ class Pipeline:
                     yield item
 
         reader = self.reader or FrameReader()
+        in_turns = models_take_all_cores(self.device)
         loaded = prefetch(
             partial(self.load, reader=reader),
             reader.watch(sources),
             workers=self.workers,
-            ahead=self.workers + self.batch_size,
+            ahead=self.workers if in_turns else self.workers + self.batch_size,
+            in_turns=in_turns,
             begin=compute_alone,
         )
         try:
@@ -565,9 +567,8 @@ def _finish(full: Tensor, crop: tuple[int, int], size: tuple[int, int]) -> Tenso
     return F.adaptive_avg_pool2d(out, size)
 
 
-def _default_workers(device: torch.device) -> int:
-    cores = (os.cpu_count() or 1) // processes_here()
-    return max(1, min(4, cores // 2 if device.type == "cpu" else cores))
+def _default_workers() -> int:
+    return max(1, min(4, cores() // processes_here()))
 
 
 @dataclass

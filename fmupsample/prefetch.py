@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import TypeVar
 
 A = TypeVar("A")
@@ -17,14 +18,19 @@ def prefetch(
     *,
     workers: int,
     ahead: int,
+    in_turns: bool = False,
     begin: Callable[[], None] | None = None,
 ) -> Iterator[tuple[A, R | None, Exception | None]]:
     """``(item, work(item), None)`` or ``(item, None, error)`` for each item, in order.
 
     At most ``ahead`` results are made before they are asked for, so memory stays bounded however
     slow the consumer is. With ``workers=0`` the work is done on the spot. Leaving the loop early
-    (an error, Ctrl-C) drops what has not begun and does not wait for what has. ``begin`` is called
-    first in each thread.
+    (an error, Ctrl-C) drops what has not begun and does not wait for what has.
+
+    Args:
+        in_turns: nothing is done while the consumer is busy: whenever it has used up what there is,
+            it waits until ``ahead`` results are made.
+        begin: called first in each thread.
     """
     if workers < 1:
         for item in items:
@@ -35,12 +41,11 @@ def prefetch(
     try:
         source = iter(items)
         while True:
-            while len(waiting) < max(1, ahead):
-                try:
-                    item = next(source)
-                except StopIteration:
-                    break
-                waiting.append((item, pool.submit(work, item)))
+            if not (in_turns and waiting):
+                for item in islice(source, max(1, ahead) - len(waiting)):
+                    waiting.append((item, pool.submit(work, item)))
+                if in_turns:
+                    wait([future for _, future in waiting])
             if not waiting:
                 return
             item, future = waiting.popleft()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import torch
@@ -24,3 +25,20 @@ def compute_alone() -> None:
         back = threading.Thread(target=torch.set_num_threads, args=(others,))
         back.start()
         back.join()
+
+
+def models_take_all_cores(device: torch.device) -> bool:
+    """Whether models on ``device`` leave no core of this machine to other threads.
+
+    Then work beside them is no gain, but a loss: their threads share a layer evenly and wait for
+    the slowest of them, so one core that has something else to do holds up all. Work that others
+    would do beside them had better take turns with them, on all cores.
+    """
+    return device.type == "cpu" and torch.get_num_threads() >= cores()
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

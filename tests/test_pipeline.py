@@ -11,6 +11,7 @@ import torch
 from drawn import Blocks, NotLinear, PatchMeans, draw
 
 from fmupsample import pipeline as module
+from fmupsample import threads as threads_module
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images import ImageSize, Source, find_images, parse_output_size
 from fmupsample.pipeline import Pipeline, resolve_device
@@ -308,6 +309,37 @@ def test_prefetch_is_bounded_and_ordered() -> None:
         results.append((n, value if error is None else str(error)))
     assert results == [(n, n * n if n != 3 else "three") for n in range(20)]
     assert most <= 5
+
+
+def test_prefetch_in_turns_rests_while_the_consumer_works() -> None:
+    begun: list[int] = []
+    seen = []
+    for n, _, error in prefetch(begun.append, range(7), workers=2, ahead=3, in_turns=True):
+        assert error is None
+        seen.append((n, len(begun)))
+        time.sleep(0.002)
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 6), (4, 6), (5, 6), (6, 7)]
+
+
+@pytest.mark.parametrize(("threads", "in_turns"), [(1, False), (3, True), (4, True)])
+def test_decoding_takes_turns_with_models_that_take_all_cores(
+    monkeypatch, tmp_path, threads, in_turns
+) -> None:
+    monkeypatch.setattr(threads_module, "cores", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(module, "compute_alone", lambda: None)  # sets the number
+    found = []
+
+    def spy(*arguments, **options):
+        found.append((options["in_turns"], options["ahead"]))
+        return prefetch(*arguments, **options)
+
+    monkeypatch.setattr(module, "prefetch", spy)
+    pipeline = Pipeline(PatchMeans(), workers=2)
+    sources = find_images([draw(tmp_path / f"{n}.png") for n in range(3)])
+    items = list(pipeline.items(sources, on_error=no_error))
+    assert [item.source for item in items] == sources
+    assert found == [(in_turns, 2 if in_turns else 3)]
 
 
 def test_leaving_early_does_not_wait() -> None:

@@ -101,39 +101,56 @@ def draw_panel(
         rows * row_height + (rows - 1) * gap + (gap + caption_height if has_caption else 0)
         + margin + margin // 2
     )  # fmt: skip
-    sheet = Image.new("RGB", (total_width, total_height), PAPER)
+    sheet = np.full((total_height, total_width, 3), PAPER[0], np.uint8)
     boxes: list[Box] = []
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
         left = margin + column * (cell_width + gap)
         top = margin // 2 + row * (row_height + gap)
-        middle = top + label_height // 2
-        draw_text(sheet, (left, middle), tile.label, unit, width=cell_width)
-        used = text_width(tile.label, unit) + round(unit * 0.7)
-        small = round(unit * 0.78)
-        if tile.note and used + text_width(tile.note, small) <= cell_width:
-            draw_text(sheet, (left + used, middle + 1), tile.note, small, colour=FAINT)
+        line = _label(tile, unit, (label_height, cell_width))
+        sheet[top : top + label_height, left : left + cell_width] = line
         x = left + (cell_width - width) // 2
         y = top + label_height + (cell_height - height) // 2
-        sheet.paste(Image.fromarray(tile.pixels), (x, y))
+        sheet[y : y + height, x : x + width] = tile.pixels
         boxes.append((x, y, width, height))
     if has_caption:
-        small = round(unit * 0.85)
-        middle = total_height - margin // 2 - caption_height // 2 - gap // 3
-        room = total_width - 2 * margin
-        right = 0
-        if footer is not None:
-            sheet.paste(
-                Image.fromarray(footer),
-                (total_width - margin - footer.shape[1], middle - footer.shape[0] // 2),
-            )
-            right = footer.shape[1] + gap
-        elif note and text_width(note, small) <= room:
-            draw_text(
-                sheet, (total_width - margin, middle), note, small, colour=FAINT, align="right"
-            )
-            right = text_width(note, small) + gap
-        draw_text(
-            sheet, (margin, middle), caption, small, colour=INK, width=room - right, keep="end"
+        top = total_height - margin // 2 - caption_height
+        room = (caption_height, total_width - 2 * margin)
+        line = _caption(caption, note, footer, round(unit * 0.85), gap, room)
+        sheet[top : top + caption_height, margin : total_width - margin] = line
+    return Panel(sheet, boxes)
+
+
+# Text is drawn on lines of its own: a whole panel would be copied into Pillow's form and back.
+
+
+def _label(tile: Tile, unit: int, size: tuple[int, int]) -> np.ndarray:
+    """The line above a tile: its label in letters of ``unit`` pixels, its note where it fits."""
+    height, width = size
+    line = Image.new("RGB", (width, height), PAPER)
+    draw_text(line, (0, height // 2), tile.label, unit, width=width)
+    used = text_width(tile.label, unit) + round(unit * 0.7)
+    small = round(unit * 0.78)
+    if tile.note and used + text_width(tile.note, small) <= width:
+        draw_text(line, (used, height // 2 + 1), tile.note, small, colour=FAINT)
+    return np.asarray(line)
+
+
+def _caption(
+    caption: str, note: str, footer: np.ndarray | None, unit: int, gap: int, size: tuple[int, int]
+) -> np.ndarray:
+    """The line below all tiles: the caption, and a picture or words at its right end."""
+    height, width = size
+    line = Image.new("RGB", (width, height), PAPER)
+    middle = height // 2 - gap // 3
+    right = 0
+    if footer is not None:
+        line.paste(
+            Image.fromarray(footer), (width - footer.shape[1], middle - footer.shape[0] // 2)
         )
-    return Panel(np.asarray(sheet), boxes)
+        right = footer.shape[1] + gap
+    elif note and text_width(note, unit) <= width:
+        draw_text(line, (width, middle), note, unit, colour=FAINT, align="right")
+        right = text_width(note, unit) + gap
+    draw_text(line, (0, middle), caption, unit, colour=INK, width=width - right, keep="end")
+    return np.asarray(line)

@@ -45,4 +45,4 @@ def blocks(
         i = 2 * np.arange(out, dtype=np.int64) + 1
         index.append(np.minimum(i * part * n // (2 * out * whole), n - 1))
     # Columns first, while the rows are few.
-    return cells[:, index[1]][index[0]]
+    return cells.take(index[1], axis=1).take(index[0], axis=0)

@@ -53,9 +53,7 @@ class FeatureCache:
 class Saver:
     """Draws, encodes and writes in other threads than the one that computes.
 
-    In one thread while the next picture is computed, and a few wait; or, where models take all
-    cores of a CPU, in turns with them: their threads share a layer evenly and wait for the slowest
-    of them, so one core that has something else to do holds up all.
+    In one thread while the next picture is computed, and a few wait; or in turns with the user.
 
     Args:
         save: called in those threads.

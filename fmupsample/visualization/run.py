@@ -27,6 +27,7 @@ from fmupsample.images.find import Source, printable
 from fmupsample.images.size import check_output_size
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.progress import SILENT, Progress
+from fmupsample.threads import models_take_all_cores
 from fmupsample.video.clips import Clip
 from fmupsample.video.frames import FrameSource, frames_of
 from fmupsample.visualization.album import BASIS_NAME, FORMATS, Album, stamp_text
@@ -37,7 +38,7 @@ from fmupsample.writers.lock import FolderLock
 
 # A drawing made by another revision of this code is drawn again.
 _REVISION = 1
-_MAX_TOKENS = 50_000
+_MAX_TOKENS = 16_000  # three directions and their ranges have settled by then
 _MOST_DRAWINGS = 4  # at once: each holds a picture and its maps
 _MAX_TOKEN_NUMBERS = 12_000_000  # tokens x channels that a basis is fitted on: 96 MB in float64
 
@@ -402,8 +403,9 @@ class Run:
             self._film(clip)
 
     def _draw_pictures(self, todo: list[Source]) -> None:
-        threads = torch.get_num_threads() if self.pipeline.device.type == "cpu" else 0
-        in_turns = min(threads, _MOST_DRAWINGS)
+        in_turns = 0
+        if models_take_all_cores(self.pipeline.device):
+            in_turns = min(torch.get_num_threads(), _MOST_DRAWINGS)
         with Saver(self._save, self._saved, in_turns) as saver:
             for item in self.cache.items(todo, on_error=self._failed):
                 for point, drawing in self._drawings(item, self._wanted(item.source)):
