@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import fmupsample.pipeline
+import fmupsample.pipeline.maps
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import Apart, OutOfMemory
@@ -51,7 +51,7 @@ def prepare(method: str, size: int, way: str, allowed: int | None) -> Callable[[
         backbone, upsampler, image_size=ImageSize(exact=(size, size)), max_memory=allowed
     )
     if way == "whole":
-        fmupsample.pipeline._WHOLE_PIXELS = 2**62
+        fmupsample.pipeline.maps._WHOLE_PIXELS = 2**62
         pipeline.max_memory = 2**62
     generator = torch.Generator().manual_seed(0)
     grid = backbone.grid((size, size))
@@ -115,7 +115,7 @@ def growth(results: list[dict]) -> dict[str, dict[str, float]]:
             if (r["setting"]["method"], r["setting"]["way"]) == (method, way) and "peak_bytes" in r
         )
         if way == "windows":
-            rows = [row for row in rows if row[0] > fmupsample.pipeline._WHOLE_PIXELS]
+            rows = [row for row in rows if row[0] > fmupsample.pipeline.maps._WHOLE_PIXELS]
         if len(rows) > 1:
             (first, low), (last, high) = rows[0], rows[-1]
             found.setdefault(method, {})[way] = (high - low) / (last - first)

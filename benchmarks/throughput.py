@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-import fmupsample.pipeline
+import fmupsample.pipeline.features
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import summary
@@ -137,7 +137,7 @@ class Waits:
     def __enter__(self) -> Waits:
         self.seconds = {"decode": 0.0, "write": 0.0}
         self._stack = contextlib.ExitStack()
-        prefetch = fmupsample.pipeline.prefetch
+        prefetch = fmupsample.pipeline.features.prefetch
 
         def watched(*arguments: object, **options: object) -> Iterator:
             ahead = prefetch(*arguments, **options)
@@ -151,7 +151,7 @@ class Waits:
             finally:
                 ahead.close()
 
-        self._replace(fmupsample.pipeline, "prefetch", watched)
+        self._replace(fmupsample.pipeline.features, "prefetch", watched)
         for owner, name in (
             (BackgroundWriter, "_put"),
             (BackgroundWriter, "close"),

@@ -394,7 +394,7 @@ def test_lower_precision_reassembles_in_it(photos: Path, tmp_path: Path, monkeyp
 
 def test_large_maps_are_written_in_slices(photos: Path, tmp_path: Path, monkeypatch) -> None:
     run(photos, tmp_path / "one")
-    monkeypatch.setattr("fmupsample.pipeline._CHUNK_BYTES", 4 * 32 * 48 * 4)
+    monkeypatch.setattr("fmupsample.pipeline.maps._CHUNK_BYTES", 4 * 32 * 48 * 4)
     run(photos, tmp_path / "many")
     for name in files(tmp_path / "one"):
         a, b = (load_file(tmp_path / way / name)["features"] for way in ("one", "many"))
@@ -409,7 +409,7 @@ def test_out_of_memory_while_upsampling_fails_one_picture(photos, tmp_path, monk
             return super().reassemble(weights, value)
 
     draw(photos / "wide.png", 40, 80)
-    monkeypatch.setattr("fmupsample.pipeline._CHUNK_BYTES", 4 * 32 * 48 * 4)
+    monkeypatch.setattr("fmupsample.pipeline.maps._CHUNK_BYTES", 4 * 32 * 48 * 4)
     report = run(photos, tmp_path / "out", upsampler=Heavy())
     assert len(report.done) == 4
     assert "use a smaller --output-size" in report.failed[0]["error"]

@@ -148,7 +148,7 @@ def test_every_output_size_and_fit(size: str, fit: str, tmp_path: Path) -> None:
 
 
 def test_maps_beyond_the_direct_size(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fmupsample.pipeline._DIRECT_PIXELS", 1)
+    monkeypatch.setattr("fmupsample.pipeline.sizes._DIRECT_PIXELS", 1)
     upsampler = small_resfu()
     dense = ExtractOptions(dtype="fp32", output_size="101x150")
     whole = load_file(extracted(tmp_path, upsampler, dense))["features"]

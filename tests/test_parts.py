@@ -149,9 +149,9 @@ def test_of_a_canvas_in_windows_only_its_bytes_are_kept(tmp_path: Path, monkeypa
         sizes.append(prod(pixels.shape[-2:]))
         return normalise_part(pixels, **values)
 
-    monkeypatch.setattr("fmupsample.pipeline.normalise_part", watched)
-    monkeypatch.setattr("fmupsample.pipeline._WHOLE_PIXELS", 1000)
-    monkeypatch.setattr("fmupsample.pipeline._WINDOW_PIXELS", 1500)
+    monkeypatch.setattr("fmupsample.pipeline.features.normalise_part", watched)
+    monkeypatch.setattr("fmupsample.pipeline.maps._WHOLE_PIXELS", 1000)
+    monkeypatch.setattr("fmupsample.pipeline.maps._WINDOW_PIXELS", 1500)
     monkeypatch.setattr("fmupsample.windows._OVERVIEW_ROWS", 10)
     pipeline = Pipeline(backbone, upsampler, image_size=ImageSize(short=96), window=40)
     report = extract(pipeline, [source], tmp_path / "out", ExtractOptions("compact"))
@@ -180,7 +180,7 @@ def test_one_band_of_kernel_weights_is_there_at_a_time(tmp_path: Path, monkeypat
 
     draw(tmp_path / "p.png", 96, 136)
     sources = find_images([tmp_path / "p.png"])
-    monkeypatch.setattr("fmupsample.pipeline._WHOLE_PIXELS", 1000)
+    monkeypatch.setattr("fmupsample.pipeline.maps._WHOLE_PIXELS", 1000)
     pipeline = Pipeline(PatchMeans(), Bands(), image_size=ImageSize(short=96))
     (item,) = pipeline.items(sources, on_error=lambda *error: pytest.fail(str(error)))
     assert pipeline.upsample(item).shape == (6, 96, 136)

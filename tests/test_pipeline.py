@@ -10,11 +10,11 @@ import pytest
 import torch
 from drawn import Blocks, NotLinear, PatchMeans, draw
 
-from fmupsample import pipeline as module
 from fmupsample import threads as threads_module
+from fmupsample.device import resolve_device
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images import ImageSize, Source, find_images, parse_output_size
-from fmupsample.pipeline import Pipeline, resolve_device
+from fmupsample.pipeline import Pipeline, features, maps, sizes
 from fmupsample.prefetch import prefetch
 
 
@@ -93,7 +93,7 @@ def test_other_errors_in_the_threads_come_out(tmp_path: Path, monkeypatch) -> No
     def broken(*args: object) -> None:
         raise KeyError("a fault")
 
-    monkeypatch.setattr(module, "fit_to_frame", broken)
+    monkeypatch.setattr(features, "fit_to_frame", broken)
     with pytest.raises(KeyError, match="a fault"):
         list(Pipeline(PatchMeans(), workers=2).items(find_images([tmp_path]), on_error=no_error))
 
@@ -199,7 +199,7 @@ def test_integer_ratios_stay_integer_under_padding(tmp_path: Path, monkeypatch) 
 def test_slices_are_the_whole(tmp_path: Path, monkeypatch) -> None:
     pipeline, item = only_item(draw(tmp_path / "a.png"))
     whole = pipeline.upsample(item)
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 2 * whole[0].numel())
+    monkeypatch.setattr(maps, "_CHUNK_BYTES", 4 * 2 * whole[0].numel())
     slices = list(pipeline.upsample_in_slices(item))
     assert [s.shape[0] for s in slices] == [2, 2, 2]
     torch.testing.assert_close(torch.cat(slices), whole)
@@ -216,7 +216,7 @@ def test_huge_maps_are_made_smaller_and_enlarged(tmp_path: Path, monkeypatch, fi
 
     pipeline, item = only_item(draw(tmp_path / "a.png", 37, 50), Watched(), fit=fit)
     direct = pipeline.upsample(item, (370, 500))
-    monkeypatch.setattr(module, "_DIRECT_PIXELS", 100 * 140)
+    monkeypatch.setattr(sizes, "_DIRECT_PIXELS", 100 * 140)
     enlarged = pipeline.upsample(item, (370, 500))
     assert asked[0][0] >= 370 and asked[1][0] * asked[1][1] < 16_000
     assert enlarged.shape == direct.shape
@@ -327,14 +327,14 @@ def test_decoding_takes_turns_with_models_that_take_all_cores(
 ) -> None:
     monkeypatch.setattr(threads_module, "cores", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(module, "compute_alone", lambda: None)  # sets the number
+    monkeypatch.setattr(features, "compute_alone", lambda: None)  # sets the number
     found = []
 
     def spy(*arguments, **options):
         found.append((options["in_turns"], options["ahead"]))
         return prefetch(*arguments, **options)
 
-    monkeypatch.setattr(module, "prefetch", spy)
+    monkeypatch.setattr(features, "prefetch", spy)
     pipeline = Pipeline(PatchMeans(), workers=2)
     sources = find_images([draw(tmp_path / f"{n}.png") for n in range(3)])
     items = list(pipeline.items(sources, on_error=no_error))

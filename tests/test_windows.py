@@ -47,9 +47,9 @@ def small_resfu(channels: int = 6, **options: object) -> ReSFU:
 @pytest.fixture
 def small_windows(monkeypatch) -> None:
     monkeypatch.setattr(resfu_windows, "_FEWEST", 24)
-    monkeypatch.setattr("fmupsample.pipeline._WHOLE_PIXELS", 1000)
-    monkeypatch.setattr("fmupsample.pipeline._WINDOW_PIXELS", 1500)
-    monkeypatch.setattr("fmupsample.pipeline._FEWEST_PIXELS", 100)
+    monkeypatch.setattr("fmupsample.pipeline.maps._WHOLE_PIXELS", 1000)
+    monkeypatch.setattr("fmupsample.pipeline.maps._WINDOW_PIXELS", 1500)
+    monkeypatch.setattr("fmupsample.pipeline.maps._FEWEST_PIXELS", 100)
 
 
 # -- the upsampler: exact -------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def close(a: Tensor, b: Tensor) -> None:
 def test_maps_in_windows_are_the_whole_maps(name, size, tmp_path, monkeypatch, request) -> None:
     backbone = PatchMeans()
     upsampler = small_resfu() if name == "resfu" else load_upsampler(backbone, name)
-    monkeypatch.setattr("fmupsample.pipeline._DIRECT_PIXELS", 60_000)
+    monkeypatch.setattr("fmupsample.pipeline.sizes._DIRECT_PIXELS", 60_000)
     pipeline = Pipeline(backbone, upsampler, image_size=ImageSize(short=90), fit="pad")
     item = item_of(tmp_path, pipeline)
     assert item.frame.padded
@@ -203,7 +203,7 @@ def test_out_of_memory_halves_the_kernels_and_goes_on(tmp_path: Path, small_wind
 
 
 def test_max_memory_decides_what_is_made_at_once(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fmupsample.pipeline._FEWEST_PIXELS", 100)
+    monkeypatch.setattr("fmupsample.pipeline.maps._FEWEST_PIXELS", 100)
     head = small_resfu()
     asked, real = [], head.kernels_in_rows
     head.kernels_in_rows = lambda *a: asked.append(a[-1]) or real(*a)
@@ -322,8 +322,8 @@ def test_large_canvases_are_windowed_and_the_manifest_says_so(tmp_path, monkeypa
             pictures,
             tmp_path / "whole",
         )
-    monkeypatch.setattr("fmupsample.pipeline._BACKBONE_PIXELS", 96 * 136 - 1)
-    monkeypatch.setattr("fmupsample.pipeline._BACKBONE_WINDOW", 64)
+    monkeypatch.setattr("fmupsample.pipeline.features._BACKBONE_PIXELS", 96 * 136 - 1)
+    monkeypatch.setattr("fmupsample.pipeline.features._BACKBONE_WINDOW", 64)
     automatic = record("automatic")
     assert automatic["window"] == [64, 64] and "window" not in automatic["options"]
     with pytest.raises(UsageError, match="window of 0"):
@@ -331,7 +331,7 @@ def test_large_canvases_are_windowed_and_the_manifest_says_so(tmp_path, monkeypa
 
 
 def test_out_of_memory_in_the_backbone_takes_windows(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fmupsample.pipeline._LEAST_WINDOW", 16)
+    monkeypatch.setattr("fmupsample.pipeline.features._LEAST_WINDOW", 16)
 
     class Small(PatchMeans):
         most = 48 * 48
