@@ -86,9 +86,11 @@ def split(size: tuple[int, int], pixels: int, reach: int) -> list[list[Window]]:
         reach: pixels around a pixel that it depends on.
     """
     height, width = size
-    # Twice as wide as high: the strips inside are rows of a window, and bands are kept whole.
-    columns = min(width, max(isqrt(2 * pixels) - 2 * reach, _FEWEST))
-    rows = min(height, max(pixels // (columns + 2 * reach) - 2 * reach, _FEWEST))
+    # Twice as wide as high, for the strips inside are rows of a window; and lower where the picture
+    # is wide, for bands are kept whole: of two windows' pixels at most.
+    rows = min(isqrt(pixels // 2) - 2 * reach, 2 * pixels // width)
+    rows = min(height, max(rows, _FEWEST))
+    columns = min(width, max(pixels // (rows + 2 * reach) - 2 * reach, _FEWEST))
     bands, across = -(-height // rows), -(-width // columns)
 
     def cuts(length: int, count: int) -> list[tuple[slice, slice]]:
