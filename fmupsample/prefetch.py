@@ -17,7 +17,7 @@ def prefetch(
     items: Iterable[A],
     *,
     workers: int,
-    ahead: int,
+    ahead: int | Callable[[], int],
     in_turns: bool = False,
     begin: Callable[[], None] | None = None,
 ) -> Iterator[tuple[A, R | None, Exception | None]]:
@@ -28,6 +28,7 @@ def prefetch(
     (an error, Ctrl-C) drops what has not begun and does not wait for what has.
 
     Args:
+        ahead: or something that says it whenever more is begun.
         in_turns: nothing is done while the consumer is busy: whenever it has used up what there is,
             it waits until ``ahead`` results are made.
         begin: called first in each thread.
@@ -42,7 +43,8 @@ def prefetch(
         source = iter(items)
         while True:
             if not (in_turns and waiting):
-                for item in islice(source, max(1, ahead) - len(waiting)):
+                most = max(1, ahead() if callable(ahead) else ahead)
+                for item in islice(source, most - len(waiting)):
                     waiting.append((item, pool.submit(work, item)))
                 if in_turns:
                     wait([future for _, future in waiting])

@@ -321,25 +321,40 @@ def test_prefetch_in_turns_rests_while_the_consumer_works() -> None:
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 6), (4, 6), (5, 6), (6, 7)]
 
 
-@pytest.mark.parametrize(("threads", "in_turns"), [(1, False), (3, True), (4, True)])
+@pytest.mark.parametrize(
+    ("threads", "canvas_bytes", "expected"),
+    [
+        (1, 1, (False, [3] * 7)),  # models on one core of three: pictures are decoded beside them
+        (3, 2**22, (True, [2, 8])),
+        (3, 2**24, (True, [2, 4, 4])),
+        (4, 2**30, (True, [2, 2, 2, 2])),  # large canvases: no more at once than there are threads
+    ],
+)
 def test_decoding_takes_turns_with_models_that_take_all_cores(
-    monkeypatch, tmp_path, threads, in_turns
+    monkeypatch, tmp_path, threads, canvas_bytes, expected
 ) -> None:
     monkeypatch.setattr(threads_module, "cores", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(features, "compute_alone", lambda: None)  # sets the number
+    pipeline = Pipeline(PatchMeans(), workers=2)
+    sources = find_images([draw(tmp_path / f"{n}.png") for n in range(7)])
+    # As if canvases had so many bytes.
+    (size,) = {pipeline.load(source)[1].nbytes for source in sources}
+    monkeypatch.setattr(features, "_TURN_BYTES", 2**26 * size // canvas_bytes)
     found = []
 
-    def spy(*arguments, **options):
-        found.append((options["in_turns"], options["ahead"]))
-        return prefetch(*arguments, **options)
+    def spy(*arguments, in_turns, ahead, **options):
+        def watched() -> int:
+            found.append(ahead())
+            return found[-1]
+
+        assert in_turns == expected[0]
+        return prefetch(*arguments, in_turns=in_turns, ahead=watched, **options)
 
     monkeypatch.setattr(features, "prefetch", spy)
-    pipeline = Pipeline(PatchMeans(), workers=2)
-    sources = find_images([draw(tmp_path / f"{n}.png") for n in range(3)])
     items = list(pipeline.items(sources, on_error=no_error))
     assert [item.source for item in items] == sources
-    assert found == [(in_turns, 2 if in_turns else 3)]
+    assert found[: len(expected[1])] == expected[1]
 
 
 def test_leaving_early_does_not_wait() -> None:

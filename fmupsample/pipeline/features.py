@@ -34,6 +34,10 @@ from fmupsample.windows import (
 # Canvases of more pixels are shown to the backbone in windows of this side, unless told otherwise.
 _BACKBONE_PIXELS, _BACKBONE_WINDOW, _LEAST_WINDOW = 2048**2, 1024, 224
 
+# Where decoding takes turns with models: so many pictures a thread, if canvases are small, for at
+# every change threads of the models stay awake for a while.
+_TURN, _TURN_BYTES = 4, 2**26
+
 OnError = Callable[[Source, FmupsampleError], None]
 
 
@@ -173,11 +177,19 @@ class FeaturePipeline:
 
         reader = self.reader or FrameReader()
         in_turns = models_take_all_cores(self.device)
+        largest = 0  # bytes of a canvas; 0: none is known
+
+        def ahead() -> int:
+            if in_turns:
+                fit = _TURN_BYTES // largest if largest else 0
+                return max(self.workers, min(_TURN * self.workers, fit))
+            return self.workers + self.batch_size
+
         loaded = prefetch(
             partial(self.load, reader=reader),
             reader.watch(sources),
             workers=self.workers,
-            ahead=self.workers if in_turns else self.workers + self.batch_size,
+            ahead=ahead,
             in_turns=in_turns,
             begin=compute_alone,
         )
@@ -189,6 +201,7 @@ class FeaturePipeline:
                     on_error(source, error)
                     continue
                 picture = _Loaded(number, source, *result)
+                largest = max(largest, picture.canvas.nbytes)
                 order.append(number)
                 size = picture.frame.canvas
                 buckets.setdefault(size, []).append(picture)
