@@ -38,7 +38,7 @@ SIZES = (560, 1120, 1680, 2240, 3360, 4480)
 # Whole pictures are measured up to here; larger ones take gigabytes.
 MOST_WHOLE = 2240
 # Blocks from this size on are returned when they are freed.
-_RETURNED_BYTES = 2**22
+_RETURNED_BYTES = 2**18
 # "Flat": a pixel more takes at most this share of what it takes at once.
 FLAT = 0.02
 

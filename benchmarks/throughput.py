@@ -333,6 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--rounds", type=int, default=4, help="into which the pictures are dealt (4)")
     add("--kinds", nargs="+", choices=KINDS, default=list(DEFAULT))
     add("--backbone", default="embedded")
+    add("--random", action="store_true", help="random weights: takes as long, nothing downloaded")
     add("--upsampler", help="default: the backbone's head")
     add("--image-size", type=ImageSize.parse, help="as of the command line")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
@@ -348,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
     machine = describe(device)
-    backbone = load_backbone(args.backbone)
+    backbone = load_backbone(args.backbone, pretrained=not args.random)
     pipeline = Pipeline(
         backbone,
         load_upsampler(backbone, args.upsampler),

@@ -8,6 +8,8 @@ import threading
 import torch
 
 _LOCK = threading.Lock()
+# Of what takes turns with models: pieces a thread, and bytes, of one turn.
+_PIECES, _TURN_BYTES = 4, 2**26
 
 
 def compute_alone() -> None:
@@ -35,6 +37,14 @@ def models_take_all_cores(device: torch.device) -> bool:
     would do beside them had better take turns with them, on all cores.
     """
     return device.type == "cpu" and torch.get_num_threads() >= cores()
+
+
+def turn_length(threads: int, size: int) -> int:
+    """How many pieces of work of ``size`` bytes these threads do in a turn: a few each, if small.
+
+    For after every change the models' threads stay awake for a while, in case there is more.
+    """
+    return max(threads, min(_PIECES * threads, _TURN_BYTES // max(size, 1)))
 
 
 def cores() -> int:

@@ -340,7 +340,7 @@ def test_decoding_takes_turns_with_models_that_take_all_cores(
     sources = find_images([draw(tmp_path / f"{n}.png") for n in range(7)])
     # As if canvases had so many bytes.
     (size,) = {pipeline.load(source)[1].nbytes for source in sources}
-    monkeypatch.setattr(features, "_TURN_BYTES", 2**26 * size // canvas_bytes)
+    monkeypatch.setattr(threads_module, "_TURN_BYTES", 2**26 * size // canvas_bytes)
     found = []
 
     def spy(*arguments, in_turns, ahead, **options):

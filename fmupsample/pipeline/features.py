@@ -21,7 +21,7 @@ from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, plan_frame
 from fmupsample.layers.parts import InParts
 from fmupsample.prefetch import prefetch
-from fmupsample.threads import compute_alone, cores, models_take_all_cores
+from fmupsample.threads import compute_alone, cores, models_take_all_cores, turn_length
 from fmupsample.video.frames import FrameReader
 from fmupsample.windows import (
     features_in_windows,
@@ -33,10 +33,6 @@ from fmupsample.windows import (
 
 # Canvases of more pixels are shown to the backbone in windows of this side, unless told otherwise.
 _BACKBONE_PIXELS, _BACKBONE_WINDOW, _LEAST_WINDOW = 2048**2, 1024, 224
-
-# Where decoding takes turns with models: so many pictures a thread, if canvases are small, for at
-# every change threads of the models stay awake for a while.
-_TURN, _TURN_BYTES = 4, 2**26
 
 OnError = Callable[[Source, FmupsampleError], None]
 
@@ -177,13 +173,12 @@ class FeaturePipeline:
 
         reader = self.reader or FrameReader()
         in_turns = models_take_all_cores(self.device)
-        largest = 0  # bytes of a canvas; 0: none is known
+        largest: int | None = None  # bytes of a canvas
 
         def ahead() -> int:
-            if in_turns:
-                fit = _TURN_BYTES // largest if largest else 0
-                return max(self.workers, min(_TURN * self.workers, fit))
-            return self.workers + self.batch_size
+            if not in_turns:
+                return self.workers + self.batch_size
+            return turn_length(self.workers, largest) if largest else self.workers
 
         loaded = prefetch(
             partial(self.load, reader=reader),
@@ -201,7 +196,7 @@ class FeaturePipeline:
                     on_error(source, error)
                     continue
                 picture = _Loaded(number, source, *result)
-                largest = max(largest, picture.canvas.nbytes)
+                largest = max(largest or 0, picture.canvas.nbytes)
                 order.append(number)
                 size = picture.frame.canvas
                 buckets.setdefault(size, []).append(picture)

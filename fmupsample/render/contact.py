@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from PIL import Image
 from fmupsample.images.arrays import resize
 from fmupsample.prefetch import prefetch
 from fmupsample.render.text import FAINT, INK, PAPER, draw_text
-from fmupsample.threads import compute_alone
+from fmupsample.threads import compute_alone, cores
 
 PER_PAGE = 48
 
@@ -72,7 +71,7 @@ def draw_sheet(entries: Sequence[Entry], *, title: str = "", note: str = "") -> 
             places.append((entries[index], round(x), round(x + pair), y, row_height))
             x += pair + _GAP
         y += row_height + label + _GAP
-    workers = min(4, os.cpu_count() or 1)
+    workers = min(4, cores())
     for place, thumbnails, error in prefetch(
         _thumbnails, places, workers=workers, ahead=workers, begin=compute_alone
     ):

@@ -25,6 +25,7 @@ from fmupsample.images.find import Source, printable
 from fmupsample.labels import count_classes
 from fmupsample.labels.layouts.folders import find_labels
 from fmupsample.progress import SILENT, Progress
+from fmupsample.threads import cores
 from fmupsample.training.cache import plan_views
 from fmupsample.training.checkpoint import NAME as CHECKPOINT
 from fmupsample.training.checkpoint import load_checkpoint, save_checkpoint
@@ -211,9 +212,8 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
 
 
 def _default_workers(device: torch.device) -> int:
-    cores = os.cpu_count() or 1
     # On the CPU, decoding and computing share the cores.
-    return max(1, min(4, cores // 2 if device.type == "cpu" else cores - 1))
+    return max(1, min(4, cores() // 2 if device.type == "cpu" else cores() - 1))
 
 
 class _Run:

@@ -12,7 +12,7 @@ import torch
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.pipeline import Item, Pipeline
-from fmupsample.threads import compute_alone
+from fmupsample.threads import compute_alone, turn_length
 from fmupsample.visualization.draw import Drawing, Point
 
 
@@ -58,7 +58,8 @@ class Saver:
     Args:
         save: called in those threads.
         saved: called in the thread of the user of this class, with the path or the error.
-        in_turns: how many to save at once, while the user waits; 0: one, beside the user.
+        in_turns: how many to save at once, while the user waits, whenever a few times as many have
+            come; 0: one, beside the user.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Saver:
     ) -> None:
         self._save, self._saved, self._in_turns = save, saved, in_turns
         self._collected: list[tuple[Source, Callable[[], Drawing], Point | None]] = []
+        self._largest = 0
         self._waiting: deque[tuple[Source, Future[Path]]] = deque()
         self._pool = ThreadPoolExecutor(
             max(1, in_turns), thread_name_prefix="save", initializer=compute_alone
@@ -77,11 +79,14 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def put(self, source: Source, drawing: Callable[[], Drawing], point: Point | None) -> None:
-        """Save soon, and hear about earlier ones."""
+    def put(
+        self, source: Source, drawing: Callable[[], Drawing], point: Point | None, size: int = 0
+    ) -> None:
+        """Save soon, and hear about earlier ones; ``size``: bytes that wait with it."""
         if self._in_turns:
             self._collected.append((source, drawing, point))
-            if len(self._collected) >= self._in_turns:
+            self._largest = max(self._largest, size)
+            if len(self._collected) >= turn_length(self._in_turns, self._largest):
                 self._finish()
             return
         while len(self._waiting) >= 3:

@@ -40,6 +40,7 @@ from fmupsample.writers.lock import FolderLock
 _REVISION = 1
 _MAX_TOKENS = 16_000  # three directions and their ranges have settled by then
 _MOST_DRAWINGS = 4  # at once: each holds a picture and its maps
+_BYTES_PER_PIXEL = 27  # of a canvas whose drawing waits: it, the same normalised, three maps
 _MAX_TOKEN_NUMBERS = 12_000_000  # tokens x channels that a basis is fitted on: 96 MB in float64
 
 
@@ -408,8 +409,9 @@ class Run:
             in_turns = min(torch.get_num_threads(), _MOST_DRAWINGS)
         with Saver(self._save, self._saved, in_turns) as saver:
             for item in self.cache.items(todo, on_error=self._failed):
+                size = _BYTES_PER_PIXEL * item.frame.canvas[0] * item.frame.canvas[1]
                 for point, drawing in self._drawings(item, self._wanted(item.source)):
-                    saver.put(item.source, drawing, point)
+                    saver.put(item.source, drawing, point, size)
                 self.progress.advance()
 
     def _drawings(

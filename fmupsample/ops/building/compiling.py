@@ -22,6 +22,7 @@ import torch
 
 from fmupsample.errors import ExtensionError
 from fmupsample.ops.building.toolchain import Nvcc, Toolchain
+from fmupsample.threads import cores
 
 # Told about every second: what is being done, and for how many seconds.
 Progress = Callable[[str, float], None]
@@ -156,7 +157,7 @@ def first_error(log: str) -> str:
 
 def _jobs() -> int:
     given = os.environ.get("MAX_JOBS", "")
-    return int(given) if given.isdecimal() and int(given) > 0 else os.cpu_count() or 1
+    return int(given) if given.isdecimal() and int(given) > 0 else cores()
 
 
 def _ninja_file(
