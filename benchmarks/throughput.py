@@ -8,8 +8,8 @@ from picture files to result files, in turns with the models alone: backbone, ke
 what the result needs of reassembly, on the same pictures, decoded, normalised and on the device
 already. The pictures are dealt into rounds; in each, kinds come in a new random order, runs and
 models twice (models, run, run, models, or the other way round), and the overhead is the ratio of
-the two. Waiting is the time for which the thread that computes
-stands still for the next decoded picture, or for the writer.
+the two. Waiting is the time for which the thread that computes stands still for the next decoded
+picture, or for the writer.
 """
 
 from __future__ import annotations

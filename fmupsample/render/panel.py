@@ -101,6 +101,7 @@ def draw_panel(
         rows * row_height + (rows - 1) * gap + (gap + caption_height if has_caption else 0)
         + margin + margin // 2
     )  # fmt: skip
+    # One number, for paper has no colour: three take three times as long.
     sheet = np.full((total_height, total_width, 3), PAPER[0], np.uint8)
     boxes: list[Box] = []
     for index, tile in enumerate(tiles):
