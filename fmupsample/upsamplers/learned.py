@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fmupsample.errors import FmupsampleError, UsageError
+from fmupsample.upsamplers.affinity import Affinity, AffinityConfig
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.fade import FADE, FADEConfig
@@ -30,6 +31,7 @@ from fmupsample.upsamplers.stack import (
 LEARNED: dict[str, tuple[type[Upsampler], type[Config]]] = {
     ReSFU.name: (ReSFU, ReSFUConfig),
     UNIVERSAL: (ReSFU, UniversalReSFUConfig),
+    Affinity.name: (Affinity, AffinityConfig),
     SAPA.name: (SAPA, SAPAConfig),
     LDAAQU.name: (LDAAQU, LDAAQUConfig),
     FADE.name: (FADE, FADEConfig),
