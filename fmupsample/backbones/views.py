@@ -14,7 +14,7 @@ along the straight line to its neighbour by as much as its centre is off, 1/14 o
 pixels. What is linear in the position is exact, at the borders as well.
 
 **Two views** are shifted along the diagonal and give a quincunx: the cells (even, even) and (odd,
-odd) of the finer grid. A cell between them is the mean of the two beside it and the two above and
+odd) of the finer grid, each view moved by itself. A cell between them is the mean of the two beside it and the two above and
 below; at the border of the two along it; in a corner, of the two that touch it.
 
 Beyond its border an image goes on as its outermost pixels.
@@ -125,11 +125,8 @@ class ViewedBackbone(Backbone):
         features = self._interleaved(padded, images.shape)
         if self.views == 2:
             _fill_quincunx(features)
-        for dim, stride, (shifts, rests) in zip(
-            (2, 3), self.single.stride, self._axes, strict=True
-        ):
-            features = _move_to_centres(features, dim, stride, shifts, rests)
-        return features
+            return features
+        return self._moved(features, slice(None))
 
     def _interleaved(self, padded: Tensor, shape: torch.Size) -> Tensor:
         """The features of all views, each at its place; where there is none, nothing is set."""
@@ -145,8 +142,16 @@ class ViewedBackbone(Backbone):
                 channels, h, w = found.shape[1:]
                 finer = found.new_empty(batch, channels, h, count, w, count, dtype=kind)
             for (a, b), own in zip(places, found.split(batch), strict=True):
+                if self.views == 2:  # what fills the gaps needs its neighbours in their places
+                    own = self._moved(own.to(kind), slice(a, a + 1))
                 finer[:, :, :, a, :, b] = own
         return finer.flatten(4).flatten(2, 3)
+
+    def _moved(self, features: Tensor, seen: slice) -> Tensor:
+        """Interleaved features of some views at the centres of their cells."""
+        for dim, stride, axis in zip((2, 3), self.single.stride, self._axes, strict=True):
+            features = _move_to_centres(features, dim, stride, *(part[seen] for part in axis))
+        return features
 
     def _view(self, padded: Tensor, place: tuple[int, int], size: tuple[int, int]) -> Tensor:
         top, left = (
@@ -201,9 +206,9 @@ def _move_to_centres(
     Linearly, towards the neighbour on that side; at an end where there is none, along the line
     through the one on the other side.
     """
-    if not any(rests):
-        return x
     length, count = x.shape[dim], len(shifts)
+    if not any(rests) or length == 1:
+        return x
     seen = torch.tensor([j * stride + shifts[a] for j in range(length // count)
                          for a in range(count)], dtype=torch.float64)  # fmt: skip
     rest = torch.tensor([float(r) for r in rests], dtype=torch.float64).repeat(length // count)
