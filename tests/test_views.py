@@ -9,8 +9,8 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import ToyBackbone
 from torch import nn
+from toy import ToyBackbone
 
 from fmupsample.backbones import Backbone, ViewedBackbone, load_backbone
 from fmupsample.backbones import views as views_module

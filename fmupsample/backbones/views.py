@@ -14,8 +14,9 @@ along the straight line to its neighbour by as much as its centre is off, 1/14 o
 pixels. What is linear in the position is exact, at the borders as well.
 
 **Two views** are shifted along the diagonal and give a quincunx: the cells (even, even) and (odd,
-odd) of the finer grid, each view moved by itself. A cell between them is the mean of the two beside it and the two above and
-below; at the border of the two along it; in a corner, of the two that touch it.
+odd) of the finer grid, each view moved by itself. A cell between them is the mean of the two beside
+it and the two above and below; at the border of the two along it; in a corner, of the two that
+touch it.
 
 Beyond its border an image goes on as its outermost pixels.
 """
