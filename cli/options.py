@@ -122,6 +122,28 @@ Layer = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+# As in fmupsample.backbones.views, which imports torch.
+VIEWS = (1, 2, 4, 9)
+
+
+def check_views(value: int | None) -> int | None:
+    """Refuse numbers of views that cannot be."""
+    if value is not None and value not in VIEWS:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(map(str, VIEWS))}")
+    return value
+
+
+Views = Annotated[
+    int,
+    typer.Option(
+        "--views",
+        metavar="1|2|4|9",
+        callback=check_views,
+        help="Show every picture to the model in N views, shifted by parts of a patch: a grid two "
+        "(9: three) times as fine for N times the model's time.",
+        rich_help_panel=MODEL,
+    ),
+]
 BackboneWeights = Annotated[
     Path | None,
     typer.Option(

@@ -142,7 +142,8 @@ ObjectiveOption = Annotated[
     typer.Option(
         "--objective",
         metavar="TERM[=WEIGHT],...",
-        help="What to train for, of clusters, crops, regions, area, preserve, augment, task. "
+        help="What to train for, of clusters, crops, regions, area, preserve, shifts, augment, "
+        "task. "
         "Default: clusters.",
         show_default=False,
         rich_help_panel=TRAINING,
@@ -203,6 +204,7 @@ def train(
     backbone: o.BackboneName = "embedded",
     layer: o.Layer = None,
     backbone_weights: o.BackboneWeights = None,
+    views: o.Views = 1,
     also: Also = None,
     upsampler: Upsampler = None,
     start_from: StartFrom = None,
@@ -275,7 +277,7 @@ def train(
     largest = max(wanted.image_sizes) if wanted.image_sizes else None
     square = None if largest is None else (largest, largest)
     models = [
-        load_backbone(image_size=square, **which)
+        load_backbone(image_size=square, views=views, **which)
         for which in (
             {"name": backbone, "layer": layer, "weights": backbone_weights},
             *map(_parse_backbone, also or ()),

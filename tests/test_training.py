@@ -242,7 +242,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing_else(
 
 def test_views_that_come_again_are_computed_once(pictures, tmp_path) -> None:
     backbone = ToyBackbone()
-    report = run(pictures, tmp_path / "h.safetensors", options(steps=30, views=2, previews=0),
+    report = run(pictures, tmp_path / "h.safetensors", options(steps=30, crops_kept=2, previews=0),
                  backbone=backbone)  # fmt: skip
     # 9 squares of 2 views, low and enlarged; 9 for the scaling; 1 held out, kept as well.
     assert report.pictures == 7

@@ -76,6 +76,31 @@ class Cropper:
         return window.flip(1) if sample.flip else window
 
 
+def pixel_shifts(
+    samples: Sequence[Sample], size: int, grid: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """By how many pixels, down and right, the ``shifts`` term shifts crops of ``size`` pixels."""
+    return [
+        tuple(round(share * size / cells) for share, cells in zip(each.shift, grid, strict=True))
+        for each in samples
+    ]
+
+
+def shift_images(images: Tensor, shifts: Sequence[tuple[int, int]]) -> Tensor:
+    """Images ``[B, 3, H, W]`` seen from ``shifts`` pixels further down and right.
+
+    Beyond its border an image goes on as its outermost pixels.
+    """
+    reach = max((abs(n) for pair in shifts for n in pair), default=0)
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    height, width = images.shape[-2:]
+    seen = [
+        each[:, reach + down : reach + down + height, reach + right : reach + right + width]
+        for each, (down, right) in zip(padded, shifts, strict=True)
+    ]
+    return torch.stack(seen)
+
+
 def _resize(crop: Tensor, size: int) -> Tensor:
     if crop.shape[-1] == size:
         return crop

@@ -77,6 +77,8 @@ class Sample:
         colours: factors of brightness, contrast and saturation.
         varied: the like, for the ``augment`` term.
         blocks: where the grid of blocks begins, as shares of a block, down and right.
+        shift: of the view that the ``shifts`` term compares with, as shares of a cell, down and
+            right; from -1/2 to 1/2.
     """
 
     square: int
@@ -88,6 +90,7 @@ class Sample:
     colours: tuple[float, float, float]
     varied: tuple[float, float, float]
     blocks: tuple[float, float]
+    shift: tuple[float, float] = (0.0, 0.0)
 
 
 def list_squares(
@@ -291,11 +294,12 @@ class Sampler:
         top, left = (float(v) for v in random.uniform(0, 1 - side, 2))
         flip = bool(random.random() < config.flip)
         colours = _factors(random, config.jitter)
+        shift = tuple(float(v) for v in random.uniform(-0.5, 0.5, 2))
         # What the backbone does not see may be new even where a view comes again.
         fresh = np.random.default_rng([*seed, number])
         varied = _factors(fresh, config.variation)
         y, x = (float(v) for v in fresh.random(2))
-        return Sample(square, view, top, left, side, flip, colours, varied, (y, x))
+        return Sample(square, view, top, left, side, flip, colours, varied, (y, x), shift)
 
 
 def _factors(random: np.random.Generator, strength: float) -> tuple[float, float, float]:

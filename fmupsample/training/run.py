@@ -20,13 +20,14 @@ from fmupsample._version import __version__
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.atomic import replacing
 from fmupsample.backbones import Backbone
+from fmupsample.backbones.views import title
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.labels import count_classes
 from fmupsample.labels.layouts.folders import find_labels
 from fmupsample.progress import SILENT, Progress
 from fmupsample.threads import cores
-from fmupsample.training.cache import plan_views
+from fmupsample.training.cache import plan_crops
 from fmupsample.training.checkpoint import NAME as CHECKPOINT
 from fmupsample.training.checkpoint import load_checkpoint, save_checkpoint
 from fmupsample.training.config import TrainConfig
@@ -264,8 +265,8 @@ class _Run:
         classes = count_classes(list(files.values())) if files else 0
 
         views = 0
-        if len(self.backbones) == 1 or config.views is not None:
-            views = plan_views(config, backbone, len(squares), here.size, keep_bytes // 2)
+        if len(self.backbones) == 1 or config.crops_kept is not None:
+            views = plan_crops(config, backbone, len(squares), here.size, keep_bytes // 2)
         workers_warn = self.progress.warn if here.leads else (lambda _: None)
         share = keep_bytes // 2 if views else keep_bytes
         pictures = Pictures(
@@ -385,16 +386,19 @@ class _Run:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def _plan(self, views: int) -> str:
-        config, names = self.config, ", ".join(each.name for each in self.backbones)
+        config, names = self.config, ", ".join(map(title, self.backbones))
         all_sizes = dict.fromkeys(size for feed in self.feeds for size in feed.sizes)
         sizes = " and ".join(f"{s}x{s}" for s in all_sizes)
         several = f" in each of {self.here.size} processes" if self.here.size > 1 else ""
-        kept = f", {views} views of each, their features kept" if views else ""
+        kept = f", {views} crops of each, their features kept" if views else ""
+        shown = getattr(self.backbone, "views", 1)
+        passes = f"; {shown} passes of the backbone for every crop" if shown > 1 else ""
         return (
             f"training {config.upsampler} for {names} on {self.pictures_used} pictures "
             f"({self.held_out} more held out){kept}: {config.steps} steps of {config.batch_size} "
             f"crops of {sizes} pixels{several}, objective "
             + " + ".join(f"{weight:g} {name}" for name, weight in config.terms.items())
+            + passes
         )
 
     # -- running ----------------------------------------------------------------------------------
@@ -460,7 +464,7 @@ class _Run:
         universal = average.head.name == UNIVERSAL
         if universal:
             report.card["backbones"] = [
-                f"{each.name}, layer {each.layer}" for each in self.backbones
+                f"{title(each)}, layer {each.layer}" for each in self.backbones
             ]
         backbone = None if universal else self.backbone
         save_head(self.output, average.head, backbone, report.card)
@@ -488,7 +492,7 @@ class _Run:
         head = trainer.average.head.eval()
         for number, (feed, basis, pixels, image, features) in enumerate(self.previews, 1):
             head.use_with(feed.backbone.mean, feed.backbone.std)
-            note = f"{feed.backbone.name}, step {trainer.step} of {self.config.steps}"
+            note = f"{title(feed.backbone)}, step {trainer.step} of {self.config.steps}"
             panel = draw_preview(pixels, image, features, head, basis, note)
             save_picture(self.work / PREVIEWS / f"step-{trainer.step:06}-{number}.png", panel)
 

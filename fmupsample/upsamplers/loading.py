@@ -83,8 +83,10 @@ def list_heads() -> list[tuple[Path, dict]]:
 def find_head(backbone: BackboneLike, upsampler: str | None = None) -> Path | None:
     """The first head made for this backbone and layer (and of this method), or ``None``.
 
-    One that serves all is found only by its name, ``resfu-universal``.
+    One that serves all is found only by its name, ``resfu-universal``. Of several, one that was
+    trained with as many views comes first.
     """
+    found = None
     for path, metadata in list_heads():
         made_for = metadata["backbone"]
         if upsampler not in (None, metadata["upsampler"]):
@@ -94,5 +96,7 @@ def find_head(backbone: BackboneLike, upsampler: str | None = None) -> Path | No
                 return path
             continue
         if same_backbone(made_for, backbone) and made_for.get("layer") == backbone.layer:
-            return path
-    return None
+            if made_for.get("views", 1) == getattr(backbone, "views", 1):
+                return path
+            found = found or path
+    return found
