@@ -39,6 +39,7 @@ import reports
 IGNORED = 255
 SEEDS, SAMPLES, STEPS, BATCH, RATE = 3, 2048, 1500, 4096, 2e-3
 BAND, TOLERANCE = 5, 3  # pixels
+SPLITS = {"train": "train", "test": "val"}
 Kernels = Callable[[Tensor, Tensor, Tensor], Tensor]  # features, image, labels -> weights
 
 
@@ -199,7 +200,7 @@ class Features:
 
 
 def measure(name: str, features: Features, classes: int, chosen: int) -> dict:
-    """The row of one method; the first ``chosen`` of the spread-out training images are labelled."""
+    """The row of one method; ``chosen`` of the training images, spread out, are labelled."""
     views, _, method = name.rpartition(":") if name.split(":")[0].isdigit() else ("1", "", name)
     views = int(views)
     upsampler, kernels = contender(method, features.backbone(views))
@@ -288,9 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = tuple(int(n) for n in args.size.split("x"))
     splits = {
         split: load_pairs(args.root / folder, size, limit)
-        for split, folder, limit in zip(
-            ("train", "test"), ("train", "val"), args.limits, strict=True
-        )
+        for (split, folder), limit in zip(SPLITS.items(), args.limits, strict=True)
     }
     features = Features(args, splits)
     setting = {

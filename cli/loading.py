@@ -57,21 +57,10 @@ def load_models(
         backbone, layer=layer, weights=weights, image_size=image_size, views=views
     )
     from fmupsample.upsamplers import load_upsampler
-    from fmupsample.upsamplers.resfu.module import UNIVERSAL
 
     if fit_on is not None and head is None:
         _fit_head(model, upsampler, fit_on, place, quiet)
     method = load_upsampler(model, head if head is not None else upsampler)
-    if upsampler is None and head is None and method.name == UNIVERSAL:
-        which = f"--backbone {backbone}"
-        which += "" if layer is None else f" --layer {layer}"
-        which += "" if weights is None else f" --backbone-weights {weights}"
-        which += "" if views == 1 else f" --views {views}"
-        note(
-            f"upsampler: {UNIVERSAL}, as there is no head for {model.name}; train one of its own "
-            f"with: fmupsample train IMAGES -o head.safetensors {which} --from {UNIVERSAL}",
-            quiet=quiet,
-        )
     origin = f" from {weights}" if weights is not None else ""
     note(
         f"backbone {model.name}{origin}, layer {model.layer}, {model.channels} channels per "

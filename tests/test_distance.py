@@ -7,8 +7,8 @@ import torch
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers import ReSFU, ReSFUConfig
-from fmupsample.upsamplers.resfu import distance
 from fmupsample.upsamplers.cells import cell_products
+from fmupsample.upsamplers.resfu import distance
 from fmupsample.upsamplers.resfu.distance import CellDistance
 
 

@@ -8,7 +8,7 @@ from fmupsample.training.cache import Features
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.crops import Cropper, pixel_shifts
 from fmupsample.training.data import Loaded, Sample
-from fmupsample.training.objective import Batch, split_into_blocks
+from fmupsample.training.objective import LABELLED, Batch, split_into_blocks
 
 
 def make_batch(
@@ -32,6 +32,7 @@ def make_batch(
         batch.regions = split_into_blocks(cropper.regions(samples, size), block, offsets)
     if "augment" in config.terms:
         batch.varied = cropper.pictures(samples, size, "varied")
-    if "task" in config.terms:
+    if LABELLED & set(config.terms):
         batch.labels = cropper.labels(samples, size)
+        batch.label_weights = cropper.label_weights(samples)
     return batch

@@ -47,6 +47,7 @@ class TrainConfig:
     region_share: float = 0.8  # of the region's mean; the rest keeps shading inside a region
     region_block: float = 2.0  # cells; a pixel cannot reach farther with 3 x 3 neighbours
     pixel_stride: int = 2  # every n-th pixel of either axis, at random: a quarter of the work
+    mask_widen: float = 1.0  # cells; a patch tells of what is beside it: more asks for purer cells
     variation: float = 0.3  # of colours for the augment term: what light and cameras change
 
     # --- on what
@@ -259,6 +260,7 @@ _RANGES = (
     ("region_share", 0, 1),
     ("region_block", 0.5, 64),
     ("pixel_stride", 1, 64),
+    ("mask_widen", 1, 8),
     ("variation", 0, 1),
     ("side", 32, 8192),
     ("flip", 0, 1),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fmupsample.training.data import Loaded, Sample
+from fmupsample.training.masks import IGNORED
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -49,8 +51,14 @@ class Cropper:
         return self._numbers([(s, loaded.regions) for s, loaded in samples], size)
 
     def labels(self, samples: Sequence[tuple[Sample, Loaded]], size: int) -> Tensor:
-        """The labels of the crops, int64 ``[B, size, size]``."""
-        return self._numbers([(s, loaded.labels) for s, loaded in samples], size)
+        """The labels of the crops, int64 ``[B, size, size]``; 255 where there are none."""
+        none = np.full((1, 1), IGNORED, dtype=np.uint8)
+        maps = [(s, none if loaded.labels is None else loaded.labels) for s, loaded in samples]
+        return self._numbers(maps, size)
+
+    def label_weights(self, samples: Sequence[tuple[Sample, Loaded]]) -> Tensor:
+        """What the labels of each crop count, ``[B]``."""
+        return torch.tensor([loaded.label_weight for _, loaded in samples], device=self.device)
 
     def offsets(self, samples: Sequence[tuple[Sample, Loaded]], block: int) -> Tensor:
         """Where each picture's blocks begin, pixels, int64 ``[B, 2]``."""

@@ -1,9 +1,10 @@
 """The `masks` term: a pixel takes its features from cells of its own segment.
 
-Segments come from any segmentation data; their classes do not matter. With w the kernel weights of
-a pixel and s_j the share of cell j that belongs to the pixel's own segment, the loss of the pixel is
-``-log sum_j w_j s_j``. It counts only where it can be told well from badly: where the cells around
-the pixel are not all of its segment. The backbone plays no part in it, and neither do features.
+Segments come from any segmentation data; their classes do not matter. With w the kernel weights
+of a pixel and s_j the share of cell j that belongs to the pixel's own segment, the loss of the
+pixel is ``-log sum_j w_j s_j``. It counts only where it can be told well from badly: where the
+cells around the pixel are not all of its segment. The backbone plays no part in it, and neither do
+features.
 """
 
 from __future__ import annotations
@@ -62,13 +63,18 @@ def _smoothed(x: Tensor, dim: int, more: int) -> Tensor:
 
 
 def mask_loss(
-    upsampler: Upsampler, weights: Tensor, numbers: Tensor, shares: Tensor
+    upsampler: Upsampler,
+    weights: Tensor,
+    numbers: Tensor,
+    shares: Tensor,
+    image_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of kernel weights, and the share of counted pixels that come out wrong.
 
     Args:
         weights: what ``upsampler.kernels`` gave.
         numbers: int64 ``[B, H, W]``; shares: ``[B, S, h, w]``, of :func:`segment_shares`.
+        image_weights: ``[B]``, what the pixels of each image count; default: all alike.
 
     Returns:
         Two scalars; 0 where no pixel counts.
@@ -80,7 +86,9 @@ def mask_loss(
         around = F.avg_pool2d(F.pad(shares, (1, 1, 1, 1), mode="replicate"), 3, 1)
         around = F.interpolate(around, numbers.shape[-2:], mode="nearest").gather(1, own)[:, 0]
         counted = ((numbers != IGNORED) & (around < _UNIFORM)).to(right.dtype)
+        if image_weights is not None:
+            counted = counted * image_weights.to(counted)[:, None, None]
         wrong = (upsampled.argmax(1) != own[:, 0]).to(right.dtype)
-    total = counted.sum().clamp_min(1)
+    total = counted.sum().clamp_min(1e-6)
     loss = -(right.clamp_min(_LEAST).log() * counted).sum() / total
     return loss, (wrong * counted).sum() / total

@@ -1,7 +1,7 @@
 """What a head is trained for: named terms.
 
 All take features with every channel scaled, by default to mean 0 and variance 1 over the data, and
-all but two (``clusters``, ``task``) are the distance of two maps of them.
+all but three (``clusters``, ``masks``, ``task``) are the distance of two maps of them.
 
 * ``clusters``: a linear classifier of low-resolution features, fitted before and fixed, should say
   at every pixel in which cluster the features of the enlarged crop are (:mod:`.clusters`), each
@@ -25,6 +25,8 @@ all but two (``clusters``, ``task``) are the distance of two maps of them.
   between the cells, at the scale that the backbone knows: nothing is enlarged.
 * ``augment``: the same features under the guidance of a picture with changed colours should give
   the same map (AnyUp).
+* ``masks``: every pixel should take its features from cells of its own segment, in masks of any
+  classes that come with the pictures (:mod:`.masks`). It looks at kernel weights, not at features.
 * ``task``: cross-entropy of a linear probe, trained along with the head, on labelled pictures.
 
 Kernel weights sum to 1, so the scaling is applied to the small maps and never to the large one. Of
@@ -48,17 +50,20 @@ from torch.utils.checkpoint import checkpoint
 
 from fmupsample.ops.grid import interpolation_matrix, plan_axis
 from fmupsample.training.clusters import Clusters
+from fmupsample.training.masks import IGNORED, mask_loss, segment_shares, segments
 from fmupsample.upsamplers.base import Upsampler
 
 if TYPE_CHECKING:
     from fmupsample.training.config import TrainConfig
 
-TERMS = ("clusters", "crops", "regions", "area", "preserve", "shifts", "augment", "task")
+TERMS = ("clusters", "crops", "regions", "area", "preserve", "shifts", "augment", "masks", "task")
 SCALINGS = ("standard", "minmax", "none")
-IGNORED = 255  # the label of pixels that count nowhere
 
-# Terms that ask a classifier.
-CLASSIFIED = frozenset({"clusters", "task"})
+# Terms that are not the distance of two feature maps.
+APART = frozenset({"clusters", "masks", "task"})
+
+# Terms that look at labels.
+LABELLED = frozenset({"masks", "task"})
 
 # Terms whose targets come from the enlarged crop.
 ENLARGED = frozenset({"clusters", "crops", "regions"})
@@ -106,7 +111,8 @@ class Batch:
         regions: int64 ``[B, H, W]``, numbers unique over the batch and without gaps, in the order
             of the pictures.
         varied: ``[B, 3, H, W]``, the crops with other colours.
-        labels: int64 ``[B, H, W]``.
+        labels: int64 ``[B, H, W]``; 255 where there are none.
+        label_weights: ``[B]``, what each crop's labels count in ``masks``.
         shifted: ``[B, C, h, w]``, features of the crops shifted by ``shifts``.
         shifts: pixels, down and right, of each crop; at most half a cell.
         phase: first row and column of the pixels that are looked at where not all are.
@@ -118,6 +124,7 @@ class Batch:
     regions: Tensor | None = None
     varied: Tensor | None = None
     labels: Tensor | None = None
+    label_weights: Tensor | None = None
     shifted: Tensor | None = None
     shifts: Sequence[tuple[int, int]] = ()
     phase: tuple[int, int] = (0, 0)
@@ -152,13 +159,15 @@ class Objective:
             probe: a 1x1 convolution ``[B, C, ...]`` -> ``[B, classes, ...]`` for ``task``.
         """
         job = _Job(self, upsampler, batch)
-        compared = [name for name in self.config.terms if name not in CLASSIFIED]
+        compared = [name for name in self.config.terms if name not in APART]
         found = {}
         if compared:
             sums = job.sums(compared)
             found = {name: self._distance(sums[name], batch.low.shape[1]) for name in compared}
         if "clusters" in self.config.terms:
             found["clusters"] = job.clusters(self.clusters)
+        if "masks" in self.config.terms:
+            found["masks"] = job.masks()
         if "task" in self.config.terms:
             found["task"] = job.task(probe)
         return {name: found[name] for name in self.config.terms}
@@ -313,6 +322,13 @@ class _Job:
         logits = self._thinned(self._logits(clusters.logits))
         each = F.cross_entropy(logits, members, reduction="none")
         return (each * rarity(members, self.config.cluster_balance)).mean()
+
+    def masks(self) -> Tensor:
+        """How much of each pixel's weights is on cells of its own segment."""
+        batch = self.batch
+        numbers = segments(batch.labels)
+        shares = segment_shares(numbers, tuple(self.low.shape[-2:]), self.config.mask_widen)
+        return mask_loss(self.upsampler, self.weights, numbers, shares, batch.label_weights)[0]
 
     def task(self, probe: nn.Module) -> Tensor:
         """Cross-entropy of the probe's upsampled logits, each picture's labelled pixels alike."""

@@ -55,6 +55,10 @@ RECOMMENDED: dict[str, dict[str, Any]] = {ReSFU.name: _WHOLE_CELLS, UNIVERSAL: _
 LATE: dict[str, tuple[str, ...]] = {ReSFU.name: ("sigma_range",), UNIVERSAL: ("sigma_range",)}
 
 
+# Heads that serve the features of any backbone.
+UNIVERSALS = (Affinity.name, UNIVERSAL)
+
+
 def recommended(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration to train ``name`` with, given the fields that were asked for."""
     fields = RECOMMENDED.get(name, {})
@@ -65,7 +69,7 @@ def recommended(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_for(name: str, channels: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`build_learned` takes, for features of so many channels."""
-    return {"channels": 0 if name == UNIVERSAL else channels, **options}
+    return {"channels": 0 if name in UNIVERSALS else channels, **options}
 
 
 def build_learned(name: str, config: Mapping[str, Any]) -> Upsampler:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fmupsample.errors import HeadError, UsageError
 from fmupsample.folders import cache_folder
+from fmupsample.upsamplers.affinity import Affinity
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
 from fmupsample.upsamplers.guided import GuidedFilter
@@ -18,12 +19,12 @@ from fmupsample.upsamplers.heads import (
 )
 from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.learned import LEARNED
-from fmupsample.upsamplers.resfu.module import UNIVERSAL
 
 TRAINING_FREE: dict[str, type[Upsampler]] = {
     method.name: method for method in (Nearest, Bilinear, Bicubic, JointBilateral, GuidedFilter)
 }
 UPSAMPLERS = (*TRAINING_FREE, *LEARNED)
+DEFAULT = Affinity.name  # where a backbone has no head of its own
 
 
 def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> Upsampler:
@@ -45,11 +46,11 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
     if source is None or (isinstance(source, str) and source in LEARNED):
         found = find_head(backbone, source)
         if found is None and source is None:
-            found = find_head(backbone, UNIVERSAL)
+            found = find_head(backbone, DEFAULT)
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
-                f"--upsampler {UNIVERSAL} (serves any backbone) or jbu (needs no training), give "
+                f"--upsampler {DEFAULT} (serves any backbone) or jbu (needs no training), give "
                 "a head file with --head, or train one with `fmupsample train`"
             )
         return load_head(found, backbone)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -102,7 +101,7 @@ def run(head: Affinity, composer: Composer, judged: list, arguments: argparse.Na
                  "optimizer": optimizer.state_dict(), "log": json.dumps(log)},
                 temporary,
             )  # fmt: skip
-            os.replace(temporary, checkpoint)
+            temporary.replace(checkpoint)
 
 
 def batch(composer: Composer, rng: np.random.Generator, count: int) -> tuple:

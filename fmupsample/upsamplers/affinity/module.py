@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from math import isqrt
 from typing import ClassVar
 
@@ -172,7 +173,7 @@ class Affinity(Upsampler):
         inner = tuple(axis.inner for axis in axes)
         keys[..., rows, columns] = found
         means[..., rows, columns] = colours[(..., *inner)]
-        if part.shape[-2:] != size:
+        if [(axis.own.start, axis.own.stop) for axis in axes] != [(0, n) for n in part.shape[-2:]]:
             inside = (..., *(axis.own for axis in axes))
             embedding, part = embedding[inside], part[inside]
         return affinity_weights(self.config, embedding, part, keys, means, size, own)
@@ -224,7 +225,7 @@ def _means(x: Tensor, axes: Sequence[_Axis]) -> Tensor:
 def _cuts(length: int, most: int) -> list[slice]:
     count = -(-length // most)
     bounds = [length * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
