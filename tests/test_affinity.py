@@ -8,7 +8,7 @@ from torch import nn
 from fmupsample.errors import ShapeError, UsageError
 from fmupsample.ops.grid import cell_distance, cell_shares
 from fmupsample.training.masks import IGNORED, mask_loss, segment_shares, segments
-from fmupsample.upsamplers import Affinity, AffinityConfig, JointBilateral, Nearest, load_upsampler
+from fmupsample.upsamplers import Affinity, AffinityConfig, JointBilateral, Nearest
 from fmupsample.upsamplers.affinity.encoder import ALIGNMENT, REACH
 from fmupsample.upsamplers.normalisation import MEAN, STD
 
@@ -187,7 +187,7 @@ def test_the_loss_of_known_weights() -> None:
 
 
 def test_a_head_learns_from_masks() -> None:
-    """A disc of the ground's own colour with a brighter rim of one pixel cannot be told by colour."""
+    """A disc whose colour is like the ground's but for noise, told by its mask."""
     torch.manual_seed(0)
     y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     inside = ((y - 30) ** 2 + (x - 34) ** 2) < 20**2
