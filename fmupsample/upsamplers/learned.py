@@ -55,7 +55,7 @@ RECOMMENDED: dict[str, dict[str, Any]] = {ReSFU.name: _WHOLE_CELLS, UNIVERSAL: _
 LATE: dict[str, tuple[str, ...]] = {ReSFU.name: ("sigma_range",), UNIVERSAL: ("sigma_range",)}
 
 
-# Heads that serve the features of any backbone.
+# Heads that serve the features of any backbone, the best first.
 UNIVERSALS = (Affinity.name, UNIVERSAL)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from fmupsample.errors import HeadError, UsageError
 from fmupsample.folders import cache_folder
-from fmupsample.upsamplers.affinity import Affinity
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
 from fmupsample.upsamplers.guided import GuidedFilter
@@ -18,13 +17,12 @@ from fmupsample.upsamplers.heads import (
     same_backbone,
 )
 from fmupsample.upsamplers.jbu import JointBilateral
-from fmupsample.upsamplers.learned import LEARNED
+from fmupsample.upsamplers.learned import LEARNED, UNIVERSALS
 
 TRAINING_FREE: dict[str, type[Upsampler]] = {
     method.name: method for method in (Nearest, Bilinear, Bicubic, JointBilateral, GuidedFilter)
 }
 UPSAMPLERS = (*TRAINING_FREE, *LEARNED)
-DEFAULT = Affinity.name  # where a backbone has no head of its own
 
 
 def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> Upsampler:
@@ -44,14 +42,14 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         method.fingerprint = source
         return method.eval()
     if source is None or (isinstance(source, str) and source in LEARNED):
-        found = find_head(backbone, source)
-        if found is None and source is None:
-            found = find_head(backbone, DEFAULT)
+        # One that serves all is found by its name alone.
+        names = (None, *UNIVERSALS) if source is None else (source,)
+        found = next(filter(None, (find_head(backbone, name) for name in names)), None)
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
-                f"--upsampler {DEFAULT} (serves any backbone) or jbu (needs no training), give "
-                "a head file with --head, or train one with `fmupsample train`"
+                f"--upsampler {UNIVERSALS[0]} (serves any backbone) or jbu (needs no training), "
+                "give a head file with --head, or train one with `fmupsample train`"
             )
         return load_head(found, backbone)
     path = Path(source)
@@ -84,7 +82,7 @@ def list_heads() -> list[tuple[Path, dict]]:
 def find_head(backbone: BackboneLike, upsampler: str | None = None) -> Path | None:
     """The first head made for this backbone and layer (and of this method), or ``None``.
 
-    One that serves all is found only by its name, ``resfu-universal``. Of several, one that was
+    One that serves all is found only by its method's name. Of several, one that was
     trained with as many views comes first.
     """
     found = None
