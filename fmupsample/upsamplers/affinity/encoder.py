@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmupsample.layers.convolution import convolve
+
 # Sides of what the encoder takes are multiples of this.
 ALIGNMENT = 16
 # Pixels around a pixel that its embedding depends on. By adding up kernels and strides: 74 down to
@@ -75,9 +77,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, halving: _Halving) -> Tensor:
         stage = self.stage
-        y = x if self.expand is None else F.relu6(_convolve(self.expand, x))
-        y = F.relu6(_convolve(self.depthwise, halving.pad(y, stage.kernel, stage.stride)))
-        y = _convolve(self.project, y)
+        y = x if self.expand is None else F.relu6(convolve(self.expand, x))
+        y = F.relu6(convolve(self.depthwise, halving.pad(y, stage.kernel, stage.stride)))
+        y = convolve(self.project, y)
         return x + y if stage.stride == 1 and stage.inputs == stage.outputs else y
 
 
@@ -91,8 +93,8 @@ class _Mix(nn.Module):
         self.project = nn.Conv2d(2 * width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(_convolve(self.expand, _convolve(self.spatial, x)))
-        return x + _convolve(self.project, hidden)
+        hidden = F.gelu(convolve(self.expand, convolve(self.spatial, x)))
+        return x + convolve(self.project, hidden)
 
 
 class Encoder(nn.Module):
@@ -124,30 +126,24 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         coarse = None
         for x, side, mix in zip(*self._levels(image), strict=True):
-            here = _convolve(side, x)
+            here = convolve(side, x)
             coarse = mix(here if coarse is None else here + _doubled(coarse))
         # A 1x1 convolution commutes with interpolation: it is done where there are fewer pixels.
-        embedding = _doubled(_convolve(self.from_coarse, coarse))
+        embedding = _doubled(convolve(self.from_coarse, coarse))
         padded = F.pad(image, (2, 2, 2, 2), mode="replicate")
-        fine = _convolve(self.texture, F.gelu(_convolve(self.edges, padded)))
-        return embedding + _convolve(self.from_fine, F.gelu(fine))
+        fine = convolve(self.texture, F.gelu(convolve(self.edges, padded)))
+        return embedding + convolve(self.from_fine, F.gelu(fine))
 
     def _levels(self, image: Tensor) -> tuple[list[Tensor], list[nn.Module], list[nn.Module]]:
         """Maps of 1/16 to 1/2 and the modules that belong to them."""
         halving, found = _Halving(), []
-        x = F.relu6(_convolve(self.stem, halving.pad(image, 3, 2)))
+        x = F.relu6(convolve(self.stem, halving.pad(image, 3, 2)))
         for block in self.blocks:
             if block.stage.stride == 2:
                 found.append(x)
             x = block(x, halving)
         found.append(x)
         return found[::-1], [*self.side][::-1], [*self.mix][::-1]
-
-
-def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """``layer`` in the dtype of ``x``."""
-    bias = None if layer.bias is None else layer.bias.to(x)
-    return F.conv2d(x, layer.weight.to(x), bias, layer.stride, layer.padding, groups=layer.groups)
 
 
 def _doubled(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmupsample.errors import ShapeError
+from fmupsample.layers.convolution import convolve
 from fmupsample.layers.parts import InParts, in_parts
 from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import cell_shares, plan_axis
@@ -52,9 +53,9 @@ class CellKeys(nn.Module):
         self.hidden = nn.Conv2d(width, embedding + 1, 1)
 
     def forward(self, statistics: Tensor) -> Tensor:
-        around = F.gelu(_convolve(self.around, statistics))
+        around = F.gelu(convolve(self.around, statistics))
         inner = statistics[..., 1:-1, 1:-1]
-        return _convolve(self.direct, inner) + _convolve(self.hidden, around)
+        return convolve(self.direct, inner) + convolve(self.hidden, around)
 
 
 class Affinity(Upsampler):
@@ -226,7 +227,3 @@ def _cuts(length: int, most: int) -> list[slice]:
     count = -(-length // most)
     bounds = [length * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]
-
-
-def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    return F.conv2d(x, layer.weight.to(x), layer.bias.to(x))
