@@ -55,10 +55,10 @@ _COPIED = (
 
 
 class ViewedBackbone(Backbone):
-    """``[B, 3, H, W]`` images -> ``[B, C, n h, n w]`` features, from shifted views of each.
+    """``[B, 3, H, W]`` images -> ``[B, C, n h, n w]`` features, from shifted views of each image.
 
-    It has the attributes of a :class:`.Backbone`, those of the finer grid, and can stand wherever
-    one can.
+    It has every attribute of a :class:`.Backbone`, with the values of the finer grid, and stands
+    wherever a backbone can.
 
     Attributes:
         views: how many there are; every image takes as many passes.
@@ -69,7 +69,7 @@ class ViewedBackbone(Backbone):
     """
 
     def __init__(self, backbone: Backbone, views: int) -> None:
-        """See every image in ``views`` views of ``backbone``.
+        """Show every image to ``backbone`` in ``views`` views.
 
         Raises:
             UsageError: not 2, 4 or 9 views.
@@ -109,8 +109,8 @@ class ViewedBackbone(Backbone):
         """Features ``[B, C, n h, n w]`` of ``images`` ``[B, 3, H, W]``.
 
         Args:
-            surrounded: ``images`` are parts of larger ones and show ``reach`` more pixels on every
-                side; without them their borders are repeated.
+            surrounded: ``images`` are parts of larger images and hold ``reach`` more pixels on
+                every side. Otherwise the views repeat the border of the image.
 
         Raises:
             ShapeError: as of :meth:`.Backbone.forward`.
@@ -130,7 +130,7 @@ class ViewedBackbone(Backbone):
         return self._moved(features, slice(None))
 
     def _interleaved(self, padded: Tensor, shape: torch.Size) -> Tensor:
-        """The features of all views, each at its place; where there is none, nothing is set."""
+        """Put the features of each view at their places; cells that no view sees are not set."""
         batch, _, height, width = shape
         count, finer = self.cells, None
         at_once = max(1, _PIXELS_AT_ONCE // (batch * height * width))
@@ -149,7 +149,7 @@ class ViewedBackbone(Backbone):
         return finer.flatten(4).flatten(2, 3)
 
     def _moved(self, features: Tensor, seen: slice) -> Tensor:
-        """Interleaved features of some views at the centres of their cells."""
+        """Move interleaved features of the views ``seen`` to the centres of their cells."""
         for dim, stride, axis in zip((2, 3), self.single.stride, self._axes, strict=True):
             features = _move_to_centres(features, dim, stride, *(part[seen] for part in axis))
         return features
@@ -166,7 +166,7 @@ class ViewedBackbone(Backbone):
 
 
 def with_views(backbone: Backbone, views: int) -> Backbone:
-    """``backbone`` itself for one view, else one that sees so many.
+    """Return ``backbone`` for one view, else a backbone that shows it ``views`` views.
 
     Raises:
         UsageError, BackboneError: as of :class:`ViewedBackbone`.
@@ -175,25 +175,24 @@ def with_views(backbone: Backbone, views: int) -> Backbone:
 
 
 def check_views(views: int) -> int:
-    """``views``, if there can be so many.
-
-    Raises:
-        UsageError: there cannot.
-    """
+    """Return ``views``, or raise a UsageError where this number of views is not possible."""
     if views not in VIEWS:
         raise UsageError(f"{views} views are not possible: use {', '.join(map(str, VIEWS))}")
     return int(views)
 
 
 def title(backbone: Backbone) -> str:
-    """The backbone's name, with its views where there are several."""
+    """Return the backbone's name, and the number of its views where it has several."""
     views = getattr(backbone, "views", 1)
     return backbone.name if views == 1 else f"{backbone.name}, {views} views"
 
 
 def axis_shifts(stride: int, count: int) -> tuple[tuple[int, ...], tuple[Fraction, ...]]:
-    """By how many pixels the views of an axis are shifted, and what is left to where they should
-    be: whole numbers, and remainders of at most half a pixel."""
+    """Return the shifts of the ``count`` views of an axis and their remainders, in pixels.
+
+    A shift is a whole number. Its remainder, at most half a pixel, is what it lacks to the exact
+    shift, so ``shift + remainder`` is exact.
+    """
     exact = [Fraction((2 * a + 1 - count) * stride, 2 * count) for a in range(count)]
     whole = [math.ceil(shift - Fraction(1, 2)) for shift in exact]
     return tuple(whole), tuple(e - w for e, w in zip(exact, whole, strict=True))
@@ -202,10 +201,10 @@ def axis_shifts(stride: int, count: int) -> tuple[tuple[int, ...], tuple[Fractio
 def _move_to_centres(
     x: Tensor, dim: int, stride: int, shifts: tuple[int, ...], rests: tuple[Fraction, ...]
 ) -> Tensor:
-    """Interleaved features, moved along ``dim`` from where they were seen to the cells' centres.
+    """Move interleaved features along ``dim`` from where they were seen to their cells' centres.
 
-    Linearly, towards the neighbour on that side; at an end where there is none, along the line
-    through the one on the other side.
+    Each value moves along the straight line to its neighbour on that side. At an end without such
+    a neighbour it moves along the line through the neighbour on the other side.
     """
     length, count = x.shape[dim], len(shifts)
     if not any(rests) or length == 1:
@@ -222,9 +221,10 @@ def _move_to_centres(
 
 
 def _fill_quincunx(x: Tensor) -> None:
-    """Set the cells of ``[B, C, 2h, 2w]`` that no view has seen, in place; see the module."""
+    """Set the cells of ``[B, C, 2h, 2w]`` that no view sees to the mean of their neighbours."""
     even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
-    # Beside (even, odd) cells lie even ones, above and below odd ones, and the other way round.
+    # An (even, odd) cell has even cells left and right and odd cells above and below; an
+    # (odd, even) cell has odd cells left and right and even cells above and below.
     x[:, :, ::2, 1::2] = _mean_of_pairs(even, _next(even, 3), _previous(odd, 2), odd, 3, 2)
     x[:, :, 1::2, ::2] = _mean_of_pairs(even, _next(even, 2), _previous(odd, 3), odd, 2, 3)
 
@@ -232,8 +232,12 @@ def _fill_quincunx(x: Tensor) -> None:
 def _mean_of_pairs(
     before: Tensor, after: Tensor, above: Tensor, below: Tensor, last: int, first: int
 ) -> Tensor:
-    """The mean of both pairs; at the end of ``last`` and the beginning of ``first``, where a pair
-    lacks one of its two, of the other pair; where both do, of the two that are there."""
+    """Return the mean of both pairs.
+
+    At the end of dimension ``last`` there is no ``after``, at the beginning of ``first`` there is
+    no ``above``: there the mean is that of the other pair, and in the corner, where both are
+    missing, that of the remaining two.
+    """
     one, other = (before + after) / 2, (above + below) / 2
     found = (one + other) / 2
     end = (slice(None),) * last + (-1,)
@@ -246,11 +250,12 @@ def _mean_of_pairs(
 
 
 def _next(x: Tensor, dim: int) -> Tensor:
-    """Each cell's next one along ``dim``; the last has itself."""
+    """Return each cell's successor along ``dim``; the last cell has itself."""
     return torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, -1, 1)], dim)
 
 
 def _previous(x: Tensor, dim: int) -> Tensor:
+    """Return each cell's predecessor along ``dim``; the first cell has itself."""
     return torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, x.shape[dim] - 1)], dim)
 
 
