@@ -85,13 +85,13 @@ def fit(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[Tens
     """A linear classifier ``[classes, C]`` and ``[classes]`` of features ``[N, C]``."""
     torch.manual_seed(seed)
     mean, deviation = features.float().mean(0), features.float().std(0).clamp_min(1e-6)
+    scaled = (features.float() - mean) / deviation
     layer = torch.nn.Linear(features.shape[1], classes)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=1e-3)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         drawn = torch.randint(len(features), (BATCH,))
-        logits = layer((features[drawn].float() - mean) / deviation)
-        loss = F.cross_entropy(logits, labels[drawn])
+        loss = F.cross_entropy(layer(scaled[drawn]), labels[drawn])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
