@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from fractions import Fraction
 from itertools import product
 
@@ -156,6 +157,9 @@ def test_a_backbone_with_views_is_a_backbone(tiny_backbone) -> None:
         viewed(torch.randn(1, 3, 60, 96))
     assert with_views(ToyBackbone(stride=7), 9).stride == (7 / 3, 7 / 3)
     json.dumps(list(with_views(ToyBackbone(stride=7), 9).stride))
+    again = pickle.loads(pickle.dumps(with_views(Means(14), 4)))  # as it goes to other machines
+    part = torch.rand(1, 3, 28, 42)
+    assert torch.equal(again(part), with_views(Means(14), 4)(part))
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
