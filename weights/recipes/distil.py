@@ -193,6 +193,12 @@ class Run:
         )
         self.held_out_features = self.teacher(self.held_out)
 
+    @property
+    def progress(self) -> float:
+        """Part of the run that is done."""
+        steps = self.args.steps
+        return self.step / steps if steps else self.elapsed / (60 * self.args.minutes)
+
     def _fresh(self, height: int, width: int, n: int) -> tuple[Tensor, Tensor]:
         crops = np.stack([self.source.draw(height, width) for _ in range(n)])
         self.crops += n
@@ -265,10 +271,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layer", type=int, default=9, help="layer whose features are learned")
     add("--images", type=Folder.parse, nargs="+", required=True, help="folders: PATH[:WEIGHT]")
     add("--blocks", type=int, nargs="+", default=BLOCKS, help="blocks that the student starts from")
-    add("--minutes", type=float, required=True, help="length of the run by the clock")
+    add("--minutes", type=float, help="length of the run by the clock")
+    add("--steps", type=int, help="or by steps")
     add("--phases", type=Phase.parse, nargs="+", default=[Phase.parse(p) for p in PHASES],
         help="SHARE:HEIGHTxWIDTH:BATCH")  # fmt: skip
-    add("--reuse", type=float, default=3.0, help="how often a crop is used")
+    add("--reuse", type=float, default=4.0, help="how often a crop is used")
     add("--capacity", type=int, default=1000, help="crops in memory")
     add("--calibrate", type=int, default=128, help="crops to measure channels on, at the start")
     add("--lr", type=float, default=5e-4)
@@ -282,7 +289,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0)
     add("-o", "--output", type=Path, required=True)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.minutes) == bool(args.steps):
+        parser.error("give either --minutes or --steps")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -301,12 +311,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     recent: list[dict[str, float]] = []
     saved = last = time.monotonic()
-    measured = -math.inf
-    while run.elapsed < 60 * args.minutes:
+    measured = run.elapsed if run.step else -math.inf
+    while (progress := run.progress) < 1:
         if run.elapsed - measured >= args.measure_every:
             report({f"held_out_{k}": v for k, v in run.evaluate().items()})
             measured = run.elapsed
-        recent.append(run.advance(run.elapsed / (60 * args.minutes)))
+        recent.append(run.advance(progress))
         if not all(map(math.isfinite, recent[-1].values())):
             raise FloatingPointError(f"the loss is not finite at step {run.step}")
         if len(recent) == 50:
