@@ -1,12 +1,19 @@
-"""Distil a vision transformer into a few of its own blocks: how ``embedded.safetensors`` is made.
+"""Distil a vision transformer into a shallow, narrow one: how ``embedded.safetensors`` is made.
 
     python weights/recipes/distil.py --teacher vits14.safetensors --layer 9 \
-        --images imagenette224:4 photos:2 bsds500:1 camvid/train:2 ccp/train:2 --minutes 100 -o run/
+        --images imagenette224:4 photos:2 bsds500:1 camvid/train:2 ccp/train:2 --minutes 60 -o run/
 
-The student is the teacher with most blocks left out. It starts from the teacher's patch embedding,
-positions, final norm and the blocks ``--blocks``, and learns to give the teacher's features of one
-layer: standardised by channel over the data, by cosine and smooth L1. Both see the same crop, with
-the same changes of colour. The teacher's features of a crop are used ``--reuse`` times.
+The student starts from the first blocks of the teacher, their MLPs narrowed (prune.py): it has the
+teacher's early features. It learns what the teacher's later blocks would make of them:
+
+- features: a linear layer on the student's patches gives the teacher's features of a later layer,
+  each channel standardised over the data, by cosine and smooth L1. The linear layer starts at the
+  least-squares solution and is thrown away at the end.
+- alike: the cosine similarity of any two patches of an image is that of the teacher's features, so
+  that principal components and neighbours look as the teacher's do.
+
+Teacher and student see the same crop, with the same changes of colour. The teacher's features of a
+crop are used ``--reuse`` times.
 
 A run started again with the same ``--output`` continues from its checkpoint. The schedule follows
 the clock. ``publish.py`` writes the backbone file.
@@ -24,23 +31,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
+from prune import build_student, narrow, ridge
 from torch import Tensor, nn
 
 import fmupsample
 
 from crops import Folder, Source, middle
 
-ARCHITECTURE = "vit_small_patch14_dinov2"
-# A small grid of learned positions (interpolated to the grid of each image) saves parameters.
-MODEL_ARGS = {"num_classes": 0, "dynamic_img_size": True, "img_size": 224}
-# Of the teacher's blocks 0 to 9 these start best: before training, and after 24 steps.
-BLOCKS = (0, 1, 2)
 # Small crops at first: more different images a second. Large ones teach large grids.
-PHASES = ("0.35:168x168:14", "0.3:224x224:8", "0.15:308x308:4", "0.2:336x448:3")
+PHASES = ("0.45:168x168:14", "0.3:224x224:8", "0.25:336x448:3")
 
 
 @dataclass(frozen=True)
@@ -87,40 +88,50 @@ class Pool:
         return torch.stack(crops), torch.stack(features).float()
 
 
-def build_student(depth: int) -> nn.Module:
-    return timm.create_model(ARCHITECTURE, **MODEL_ARGS, depth=depth)
+class Student(nn.Module):
+    """The network and the linear layer to the teacher's standardised features."""
 
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+        self.head = nn.Linear(vit.embed_dim, vit.embed_dim)
 
-def transplant(teacher: nn.Module, blocks: Sequence[int]) -> nn.Module:
-    """A student of ``len(blocks)`` blocks that starts from those of ``teacher``."""
-    student = build_student(len(blocks))
-    state = {k: v for k, v in teacher.state_dict().items() if not k.startswith("blocks.")}
-    state["pos_embed"] = resample_abs_pos_embed(
-        state["pos_embed"], list(student.patch_embed.grid_size), num_prefix_tokens=1
-    )
-    student.load_state_dict(state, strict=False)
-    for target, source in zip(student.blocks, blocks, strict=True):
-        target.load_state_dict(teacher.blocks[source].state_dict())
-    return student
+    def forward(self, images: Tensor) -> Tensor:
+        return patches(self.vit, images)
 
 
 class Objective(nn.Module):
-    """Distance of two features of a patch, each channel standardised over the data."""
+    """How far a student's features are from the teacher's, channels standardised over the data."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, alike: float):
         super().__init__()
+        self.alike = alike  # weight
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
-    def fit(self, features: Tensor) -> None:
-        flat = features.flatten(0, 1)
+    def fit(self, wanted: Tensor) -> None:
+        flat = wanted.flatten(0, 1)
         self.mean.copy_(flat.mean(0))
         self.std.copy_(flat.std(0).clamp_min(1e-4))
 
-    def forward(self, found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-        found, wanted = ((f - self.mean) / self.std for f in (found, wanted))  # [B, N, C]
-        cosine = 1 - F.cosine_similarity(found, wanted, dim=-1).mean()
-        return {"cosine": cosine, "l1": F.smooth_l1_loss(found, wanted)}
+    def standardise(self, wanted: Tensor) -> Tensor:
+        return (wanted - self.mean) / self.std
+
+    def forward(self, student: Student, images: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        """The terms of the loss, for the teacher's features ``wanted`` [B, N, C]."""
+        found = student(images)
+        predicted, target = student.head(found), self.standardise(wanted)
+        return {
+            "cosine": 1 - F.cosine_similarity(predicted, target, dim=-1).mean(),
+            "l1": F.smooth_l1_loss(predicted, target),
+            "alike": self.alike * (similarity(found) - similarity(wanted)).square().mean(),
+        }
+
+
+def similarity(features: Tensor) -> Tensor:
+    """Cosines [B, N, N] of the patches [B, N, C] of each image, less their mean."""
+    unit = F.normalize(features - features.mean(1, keepdim=True), dim=-1)
+    return unit @ unit.mT
 
 
 class Teacher:
@@ -146,7 +157,7 @@ def patches(student: nn.Module, images: Tensor) -> Tensor:
     return student.forward_features(images)[:, student.num_prefix_tokens :]
 
 
-def rate(progress: float, peak: float, warmup: float = 0.03) -> float:
+def rate(progress: float, peak: float, warmup: float = 0.05) -> float:
     """Learning rate: linear warm-up, then half a cosine down to 1 % of the peak."""
     if progress < warmup:
         return peak * max(progress / warmup, 0.02)
@@ -170,9 +181,10 @@ class Run:
         self.args = args
         self.teacher = Teacher(args.teacher, args.teacher_name, args.layer)
         model = self.teacher.backbone.model
-        self.student = transplant(model, args.blocks)
+        vit, self.model_args = build_student(args.depth, args.mlp_ratio, args.img_size)
+        self.student = Student(vit)
         self.average = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.objective = Objective(model.embed_dim)
+        self.objective = Objective(model.embed_dim, args.alike)
         parameters = list(self.student.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim == 2], "weight_decay": args.weight_decay},
@@ -186,12 +198,27 @@ class Run:
         if self.checkpoint.exists():
             self._restore()
         else:
-            self.objective.fit(self._fresh(224, 224, args.calibrate)[1])
+            self._start()
         size = (args.held_out_size, args.held_out_size)
         self.held_out = torch.stack(
             [torch.from_numpy(middle(path, *size)) for path in self.source.held_out]
         )
         self.held_out_features = self.teacher(self.held_out)
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Student, its linear layer and the standardisation from some crops."""
+        phase = self.args.phases[0]
+        crops, wanted = self._fresh(phase.height, phase.width, self.args.calibrate)
+        images = self.teacher.normalise(crops)
+        missed = narrow(self.student.vit, self.teacher.backbone.model, images)
+        print("variance missed by the start, block by block:", missed, flush=True)
+        self.objective.fit(wanted)
+        found = torch.cat([self.student(part) for part in images.split(8)]).flatten(0, 1)
+        weight, bias = ridge(found, self.objective.standardise(wanted).flatten(0, 1), 0.02)
+        self.student.head.weight.copy_(weight)
+        self.student.head.bias.copy_(bias)
+        self.average.load_state_dict(self.student.state_dict())
 
     @property
     def progress(self) -> float:
@@ -215,7 +242,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate(progress, self.args.lr)
         crops, wanted = self.pool.draw(phase.batch)
-        terms = self.objective(patches(self.student, self.teacher.normalise(crops)), wanted)
+        terms = self.objective(self.student, self.teacher.normalise(crops), wanted)
         self.optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), self.args.clip)
@@ -230,20 +257,20 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Losses of the averaged student on the held-out images, and the variance explained."""
+        """Losses of the averaged student on the held-out images."""
         images = self.teacher.normalise(self.held_out)
-        found = torch.cat([patches(self.average, image[None]) for image in images])
-        terms = self.objective(found, self.held_out_features)
-        wanted = self.held_out_features.flatten(0, 1)
-        missed = (found.flatten(0, 1) - wanted).square().mean(0)
-        terms["explained"] = 1 - (missed / wanted.var(0)).mean()
+        each = [
+            self.objective(self.average, image[None], wanted[None])
+            for image, wanted in zip(images, self.held_out_features, strict=True)
+        ]
+        terms = {name: sum(t[name] for t in each) / len(each) for name in each[0]}
         return {name: round(value.item(), 4) for name, value in terms.items()}
 
     def save(self) -> None:
         parts = {name: getattr(self, name).state_dict() for name in PARTS}
         counts = {name: getattr(self, name) for name in COUNTS}
         partial = self.checkpoint.with_suffix(".partial")
-        torch.save(parts | counts, partial)
+        torch.save(parts | counts | {"model_args": self.model_args}, partial)
         partial.replace(self.checkpoint)
 
     def _restore(self) -> None:
@@ -270,15 +297,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher-name", default="dinov2-s", help="name of the teacher, as of fmupsample")
     add("--layer", type=int, default=9, help="layer whose features are learned")
     add("--images", type=Folder.parse, nargs="+", required=True, help="folders: PATH[:WEIGHT]")
-    add("--blocks", type=int, nargs="+", default=BLOCKS, help="blocks that the student starts from")
+    add("--depth", type=int, default=6, help="blocks of the student")
+    add("--mlp-ratio", type=float, default=0.75, help="hidden neurons of its MLPs, in widths")
+    add("--img-size", type=int, default=518, help="sets its grid of positions")
     add("--minutes", type=float, help="length of the run by the clock")
     add("--steps", type=int, help="or by steps")
     add("--phases", type=Phase.parse, nargs="+", default=[Phase.parse(p) for p in PHASES],
         help="SHARE:HEIGHTxWIDTH:BATCH")  # fmt: skip
     add("--reuse", type=float, default=4.0, help="how often a crop is used")
     add("--capacity", type=int, default=1000, help="crops in memory")
-    add("--calibrate", type=int, default=128, help="crops to measure channels on, at the start")
-    add("--lr", type=float, default=5e-4)
+    add("--calibrate", type=int, default=160, help="crops to start from")
+    add("--alike", type=float, default=4.0, help="weight of the similarities of patches")
+    add("--lr", type=float, default=2e-4)
     add("--weight-decay", type=float, default=0.02)
     add("--clip", type=float, default=1.0)
     add("--average", type=float, default=0.998, help="decay of the moving average")

@@ -13,12 +13,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import timm
 import torch
+from prune import ARCHITECTURE
 
 from fmupsample.backbones.embedded import load_backbone_file
 
 from backbone import save_embedded
-from distil import ARCHITECTURE, MODEL_ARGS, build_student, patches
+from distil import patches
 
 TAG = "embedded.v2"
 
@@ -36,13 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     saved = torch.load(args.run / "checkpoint.pt", weights_only=True)
-    depth = len({name.split(".")[1] for name in saved["average"] if name.startswith("blocks.")})
-    student = build_student(depth)
-    student.load_state_dict(saved["average"])
+    student = timm.create_model(ARCHITECTURE, **saved["model_args"])
+    prefix = "vit."
+    state = {k.removeprefix(prefix): v for k, v in saved["average"].items() if k.startswith(prefix)}
+    student.load_state_dict(state)
     card = json.loads(args.card.read_text()) | {
         "steps": saved["step"], "crops": saved["crops"], "seconds": round(saved["elapsed"])
     }  # fmt: skip
-    shape = (ARCHITECTURE, MODEL_ARGS | {"depth": depth}, args.tag, args.image_size)
+    shape = (ARCHITECTURE, saved["model_args"], args.tag, args.image_size)
     save_embedded(args.output, student, *shape, card)
 
     images = torch.randn(2, 3, 448, 672, generator=torch.Generator().manual_seed(0))
