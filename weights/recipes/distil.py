@@ -33,12 +33,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from prune import build_student, narrow, ridge
 from torch import Tensor, nn
 
 import fmupsample
 
 from crops import Folder, Source, middle
+from prune import build_student, narrow, ridge
 
 # Small crops at first: more different images a second. Large ones teach large grids.
 PHASES = ("0.45:168x168:14", "0.3:224x224:8", "0.25:336x448:3")

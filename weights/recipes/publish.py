@@ -15,12 +15,12 @@ from pathlib import Path
 
 import timm
 import torch
-from prune import ARCHITECTURE
 
 from fmupsample.backbones.embedded import load_backbone_file
 
 from backbone import save_embedded
 from distil import patches
+from prune import ARCHITECTURE
 
 TAG = "embedded.v2"
 
