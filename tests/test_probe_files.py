@@ -56,6 +56,11 @@ def test_other_features_are_refused_in_a_sentence(tmp_path):
     other.name, other.fingerprint = "other.v2", "f" * 12
     with pytest.raises(ProbeError, match=r"fitted on backbone toy\.v1 .*not on other\.v2"):
         made.check(here(backbone=other))
+    # A probe of an earlier version of the shipped backbone.
+    old, new = ToyBackbone(name="embedded.v1"), ToyBackbone(name="embedded.v2")
+    new.fingerprint = "f" * 12
+    with pytest.raises(ProbeError, match=r"embedded\.v1 .*embedded\.v2 .*no longer shipped"):
+        probe(here(backbone=old)).check(here(backbone=new))
     deeper = ToyBackbone()
     deeper.layer = 3
     with pytest.raises(ProbeError, match=r"layer 11.*not on toy\.v1 \(layer 3"):

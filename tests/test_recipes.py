@@ -1,4 +1,4 @@
-"""The recipes that train feature sources, for a few steps on drawn pictures."""
+"""The recipes of shipped weights and of feature sources, for a few steps on drawn pictures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -17,16 +18,22 @@ RECIPES = Path(__file__).parents[1] / "weights" / "recipes"
 
 
 @pytest.fixture
-def recipes(monkeypatch):
-    """The module train_source; its neighbours have names too common to stay importable."""
+def folder(monkeypatch):
+    """Makes the recipes importable; their names are too common to stay so."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(RECIPES))
-    import train_source
-
-    yield train_source
+    yield
     for name in set(sys.modules) - before:
         if str(RECIPES) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
+
+
+@pytest.fixture
+def recipes(folder):
+    """The module train_source."""
+    import train_source
+
+    return train_source
 
 
 @pytest.fixture
@@ -103,3 +110,101 @@ def test_labels_need_classes(recipes, tmp_path, pictures):
         recipes.train_plain.main(
             ["--objective", "label", "--architecture", "resnet10t", "--side", "64", *only_plain]
         )
+
+
+# --- the embedded backbone ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def teacher(folder, tmp_path) -> Path:
+    """A file of a ViT-S/14 with four blocks and random weights."""
+    import backbone
+
+    torch.manual_seed(0)
+    name, args = "vit_small_patch14_dinov2", backbone.DEFAULT_ARGS | {"depth": 4}
+    model = timm.create_model(name, **args)
+    for parameter in (*model.blocks.parameters(), model.pos_embed):
+        torch.nn.init.normal_(parameter, 0, 0.05)
+    backbone.save_embedded(tmp_path / "teacher.safetensors", model, name, args, "t", 224, {})
+    return tmp_path / "teacher.safetensors"
+
+
+@pytest.fixture
+def options(tmp_path, pictures, teacher) -> list[str]:
+    """Options of a short run of distil.py."""
+    return [
+        *("--teacher", str(teacher), "--teacher-name", "embedded", "--layer", "3"),
+        *("--images", str(tmp_path / "plain"), f"{tmp_path / 'labelled'}:2"),
+        *("--held-out", "2", "--held-out-size", "28", "--calibrate", "20", "--depth", "2"),
+        *("--phases", "0.5:28x28:4", "0.5:28x42:2", "-o", str(tmp_path / "run")),
+    ]
+
+
+def test_a_distilled_backbone_is_published(options, tmp_path, capsys):
+    import publish
+
+    import distil
+
+    distil.main([*options, "--steps", "2"])
+    distil.main([*options, "--steps", "4"])
+    assert "continuing at step 2" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4] and rows[-1]["held_out_cosine"] < 2
+    (tmp_path / "card.json").write_text('{"data": "drawn"}')
+    path = tmp_path / "embedded.safetensors"
+    publish.main(
+        ["--run", str(tmp_path / "run"), "--card", str(tmp_path / "card.json"), "-o", str(path)]
+    )
+    backbone = load_backbone("embedded", weights=path)
+    assert backbone.name.startswith("embedded.v2.local-") and backbone.card["steps"] == 4
+    assert (backbone.channels, backbone.stride, backbone.layer) == (384, (14, 14), 1)
+    assert backbone.model.blocks[0].mlp.fc1.out_features == 288
+    assert torch.isfinite(backbone(torch.randn(1, 3, 42, 28))).all()
+
+
+def test_a_student_as_wide_and_deep_as_the_teacher_is_the_teacher(folder, teacher):
+    import distil
+    from prune import build_student, narrow
+
+    teach = distil.Teacher(teacher, "embedded", 3)
+    crops = torch.randint(0, 256, (40, 3, 112, 112), dtype=torch.uint8)
+    images, model = teach.normalise(crops), teach.backbone.model
+    missed = []
+    for ratio in (0.5, 1.0, 4.0):
+        vit, args = build_student(depth=4, mlp_ratio=ratio, img_size=224)
+        missed.append(narrow(vit, model, images)[-1])
+        assert args["mlp_ratio"] == ratio
+    assert missed[0] > missed[1] > missed[2] and missed[2] < 1e-3
+    student = distil.Student(vit.eval())
+    torch.nn.init.eye_(student.head.weight)
+    torch.nn.init.zeros_(student.head.bias)
+    objective = distil.Objective(384, alike=1.0)
+    with torch.no_grad():
+        wanted = teach(crops[:4])
+        terms = objective(student, images[:4], wanted)
+    assert all(value < 0.02 for value in terms.values())
+
+
+def test_held_out_images_are_not_drawn(folder, pictures, tmp_path):
+    from crops import Folder, Source
+
+    (tmp_path / "plain" / "labels").mkdir()
+    (tmp_path / "plain" / "2.png").rename(tmp_path / "plain" / "labels" / "2.png")
+    folders = [Folder.parse(str(tmp_path / "plain")), Folder.parse(f"{tmp_path}/labelled:3")]
+    source = Source(folders, held_out=3, seed=0)
+    assert len(source.held_out) == 3 and source.weights == [1.0, 3.0]
+    left = [path for files in source.files for path in files]
+    assert not set(left) & set(source.held_out)
+    assert not [path for path in left if path.parent.name == "labels"]
+    assert source.draw(28, 42).shape == (3, 28, 42)
+
+
+def test_a_pool_asks_for_crops_in_time(folder):
+    from distil import Pool
+
+    pool = Pool(capacity=6, reuse=2)
+    for _ in range(5):
+        if pool.hungry:
+            pool.add(torch.zeros(4, 3, 14, 14, dtype=torch.uint8), torch.zeros(4, 1, 8))
+        assert [len(part) for part in pool.draw(4)] == [4, 4]
+    assert (pool.count, len(pool.crops)) == (12, 6)

@@ -119,6 +119,17 @@ def test_a_head_of_another_backbone_is_refused(tmp_path, change, words):
         load_head(tmp_path / "a.safetensors", backbone(**change))
 
 
+def test_a_head_of_an_earlier_embedded_backbone_is_refused(tmp_path, no_cache):
+    (no_cache / "heads").mkdir(parents=True)
+    old = {"name": "embedded.v1", "fingerprint": "1" * 12}
+    new = backbone(name="embedded.v2", fingerprint="2" * 12)  # the shapes alone would fit
+    path = no_cache / "heads" / "old.safetensors"
+    save_head(path, head(), backbone(**old))
+    with pytest.raises(HeadError, match=r"v1 is no longer shipped: use a head of emb.*v2"):
+        load_head(path, new)
+    assert load_upsampler(new).name == "resfu-universal"  # nor is it found
+
+
 def test_a_local_copy_of_the_same_weights_is_the_same_backbone(tmp_path, no_cache):
     (no_cache / "heads").mkdir(parents=True)
     save_head(no_cache / "heads" / "toy.safetensors", head(), backbone())

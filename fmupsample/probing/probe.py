@@ -22,7 +22,7 @@ from fmupsample.labels.classes import ClassTable
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.probing.linear import LinearProbe
 from fmupsample.probing.tasks import Depth, largest
-from fmupsample.upsamplers.heads import describe_backbone
+from fmupsample.upsamplers.heads import describe_backbone, is_other_version
 
 FORMAT = "fmupsample-probe/1"
 TASKS = ("segmentation", "depth")
@@ -89,8 +89,12 @@ class Probe:
                 raise ProbeError(
                     f"this probe was fitted on backbone {self.backbone['name']} (layer "
                     f"{self.backbone['layer']}, {self.backbone['fingerprint']}), not on "
-                    f"{in_use['name']} (layer {in_use['layer']}, {in_use['fingerprint']}): fit one "
-                    "for it, or leave --backbone and --layer away"
+                    f"{in_use['name']} (layer {in_use['layer']}, {in_use['fingerprint']}): "
+                    + (
+                        "that version is no longer shipped, so fit the probe again"
+                        if is_other_version(str(self.backbone["name"]), in_use["name"])
+                        else "fit one for it, or leave --backbone and --layer away"
+                    )
                 )
         views = in_use.get("views", 1)
         if views != self.views:

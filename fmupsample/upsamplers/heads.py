@@ -187,6 +187,11 @@ def same_backbone(made_for: Mapping[str, Any], backbone: BackboneLike) -> bool:
     return any(made_for.get(key) == in_use[key] for key in ("name", "fingerprint"))
 
 
+def is_other_version(made_for: str, in_use: str) -> bool:
+    """Whether both names are of the shipped backbone, but of different versions of it."""
+    return made_for != in_use and all(n.startswith("embedded.") for n in (made_for, in_use))
+
+
 def check_fit(path: str | Path, made_for: Mapping[str, Any], backbone: BackboneLike) -> None:
     """Raise a HeadError that names every difference between two backbones that matters."""
     if made_for.get("name") == ANY:
@@ -200,6 +205,11 @@ def check_fit(path: str | Path, made_for: Mapping[str, Any], backbone: BackboneL
     ]
     if differences:
         raise HeadError(
-            f"the head {path} was made for another backbone: {'; '.join(differences)}; use "
-            f"--backbone {made_for.get('name')}, or a head of {backbone.name}"
+            f"the head {path} was made for another backbone: {'; '.join(differences)}; "
+            + (
+                f"{made_for.get('name')} is no longer shipped: use a head of {backbone.name}, or "
+                "train one with `fmupsample train`"
+                if is_other_version(str(made_for.get("name")), backbone.name)
+                else f"use --backbone {made_for.get('name')}, or a head of {backbone.name}"
+            )
         )

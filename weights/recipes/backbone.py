@@ -8,7 +8,6 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.layers import set_fused_attn
 from torch import nn
@@ -56,9 +55,8 @@ def encode(
     images: torch.Tensor,  # [B, 3, H, W], normalised
     mask: torch.Tensor | None = None,  # [B, h, w] bool, True = replace by mask_token
     mask_token: torch.Tensor | None = None,  # [C]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prefix tokens [B, P, C] and patch tokens [B, h, w, C] after the final norm, and the last
-    patches before it."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefix tokens [B, P, C] and patch tokens [B, h, w, C] after the final norm."""
     x = model.patch_embed(images)  # [B, h, w, C] because of dynamic_img_size
     b, h, w, _ = x.shape
     if mask is not None:
@@ -69,9 +67,8 @@ def encode(
     for block in model.blocks:
         x = block(x) if rope is None else block(x, rope=rope)
     prefix = model.num_prefix_tokens
-    raw = x[:, prefix:]
     x = model.norm(x)
-    return x[:, :prefix], x[:, prefix:].reshape(b, h, w, -1), raw.reshape(b, h, w, -1)
+    return x[:, :prefix], x[:, prefix:].reshape(b, h, w, -1)
 
 
 @torch.no_grad()
@@ -160,28 +157,6 @@ def mimetic_init(model: nn.Module, alpha: float = 0.7, beta: float = 0.7) -> Non
         attention.proj.weight.copy_(u * root)
 
 
-class FrozenBackbone(nn.Module):
-    """Inference wrapper: pictures in 0..1 -> final-norm patch tokens [B, C, h, w]."""
-
-    def __init__(
-        self, model: nn.Module, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
-    ) -> None:
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.patch = patch_size(model)
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return encode(self.model, (images - self.mean) / self.std)[1].permute(0, 3, 1, 2)
-
-    @torch.no_grad()
-    def raw_norms(self, images: torch.Tensor) -> torch.Tensor:
-        """Token norms before the final norm, [B, h, w]: that is where artefact tokens stand out."""
-        return encode(self.model, (images - self.mean) / self.std)[2].float().norm(dim=-1)
-
-
 def save_embedded(
     path: Path,
     model: nn.Module,
@@ -211,34 +186,3 @@ def save_embedded(
     save_file(state, str(partial), metadata=metadata)
     partial.chmod(0o644)  # safetensors writes for the owner only
     partial.replace(path)
-
-
-def load_embedded(path: Path) -> tuple[nn.Module, dict[str, str]]:
-    """Rebuild the timm model from a file of `save_embedded`, strictly; weights come back as
-    float32."""
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata() or {}
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a {FORMAT} file (its header says format={metadata.get('format')!r})"
-        )
-    model = make_backbone(metadata["architecture"], json.loads(metadata["model_args"]))
-    model.load_state_dict(state, strict=True)
-    return model, metadata
-
-
-def load_frozen(path: Path) -> FrozenBackbone:
-    model, metadata = load_embedded(path)
-    return FrozenBackbone(
-        model, tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
-    )
-
-
-def random_frozen(path: Path) -> FrozenBackbone:
-    """The architecture of a file as timm initialises it: the floor any training has to beat."""
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata()
-    return FrozenBackbone(
-        make_backbone(metadata["architecture"], json.loads(metadata["model_args"]))
-    )

@@ -47,7 +47,7 @@ class Learner(nn.Module):
     def forward(
         self, images: torch.Tensor, mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        prefix, patches, _ = encode(self.vit, images, mask, self.mask_token)
+        prefix, patches = encode(self.vit, images, mask, self.mask_token)
         return {
             "patches": patches,
             "patch_similarity": self.patch_head(patches),

@@ -1,14 +1,15 @@
-"""Train the embedded default backbone: a small ViT for dense patch features.
+"""Train a small ViT for dense patch features from nothing, without a teacher.
 
-    python weights/recipes/train_guide.py --labelled imagenette224/ -o run/guide.pt
     python weights/recipes/train_backbone.py --images photos/ bsds500/ --labelled imagenette224/ \
-        --guide run/guide.pt --minutes 18 -o run/
+        --minutes 18 -o run/
+
+train_source.py uses it. The embedded backbone comes from distil.py.
 
 A student ViT sees two views of every picture, with holes in some of them; its losses (papers in
 objective.py and targets.py):
 
-- regress: every patch predicts dense targets of the clean picture at its place: local descriptors,
-  and a small convolutional guide when --guide is given. Useful from the first step.
+- regress: every patch predicts local descriptors of the clean picture at its place. Useful from the
+  first step.
 - within: a hidden patch predicts the prototype the EMA teacher gives it unhidden (iBOT, Sinkhorn).
 - across: a patch predicts the prototype of the same place in the other view.
 - whole: the class token predicts the class token of the other view (DINO).
@@ -18,15 +19,6 @@ objective.py and targets.py):
 The three that need the teacher enter in the second half: before that its guesses are noise, and
 their cost buys more views. The exported weights are the teacher's. A run continues from its
 checkpoint if started again with the same --output. With --minutes the schedules follow the clock.
-
-A second stage continues from the networks of the first (--init) with targets in their natural
-proportions (--damping 1), seen by the guide at object scale, larger crops, and the teacher trusted
-from the start: the strongest directions of the features become those that set objects apart.
-
-    python weights/recipes/train_backbone.py --images photos/ bsds500/ --labelled imagenette224/ \
-        --guide run/guide.pt --init run/checkpoint.pt --minutes 34 --damping 1 --local-share 0.05 \
-        --guide-size 168 --trust 0 0.1 --phases 0.5:140:20:0.2 0.35:224:8:0.25 0.15:392:3:0.35 \
-        --weights '{"regress": 40}' -o run2/
 """
 
 from __future__ import annotations
@@ -203,11 +195,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="JSON of timm.create_model arguments",
     )
     add("--start", choices=["mimetic", "timm"], default="timm", help="attention weights")
-    add("--guide", type=Path, help="convolutional guide written by train_guide.py")
-    add("--init", type=Path, help="start from the networks of another run's checkpoint.pt")
-    add("--damping", type=float, default=0.01, help="of the targets' whitening, see targets.py")
-    add("--local-share", type=float, default=0.5, help="of local descriptors in the targets")
-    add("--guide-size", type=int, default=1000, help="largest view the guide is shown, in pixels")
     add(
         "--trust",
         type=float,
@@ -226,7 +213,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="JSON of loss weights that differ from the defaults",
     )
     add("--save-every", type=float, default=120, help="seconds between checkpoints")
-    add("--tag", default="embedded.v1")
+    add("--tag", default="plain")
     return parse_run(parser, argv)
 
 
@@ -254,13 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     side = args.side // patch * patch
     whiten_patch_embed(vit, ((sample - normalise[0]) / normalise[1])[:, :, :side, :side])
 
-    targets = DenseTargets(
-        patch,
-        args.guide,
-        damping=args.damping,
-        local_share=args.local_share,
-        guide_size=args.guide_size,
-    ).to(device)
+    targets = DenseTargets(patch).to(device)
     targets.calibrate(
         make_view(
             squares[torch.randperm(len(squares))[:384].sort()[0].to(device)].float() / 255,
@@ -270,11 +251,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ).clean
     )
     student = Learner(vit, targets.dim, len(pictures.class_names), args.prototypes).to(device)
-    if args.init:
-        # The regression layer starts anew: its targets are other ones now.
-        saved = torch.load(args.init, map_location=device, weights_only=True)["teacher"]
-        kept = {k: v for k, v in saved.items() if not k.startswith("regress.")}
-        student.load_state_dict(student.state_dict() | kept)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     decayed = [p for p in student.parameters() if p.ndim > 1]
     plain = [p for p in student.parameters() if p.ndim <= 1]
