@@ -119,6 +119,7 @@ def extract(
     backbone: o.BackboneName = "embedded",
     layer: o.Layer = None,
     backbone_weights: o.BackboneWeights = None,
+    views: o.Views = 1,
     upsampler: o.UpsamplerName = None,
     head: o.Head = None,
     fit_head: o.FitHead = False,
@@ -210,6 +211,7 @@ def extract(
             window=window,
             max_memory=max_memory,
             quiet=quiet,
+            views=views,
             fit_on=v.training_pictures(sources) if fit_head else None,
         )
         if clips:
@@ -290,6 +292,8 @@ def _summarise(
         rows["pca"] = f"{options['pca']} components hold {report.explained:.1%} of the variance"
     rows["time"] = f"{report.seconds:.1f} s" + (f", {rate:.2f} pictures/s" if rate else "")
     rows["backbone"] = f"{options['backbone']} ({options['backbone_fingerprint']})"
+    if "views" in options:
+        rows["backbone"] += f", {options['views']} views"
     method, fingerprint = options["upsampler"], options["upsampler_fingerprint"]
     if method is None:
         rows["upsampler"] = "none, low-resolution features"

@@ -29,6 +29,7 @@ def load_models(
     device: str | torch.device = "auto",
     *,
     image_size: tuple[int, int] | None = None,
+    views: int = 1,
     quiet: bool = False,
     fit_on: Sequence[Source] | None = None,
 ) -> tuple[Backbone, Upsampler]:
@@ -37,6 +38,7 @@ def load_models(
     Args:
         image_size: ``(H, W)`` when ``--image-size HxW`` was given: models that are built for one
             size are then built for this one.
+        views: in how many the backbone sees each picture.
         quiet: do not say on standard error which models are used.
         fit_on: pictures to train a head on if there is none for this backbone.
 
@@ -51,28 +53,22 @@ def load_models(
     from fmupsample.distributed import own_device
 
     place = own_device(device)
-    model = load_backbone(backbone, layer=layer, weights=weights, image_size=image_size)
+    model = load_backbone(
+        backbone, layer=layer, weights=weights, image_size=image_size, views=views
+    )
     from fmupsample.upsamplers import load_upsampler
-    from fmupsample.upsamplers.resfu.module import UNIVERSAL
 
     if fit_on is not None and head is None:
         _fit_head(model, upsampler, fit_on, place, quiet)
     method = load_upsampler(model, head if head is not None else upsampler)
-    if upsampler is None and head is None and method.name == UNIVERSAL:
-        which = f"--backbone {backbone}"
-        which += "" if layer is None else f" --layer {layer}"
-        which += "" if weights is None else f" --backbone-weights {weights}"
-        note(
-            f"upsampler: {UNIVERSAL}, as there is no head for {model.name}; train one of its own "
-            f"with: fmupsample train IMAGES -o head.safetensors {which} --from {UNIVERSAL}",
-            quiet=quiet,
-        )
     origin = f" from {weights}" if weights is not None else ""
     note(
         f"backbone {model.name}{origin}, layer {model.layer}, {model.channels} channels per "
-        f"{model.stride[0]}x{model.stride[1]} pixels; upsampler {method.name}; on {place}",
+        f"{model.stride[0]:.4g}x{model.stride[1]:.4g} pixels; upsampler {method.name}; on {place}",
         quiet=quiet,
     )
+    if views > 1:
+        note(f"{views} views: {views} passes of the backbone for every picture", quiet=quiet)
     return model.to(place), method.to(place).eval()
 
 
@@ -125,6 +121,7 @@ def open_pipeline(
     batch_size: int | None,
     workers: int | None,
     quiet: bool,
+    views: int = 1,
     fit_on: Sequence[Source] | None = None,
     window: int | None = None,
     max_memory: str | None = None,
@@ -144,8 +141,9 @@ def open_pipeline(
     exact = image_size.exact if image_size else None
     fitting = {} if fit_on is None else {"fit_on": fit_on}
     model, method = load_models(
-        backbone, layer, weights, upsampler, head, place, image_size=exact, quiet=quiet, **fitting
-    )
+        backbone, layer, weights, upsampler, head, place, image_size=exact, views=views,
+        quiet=quiet, **fitting,
+    )  # fmt: skip
     pipeline = Pipeline(
         model,
         method,

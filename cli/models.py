@@ -86,7 +86,7 @@ def models(
 
 # Costs are given for a small ViT: its channels, patches of 14 pixels, a picture of 224.
 _CHANNELS, _CELLS, _PIXELS = 384, (16, 16), (224, 224)
-_KINDS = {"free": "none", "head": "per backbone", "decoder": "in a decoder"}
+_KINDS = {"free": "none", "head": "per backbone", "universal": "for any", "decoder": "in a decoder"}
 
 
 def _list_upsamplers(pattern: str | None, as_json: bool) -> None:

@@ -44,8 +44,8 @@ class BackendName(StrEnum):
 
 # As in fmupsample.upsamplers.UPSAMPLERS, which imports torch.
 UPSAMPLER_NAMES = (
-    "nearest", "bilinear", "bicubic", "jbu", "guided", "resfu", "resfu-universal", "sapa",
-    "lda-aqu", "fade", "carafe", "dysample", "featup", "deconvolution", "pixel-shuffle",
+    "nearest", "bilinear", "bicubic", "jbu", "guided", "affinity", "resfu", "resfu-universal",
+    "sapa", "lda-aqu", "fade", "carafe", "dysample", "featup", "deconvolution", "pixel-shuffle",
 )  # fmt: skip
 
 
@@ -119,6 +119,28 @@ Layer = Annotated[
         "negative (-1 is the last); sN picks the last level of stride N, e.g. s16. "
         "Default: the last block of a ViT, stride 16 of a convolutional net.",
         show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+# As in fmupsample.backbones.views, which imports torch.
+VIEWS = (1, 2, 4, 9)
+
+
+def check_views(value: int | None) -> int | None:
+    """Refuse numbers of views that cannot be."""
+    if value is not None and value not in VIEWS:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(map(str, VIEWS))}")
+    return value
+
+
+Views = Annotated[
+    int,
+    typer.Option(
+        "--views",
+        metavar="1|2|4|9",
+        callback=check_views,
+        help="Show every picture to the model in N views, shifted by parts of a patch: a grid two "
+        "(9: three) times as fine for N times the model's time.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -224,6 +224,7 @@ def fit(
     backbone: o.BackboneName = "embedded",
     layer: o.Layer = None,
     backbone_weights: o.BackboneWeights = None,
+    views: o.Views = 1,
     upsampler: Upsamplers = None,
     head: o.Head = None,
     image_size: o.ImageSizeOption = None,
@@ -335,6 +336,7 @@ def fit(
         batch_size=None,
         workers=workers,
         quiet=quiet,
+        views=views,
     )
     others = [
         pipeline.with_upsampler(load_upsampler(pipeline.backbone, name)) for name in methods[1:]

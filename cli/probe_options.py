@@ -116,6 +116,17 @@ OtherBackbone = Annotated[
         rich_help_panel=o.MODEL,
     ),
 ]
+OtherViews = Annotated[
+    int | None,
+    typer.Option(
+        "--views",
+        metavar="1|2|4|9",
+        callback=o.check_views,
+        help="Default: as many as the probe was fitted with; another number is refused.",
+        show_default=False,
+        rich_help_panel=o.MODEL,
+    ),
+]
 ImageSizeOption = Annotated[
     str | None,
     typer.Option(
@@ -204,6 +215,7 @@ def open_for_probe(
     *,
     backbone: str | None,
     weights: Path | None,
+    views: int | None,
     head: Path | None,
     device: str,
     image_size: str | None,
@@ -238,6 +250,7 @@ def open_for_probe(
         batch_size=batch_size,
         workers=workers,
         quiet=quiet,
+        views=probe.views if views is None else views,
     )
     probe.check(pipeline)
     return pipeline

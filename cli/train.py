@@ -33,8 +33,9 @@ Upsampler = Annotated[
     typer.Option(
         "--upsampler",
         metavar="NAME",
-        help="Which upsampler to train: resfu, resfu-universal (for any backbone), sapa, lda-aqu, "
-        "fade, carafe, dysample, featup, deconvolution or pixel-shuffle. Default: resfu.",
+        help="Which upsampler to train: affinity or resfu-universal (for any backbone), resfu, "
+        "sapa, lda-aqu, fade, carafe, dysample, featup, deconvolution or pixel-shuffle. "
+        "Default: resfu.",
         autocompletion=o.complete_upsampler,
         show_default=False,
         rich_help_panel=o.MODEL,
@@ -45,8 +46,8 @@ Also = Annotated[
     typer.Option(
         "--also",
         metavar="NAME[,layer=N][,weights=FILE]",
-        help="A further backbone, for --upsampler resfu-universal; they take turns. May be "
-        "repeated.",
+        help="A further backbone, for --upsampler affinity or resfu-universal; they take "
+        "turns. May be repeated.",
         show_default=False,
         rich_help_panel=o.MODEL,
     ),
@@ -57,7 +58,7 @@ StartFrom = Annotated[
         "--from",
         metavar="HEAD",
         help="Start from this head instead of new parameters: a file of the same backbone, or "
-        "resfu-universal, the shipped head for any.",
+        "affinity or resfu-universal, the shipped heads for any.",
         show_default=False,
         rich_help_panel=o.MODEL,
     ),
@@ -80,6 +81,17 @@ Labels = Annotated[
         metavar="FOLDER",
         help="Indexed PNGs of the pictures' names, for --objective task; 255 is ignored. May be "
         "repeated.",
+        show_default=False,
+        rich_help_panel=o.PICTURES,
+    ),
+]
+Masks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--masks",
+        metavar="FOLDER[=WEIGHT]",
+        help="Indexed PNGs of the pictures' names, of any classes, for --objective masks, which is "
+        "then the default; pictures without one teach nothing by it. May be repeated.",
         show_default=False,
         rich_help_panel=o.PICTURES,
     ),
@@ -142,8 +154,8 @@ ObjectiveOption = Annotated[
     typer.Option(
         "--objective",
         metavar="TERM[=WEIGHT],...",
-        help="What to train for, of clusters, crops, regions, area, preserve, augment, task. "
-        "Default: clusters.",
+        help="What to train for, of clusters, crops, regions, area, preserve, shifts, augment, "
+        "masks, task. Default: clusters; with --masks, masks.",
         show_default=False,
         rich_help_panel=TRAINING,
     ),
@@ -203,12 +215,14 @@ def train(
     backbone: o.BackboneName = "embedded",
     layer: o.Layer = None,
     backbone_weights: o.BackboneWeights = None,
+    views: o.Views = 1,
     also: Also = None,
     upsampler: Upsampler = None,
     start_from: StartFrom = None,
     image_size: CropSize = None,
     val: Validation = None,
     labels: Labels = None,
+    masks: Masks = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -267,6 +281,9 @@ def train(
         "precision": None if precision is None else precision.value,
     }
     options = TrainConfig.parse(config) if config else {}
+    mask_folders = [_parse_masks(text) for text in masks or ()]
+    if mask_folders and objective is None:
+        options.setdefault("objective", {"masks": 1.0})
     options |= {name: value for name, value in given.items() if value is not None}
     wanted = TrainConfig.from_dict(options)
     quiet = quiet or not leads()
@@ -275,7 +292,7 @@ def train(
     largest = max(wanted.image_sizes) if wanted.image_sizes else None
     square = None if largest is None else (largest, largest)
     models = [
-        load_backbone(image_size=square, **which)
+        load_backbone(image_size=square, views=views, **which)
         for which in (
             {"name": backbone, "layer": layer, "weights": backbone_weights},
             *map(_parse_backbone, also or ()),
@@ -293,6 +310,7 @@ def train(
                 wanted,
                 validation=validation,
                 labels=labels or (),
+                masks=mask_folders,
                 start_from=_known_head(start_from, models[0]),
                 device=device,
                 workers=workers,
@@ -324,6 +342,22 @@ def _sizes(text: str) -> list[int]:
         ) from None
 
 
+def _parse_masks(text: str) -> tuple[Path, float]:
+    """``"folder=0.5"`` -> the folder and what its masks count."""
+    from fmupsample.errors import UsageError
+
+    folder, equals, weight = text.rpartition("=")
+    if not equals or Path(text).is_dir():
+        return Path(text), 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UsageError(f"--masks {text!r} is not understood: give FOLDER, or FOLDER=0.5")
+    return Path(folder), value
+
+
 def _parse_backbone(text: str) -> dict[str, Any]:
     """``"name,layer=5,weights=file"`` -> what :func:`load_backbone` takes."""
     from fmupsample.errors import UsageError
@@ -343,14 +377,14 @@ def _parse_backbone(text: str) -> dict[str, Any]:
 def _known_head(start_from: Path | None, backbone: Backbone) -> Path | None:
     """The file that ``--from`` means, which may be a name."""
     from fmupsample.errors import HeadError
+    from fmupsample.upsamplers.learned import UNIVERSALS
     from fmupsample.upsamplers.loading import find_head
-    from fmupsample.upsamplers.resfu.module import UNIVERSAL
 
-    if start_from is None or str(start_from) != UNIVERSAL or start_from.exists():
+    if start_from is None or str(start_from) not in UNIVERSALS or start_from.exists():
         return start_from
-    found = find_head(backbone, UNIVERSAL)
+    found = find_head(backbone, str(start_from))
     if found is None:
-        raise HeadError(f"there is no {UNIVERSAL} head to start from")
+        raise HeadError(f"there is no {start_from} head to start from")
     return found
 
 

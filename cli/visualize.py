@@ -34,6 +34,7 @@ def visualize(
     backbone: o.BackboneName = "embedded",
     layer: o.Layer = None,
     backbone_weights: o.BackboneWeights = None,
+    views: o.Views = 1,
     upsampler: o.UpsamplerName = None,
     head: o.Head = None,
     fit_head: o.FitHead = False,
@@ -183,6 +184,7 @@ def visualize(
             window=window,
             max_memory=max_memory,
             quiet=quiet,
+            views=views,
             fit_on=v.training_pictures(sources) if fit_head else None,
         )
         pictures = v.pictures_in(sources)
@@ -199,6 +201,7 @@ def visualize(
         "command": "visualize",
         "backbone": pipeline.backbone.name,
         "layer": pipeline.backbone.layer,
+        "views": views,
         "upsampler": pipeline.upsampler.name,
         "backend": choice.name,
         "backend_reason": choice.reason,

@@ -71,6 +71,7 @@ def features_in_windows(
     window: tuple[int, int],
     multiple: tuple[int, int],
     batch: int = 1,
+    around: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Features ``[C, h, w]`` of a picture ``[3, H, W]``, float32.
 
@@ -79,27 +80,27 @@ def features_in_windows(
         window: ``(H', W')``, multiples of ``multiple``.
         multiple: of the backbone's sizes.
         batch: windows at a time.
+        around: by how many more pixels, down and across, windows are cut on every side for ``run``,
+            which gives the features of the window alone; the picture's own border is repeated.
     """
     size = image.shape[1:]
     rows, columns = (starts(n, s, m) for n, s, m in zip(size, window, multiple, strict=True))
     corners = [(y, x) for y in rows for x in columns]
     total = weight = None
-    for some, features in _batches(run, image, corners, window, batch):
+    for some, features in _batches(run, image, corners, window, batch, around):
         grid = features.shape[2:]
-        ratio = tuple(s // g for s, g in zip(window, grid, strict=True))
         if total is None:
-            cells = tuple(n // r for n, r in zip(size, ratio, strict=True))
+            cells = tuple(n * g // s for n, g, s in zip(size, grid, window, strict=True))
             total = features.new_zeros(features.shape[1], *cells, dtype=torch.float32)
             weight = total.new_zeros(cells)
         for corner, part in zip(some, features, strict=True):
             down, across = (
-                _weights(at, all_, n, r)
-                for at, all_, n, r in zip(corner, (rows, columns), grid, ratio, strict=True)
+                _weights(at, all_, n, s)
+                for at, all_, n, s in zip(corner, (rows, columns), grid, window, strict=True)
             )
             blend = (down[:, None] * across).to(total)
-            place = tuple(
-                slice(at // r, at // r + n) for at, r, n in zip(corner, ratio, grid, strict=True)
-            )
+            first = (at * n // s for at, n, s in zip(corner, grid, window, strict=True))
+            place = tuple(slice(i, i + n) for i, n in zip(first, grid, strict=True))
             total[(slice(None), *place)] += part.float() * blend
             weight[place] += blend
     return total.div_(weight)
@@ -167,19 +168,34 @@ def _batches(
     corners: list[tuple[int, int]],
     window: tuple[int, int],
     batch: int,
+    around: tuple[int, int],
 ) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
     for i in range(0, len(corners), batch):
         some = corners[i : i + batch]
-        yield (
-            some,
-            run(torch.stack([image[:, y : y + window[0], x : x + window[1]] for y, x in some])),
-        )
+        yield some, run(torch.stack([_cut(image, corner, window, around) for corner in some]))
 
 
-def _weights(at: int, all_starts: list[int], cells: int, ratio: int) -> Tensor:
-    """The ramp of the window that begins at pixel ``at``."""
+def _cut(
+    image: Tensor | InParts,
+    corner: tuple[int, int],
+    window: tuple[int, int],
+    around: tuple[int, int],
+) -> Tensor:
+    """A window and what is around it; beyond the picture its border goes on."""
+    part, lacking = [], []
+    for at, side, more, length in zip(corner, window, around, image.shape[1:], strict=True):
+        start, stop = at - more, at + side + more
+        part.append(slice(max(0, start), min(length, stop)))
+        lacking.append((max(0, -start), max(0, stop - length)))
+    found = image[(slice(None), *part)]
+    if any(map(any, lacking)):
+        found = F.pad(found[None], (*lacking[1], *lacking[0]), mode="replicate")[0]
+    return found
+
+
+def _weights(at: int, all_starts: list[int], cells: int, side: int) -> Tensor:
+    """The ramp of the window of ``side`` pixels that begins at pixel ``at``."""
     i = all_starts.index(at)
-    side = cells * ratio
     before = all_starts[i - 1] + side - at if i else 0
     after = at + side - all_starts[i + 1] if i + 1 < len(all_starts) else 0
-    return ramp(cells, *(min(n // ratio, cells) for n in (before, after)))
+    return ramp(cells, *(min(n * cells // side, cells) for n in (before, after)))

@@ -28,7 +28,7 @@ def small_models(monkeypatch) -> list[dict]:
     """Every model is PatchMeans and Blocks; the list holds what was asked for."""
     asked = []
 
-    def load(backbone, layer, weights, upsampler, head, device, *, image_size=None, quiet=False):
+    def load(backbone, layer, weights, upsampler, head, device, *, image_size=None, **_):
         asked.append({"upsampler": upsampler, "head": head, "image_size": image_size})
         return PatchMeans(), Blocks()
 

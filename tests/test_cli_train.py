@@ -40,7 +40,8 @@ def test_help_speaks_of_every_option() -> None:
     assert result.exit_code == 0
     for option in (
         "--output", "--list", "--backbone", "--layer", "--backbone-weights", "--upsampler",
-        "--from", "--image-size", "--val", "--labels", "--steps", "--batch-size", "--lr", "--seed",
+        "--from", "--image-size", "--val", "--labels", "--masks", "--steps",
+        "--batch-size", "--lr", "--seed",
         "--objective", "--config", "--resume", "--work", "--overwrite", "--device", "--backend",
         "--precision", "--workers", "--json", "--quiet",
     ):  # fmt: skip
@@ -70,6 +71,24 @@ def test_options_reach_the_run(pictures, tmp_path, capsys) -> None:
     assert read_head_metadata(output)["card"]["data"] == "pictures; no labels"
 
 
+def test_masks_are_what_is_trained_for_where_they_are_given(tmp_path, capsys) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 8, labels=tmp_path / "masks")
+    (tmp_path / "more=1").mkdir()
+    (tmp_path / "masks" / "03.png").rename(tmp_path / "more=1" / "03.png")
+    options = {**SMALL, "steps": 2}
+    del options["objective"]
+    options["upsampler_config"] = {"embedding": 8, "width": 8, "detail": 4, "key_width": 8}
+    assert call(
+        "train", pictures, "-o", tmp_path / "head.safetensors", "--upsampler", "affinity",
+        "--config", json.dumps(options),
+        "--masks", f"{tmp_path / 'masks'}=0.5", "--masks", tmp_path / "more=1", "--json",
+    ) == 0  # fmt: skip
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["config"]["objective"] == {"masks": 1.0}
+    head = read_head_metadata(tmp_path / "head.safetensors")
+    assert head["backbone"] == {"name": "any"} and head["upsampler"] == "affinity"
+
+
 def test_the_summary_for_people(pictures, tmp_path, capsys, monkeypatch) -> None:
     output = tmp_path / "head.safetensors"
     monkeypatch.setattr(validate, "NO_BETTER", 0.0)
@@ -97,6 +116,9 @@ def test_the_summary_for_people(pictures, tmp_path, capsys, monkeypatch) -> None
         (["pictures", "-o", "h.safetensors", "--upsampler", "jbu"], "not an upsampler with param"),
         (["pictures", "-o", "h.safetensors", "--precision", "fp16"], "fp16 needs a GPU"),
         (["pictures", "-o", "h.safetensors", "--objective", "task"], "needs --labels"),
+        (["pictures", "-o", "h.safetensors", "--objective", "masks"], "needs --masks"),
+        (["pictures", "-o", "h.safetensors", "--masks", "a=-1"], "'a=-1' is not understood"),
+        (["pictures", "-o", "h.safetensors", "--masks", "nowhere"], "nowhere does not exist"),
         (["pictures/00.png", "-o", "h.safetensors"], "at least 4 usable pictures and has 1"),
     ],
 )

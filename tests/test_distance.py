@@ -7,8 +7,9 @@ import torch
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers import ReSFU, ReSFUConfig
+from fmupsample.upsamplers.cells import cell_products
 from fmupsample.upsamplers.resfu import distance
-from fmupsample.upsamplers.resfu.distance import CellDistance, cell_products
+from fmupsample.upsamplers.resfu.distance import CellDistance
 
 
 def normal(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -242,7 +242,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing_else(
 
 def test_views_that_come_again_are_computed_once(pictures, tmp_path) -> None:
     backbone = ToyBackbone()
-    report = run(pictures, tmp_path / "h.safetensors", options(steps=30, views=2, previews=0),
+    report = run(pictures, tmp_path / "h.safetensors", options(steps=30, crops_kept=2, previews=0),
                  backbone=backbone)  # fmt: skip
     # 9 squares of 2 views, low and enlarged; 9 for the scaling; 1 held out, kept as well.
     assert report.pictures == 7
@@ -298,6 +298,47 @@ def test_task(tmp_path) -> None:
         run(pictures, tmp_path / "x.safetensors", options(objective={"task": 1.0}))
     with pytest.raises(UsageError, match="for --objective task"):
         run(pictures, tmp_path / "x.safetensors", labels=[labels])
+
+
+@pytest.mark.parametrize("name", ["affinity", "resfu"])
+def test_masks(name, tmp_path) -> None:
+    """Masks of some of the pictures teach a head of any method that has kernel weights."""
+    labels = tmp_path / "labels"
+    pictures = draw_pictures(tmp_path / "pictures", 12, labels=labels)
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(0, 12, 3):
+        (labels / f"{number:02}.png").rename(other / f"{number:02}.png")
+    for number in range(1, 12, 4):
+        (labels / f"{number:02}.png").unlink(missing_ok=True)
+    own = {"affinity": {"embedding": 8, "width": 8, "detail": 4, "key_width": 8}, "resfu": {}}
+    config = options(
+        upsampler=name, upsampler_config=own[name], objective={"masks": 1.0}, steps=40,
+        batch_size=4, lr=5e-3, validate_every=20,
+    )  # fmt: skip
+    output = tmp_path / "head.safetensors"
+    report = run(pictures, output, config, masks=[(labels, 1.0), (other, 0.5)])
+    assert set(report.score.terms) == {"masks"} and report.score.ratio < 0.95
+    assert report.card["data"].endswith("with labels")
+    assert load_head(output, ToyBackbone()).name == name
+
+
+def test_what_masks_cannot_do(tmp_path) -> None:
+    labels = tmp_path / "labels"
+    pictures = draw_pictures(tmp_path / "pictures", 8, labels=labels)
+    output, masks = tmp_path / "x.safetensors", options(objective={"masks": 1.0})
+    with pytest.raises(UsageError, match="needs --masks FOLDER"):
+        run(pictures, output, masks)
+    with pytest.raises(UsageError, match="give --labels or --masks"):
+        run(pictures, output, masks, labels=[labels], masks=[(labels, 1.0)])
+    with pytest.raises(UsageError, match="no other term looks at labels"):
+        run(pictures, output, masks=[(labels, 1.0)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="8 of 8 pictures have no labels"):
+        run(pictures, output, masks, masks=[(tmp_path / "empty", 1.0)])
+    with pytest.raises(UsageError, match="for upsamplers with kernel weights; carafe has none"):
+        run(pictures, output, replace(masks, upsampler="carafe", upsampler_config={}),
+            masks=[(labels, 1.0)])  # fmt: skip
 
 
 def test_what_is_trained_where_nothing_is_asked_for(pictures, tmp_path) -> None:

@@ -13,7 +13,7 @@ from fmupsample.errors import ImageError, UsageError
 from fmupsample.images import find_images
 from fmupsample.labels import count_classes, read_labels
 from fmupsample.labels.layouts.folders import find_labels
-from fmupsample.training.cache import VIEWS, Features, plan_views
+from fmupsample.training.cache import CROPS, Features, plan_crops
 from fmupsample.training.config import TrainConfig, parse_objective
 from fmupsample.training.crops import Cropper, change_colours
 from fmupsample.training.data import (
@@ -196,7 +196,7 @@ def test_features_are_kept_within_a_bound(tmp_path) -> None:
     backbone = ToyBackbone()
     each = 2 * 16 * (16 + 64)
     features = Features(backbone, cropper, enlarge=2, precision="fp32", keep_bytes=3 * each)
-    low, fine = features(samples, images)
+    low, fine, _ = features(samples, images)
     assert low.shape == (4, 16, 4, 4) and fine.shape == (4, 16, 8, 8)
     assert backbone.calls == 8
     again = features(samples, images)
@@ -210,11 +210,11 @@ def test_features_are_kept_within_a_bound(tmp_path) -> None:
 
     def views(**changes) -> int:
         config = options(**changes).resolve(backbone, torch.device("cpu"))
-        return plan_views(config, backbone, 10, 1, 10**9)
+        return plan_crops(config, backbone, 10, 1, 10**9)
 
-    assert views() == 0 and views(steps=1000) == VIEWS and views(steps=1000, views=3) == 3
+    assert views() == 0 and views(steps=1000) == CROPS and views(steps=1000, crops_kept=3) == 3
     config = options(steps=1000).resolve(backbone, torch.device("cpu"))
-    assert plan_views(config, backbone, 10, 1, 1000) == 0
+    assert plan_crops(config, backbone, 10, 1, 1000) == 0
 
 
 # --- labels ---------------------------------------------------------------------------------------

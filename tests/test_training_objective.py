@@ -43,6 +43,7 @@ def batch() -> Batch:
         image=noise(B, 3, H, H), low=noise(B, C, CELLS, CELLS) * 3 + 1,
         fine=noise(B, C, 2 * CELLS, 2 * CELLS) * 3 + 1, regions=regions,
         varied=noise(B, 3, H, H), labels=labels, phase=(1, 0),
+        shifted=noise(B, C, CELLS, CELLS) * 3 + 1, shifts=[(3, -2), (0, -4)],
     )  # fmt: skip
 
 
@@ -101,6 +102,18 @@ def test_terms_are_what_they_are_defined_to_be(batch, scaling, clusters, upsampl
     middle = slice(size // 2 - 1, size // 2 + 1)
     cells = up.unfold(2, size, size).unfold(3, size, size)
     check("preserve", cells[..., middle, middle].mean((4, 5)), low)
+    seen = scaling(batch.shifted)
+    means, targets = [], []
+    for b, (down, right) in enumerate(batch.shifts):
+        for i in range(CELLS):
+            for j in range(CELLS):
+                y, x = i * size + down, j * size + right
+                if min(y, x) >= 0 and max(y, x) + size <= H and (down or i < CELLS - 1):
+                    means.append(up[b, :, y : y + size, x : x + size].mean((1, 2)))
+                    targets.append(seen[b, :, i, j])
+    assert len(means) == B * (CELLS - 1) ** 2
+    expected = distance(torch.stack(means), torch.stack(targets), 0.7, 0.4)
+    assert float(found["shifts"]) == pytest.approx(expected, abs=1e-9)
     varied = scaling(upsampler(batch.low, batch.varied))
     check("augment", varied[:, :, 1::2, ::2], up[:, :, 1::2, ::2])
     both = 0.5 * sum(F.interpolate(x, size=(H, H), mode="bilinear") for x in (low, fine))

@@ -14,7 +14,8 @@ from fmupsample.training import loop
 from fmupsample.upsamplers import load_head, load_upsampler
 from fmupsample.upsamplers.heads import ANY, read_head_metadata
 from fmupsample.upsamplers.learned import build_learned, recommended
-from fmupsample.upsamplers.resfu.module import MEAN, STD, UNIVERSAL
+from fmupsample.upsamplers.normalisation import MEAN, STD
+from fmupsample.upsamplers.resfu.module import UNIVERSAL
 from fmupsample.upsamplers.resfu.projection import Projection, project, random_projection
 
 _SMALL = {name: value for name, value in HEAD.items() if name != "neighbours"}
@@ -223,7 +224,9 @@ def test_it_is_specialised(pictures, trained, tmp_path):
 
 def test_what_several_backbones_cannot_do(pictures, trained, tmp_path):
     output = tmp_path / "head.safetensors"
-    with pytest.raises(UsageError, match="several backbones are for --upsampler resfu-universal"):
+    with pytest.raises(
+        UsageError, match="several backbones are for --upsampler affinity or resfu-universal"
+    ):
         run(pictures, output, options(), backbone=backbones())
     with pytest.raises(UsageError, match="holds a resfu-universal, which cannot become a sapa"):
         run(pictures, output, options(upsampler="sapa", upsampler_config={}), start_from=trained)

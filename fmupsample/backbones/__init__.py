@@ -1,8 +1,9 @@
 """Frozen vision models from timm, one patch-grid feature map per picture.
 
 Read :mod:`~fmupsample.backbones.loading` for how a name becomes a model and
-:mod:`~fmupsample.backbones.backbone` for what the model then does. Names resolve lazily, so that
-listing aliases does not import torch and timm.
+:mod:`~fmupsample.backbones.backbone` for what the model then does, and
+:mod:`~fmupsample.backbones.views` for backbones that see several views of an image. Names resolve
+lazily, so that listing aliases does not import torch and timm.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fmupsample.backbones.backbone import Backbone
     from fmupsample.backbones.loading import load_backbone
+    from fmupsample.backbones.views import ViewedBackbone
 
-__all__ = ["Backbone", "load_backbone"]
+__all__ = ["Backbone", "ViewedBackbone", "load_backbone"]
 
-_HOMES = {"Backbone": "backbone", "load_backbone": "loading"}
+_HOMES = {"Backbone": "backbone", "ViewedBackbone": "views", "load_backbone": "loading"}
 
 
 def __getattr__(name: str) -> Any:

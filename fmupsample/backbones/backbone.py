@@ -24,7 +24,8 @@ class Backbone(nn.Module):
             ``<architecture>.random`` without weights.
         architecture: timm's name of the architecture.
         channels: C.
-        stride: image pixels per feature cell, (y, x).
+        stride: image pixels per feature cell, (y, x); whole, unless there are several views.
+        views: in how many shifted views every image is seen, see :mod:`.views`.
         size_multiple: the sides of a picture must be multiples of this, (y, x).
         fixed_size: the only (H, W) the model accepts, or ``None``.
         default_image_size: sensible length of the short side, pixels.
@@ -34,6 +35,8 @@ class Backbone(nn.Module):
         fingerprint: first 12 hex digits of a SHA-256 over all weights.
         card: what is known about the weights (for the embedded model), else ``{}``.
     """
+
+    views = 1
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from fmupsample.backbones.checkpoint import load_checkpoint, read_checkpoint
 from fmupsample.backbones.embedded import embedded_path, is_backbone_file, load_backbone_file
 from fmupsample.backbones.hub import fetch, ways_on
 from fmupsample.backbones.names import EMBEDDED, Resolved, resolve
+from fmupsample.backbones.views import check_views, with_views
 from fmupsample.errors import BackboneError
 from fmupsample.fingerprint import fingerprint
 
@@ -25,6 +26,7 @@ def load_backbone(
     weights: str | Path | None = None,
     pretrained: bool = True,
     image_size: tuple[int, int] | None = None,
+    views: int = 1,
 ) -> Backbone:
     """Load a frozen backbone onto the CPU, in eval mode, float32.
 
@@ -39,11 +41,26 @@ def load_backbone(
             downloaded. With ``"embedded"`` a file of the embedded model's format.
         pretrained: ``False`` gives random weights, for tests and sizes.
         image_size: ``(H, W)`` to build models for that take only one size; others ignore it.
+        views: in how many shifted views the backbone sees every image: 1, 2 (along the diagonal,
+            by half a patch), 4 (2 x 2) or 9 (3 x 3). Its grid is two (three) times as fine, and
+            every image takes so many passes; see :mod:`fmupsample.backbones.views`.
 
     Raises:
         BackboneError: unknown name or layer, weights that cannot be had or do not fit. The
             message names what can be done.
+        UsageError: so many views are not possible.
     """
+    check_views(views)
+    return with_views(_load(name, layer, weights, pretrained, image_size), views)
+
+
+def _load(
+    name: str,
+    layer: int | str | None,
+    weights: str | Path | None,
+    pretrained: bool,
+    image_size: tuple[int, int] | None,
+) -> Backbone:
     if name.strip().lower() == EMBEDDED or (weights and is_backbone_file(weights)):
         path = weights if weights is not None else embedded_path()
         return _from_backbone_file(path, layer, shipped=weights is None)

@@ -21,7 +21,9 @@ PCA_PICTURES = 256
 def _basis_hash(pipeline: Pipeline, options: ExtractOptions) -> str:
     described = describe(pipeline, options)
     keys = ("backbone_fingerprint", "layer", "precision", "image_size", "fit", "pca")
-    return options_hash({key: described[key] for key in (*keys, "window") if key in described})
+    return options_hash(
+        {key: described[key] for key in (*keys, "views", "window") if key in described}
+    )
 
 
 def saved_basis(pipeline: Pipeline, options: ExtractOptions, out: Path) -> Projection | None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from fmupsample.writers.shards import Shards
 
 PCA_NAME = "pca.safetensors"
+# What options mean that are only recorded where they differ from it.
+_UNSAID = {"views": 1}
 # Headers read for the estimate; with more pictures, evenly spaced ones stand for the rest.
 _SAMPLE = 1000
 
@@ -150,6 +152,8 @@ def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:
         "dtype": options.dtype,
         "format": options.format,
     }
+    if getattr(backbone, "views", 1) != 1:
+        described["views"] = backbone.views
     if pipeline.window is not None:
         described["window"] = pipeline.window
     if options.format == COMPACT:
@@ -318,12 +322,15 @@ def check_options(out: Path, manifest: Manifest, plan: Plan) -> None:
             continue
         before = record.get("options") if isinstance(record.get("options"), dict) else {}
         keys = [*plan.described, *(key for key in before if key not in plan.described)]
-        changed = {key for key in keys if before.get(key) != plan.described.get(key)}
+        before, now = ({**_UNSAID, **options} for options in (before, plan.described))
+        changed = {key for key in keys if before.get(key) != now.get(key)}
         for model in ("backbone", "upsampler"):
             if model in changed:  # another model has other weights: no need to say so
                 changed.discard(f"{model}_fingerprint")
+        if "views" in changed:
+            changed.discard("backbone_fingerprint")
         shown = [
-            f"{key.replace('_', ' ')} {before.get(key)} (now {plan.described.get(key)})"
+            f"{key.replace('_', ' ')} {before.get(key)} (now {now.get(key)})"
             for key in keys
             if key in changed
         ]
@@ -383,6 +390,8 @@ def _estimate(plan: Plan, pipeline: Pipeline, out: Path, replaced: int) -> None:
         f"{human_bytes(plan.bytes_needed)} in {plan.options.dtype} "
         f"({human_bytes(plan.bytes_needed // count)} each); {human_bytes(free)} free"
     )
+    if getattr(pipeline.backbone, "views", 1) != 1:
+        plan.estimate += f"; {pipeline.backbone.views} passes of the backbone for each"
     if plan.bytes_needed > free + replaced:
         smaller = ", ".join(
             f"{name}: {human_bytes(needed(options))}"

@@ -425,6 +425,8 @@ def _meta(record: Record) -> dict[str, str]:
     for key in ("backbone", "backbone_fingerprint", "layer", "upsampler", "upsampler_fingerprint"):
         if options[key] is not None:
             meta[key] = str(options[key])
+    if "views" in options:
+        meta["views"] = str(options["views"])
     if "video" in record:
         meta["video"] = record["video"]
     for key in ("window", "frame_index", "time"):

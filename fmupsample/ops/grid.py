@@ -112,13 +112,19 @@ def cell_inside(cells: int, pixels: int, offset: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def squared_distance(cells: int, pixels: int, offset: int) -> Tensor:
-    """float64 ``[N]``: how far away the cell ``offset`` cells from a pixel's own is, squared.
+def cell_distance(cells: int, pixels: int, offset: int) -> Tensor:
+    """float64 ``[N]``: from a pixel's centre to that of the cell ``offset`` cells from its own.
 
-    From the pixel's centre to the cell's, in LR cells.
+    In LR cells; positive where the cell's centre has the larger coordinate.
     """
     centre = (torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels - 0.5
-    return (plan_axis(cells, pixels, False).base + offset - centre).square()
+    return plan_axis(cells, pixels, False).base + offset - centre
+
+
+@lru_cache(maxsize=256)
+def squared_distance(cells: int, pixels: int, offset: int) -> Tensor:
+    """float64 ``[N]``: :func:`cell_distance`, squared."""
+    return cell_distance(cells, pixels, offset).square()
 
 
 @lru_cache(maxsize=256)
@@ -153,3 +159,14 @@ def interpolation_part(
     matrix.index_put_((rows, low - first), 1 - share, accumulate=True)
     matrix.index_put_((rows, high - first), share, accumulate=True)
     return slice(first, first + matrix.shape[1]), matrix
+
+
+def cell_shares(cells: int, pixels: int, wanted: slice, region: slice) -> Tensor:
+    """The matrix that takes means over cells, float64 ``[wanted cells, pixels of the region]``.
+
+    A cell's pixels are those that ``adaptive_avg_pool2d`` gives it: all that it touches.
+    """
+    cell = torch.arange(wanted.start, wanted.stop)[:, None]
+    pixel = torch.arange(region.start, region.stop)
+    first, last = cell * pixels // cells, -(-(cell + 1) * pixels // cells)
+    return ((pixel >= first) & (pixel < last)) / (last - first).double()

@@ -290,14 +290,17 @@ class FeaturePipeline:
     def _windowed(self, image: InParts, window: tuple[int, int]) -> Tensor:
         """Features ``[C, h, w]`` of a picture shown in windows, and once whole, made small."""
         multiple = self.backbone.size_multiple
-        found = features_in_windows(self._run_backbone, image, window, multiple, self.batch_size)
+        # Views are shifted: a window shows them what is around it.
+        around = getattr(self.backbone, "reach", (0, 0))
+        run = partial(self._run_backbone, surrounded=True) if any(around) else self._run_backbone
+        found = features_in_windows(run, image, window, multiple, self.batch_size, around)
         size = tuple(image.shape[1:])
         small = overview_of(image, overview_size(size, window, multiple))
         return with_coarse_part(found, self._run_backbone(small[None])[0], size, window)
 
-    def _run_backbone(self, images: Tensor) -> Tensor:
+    def _run_backbone(self, images: Tensor, **more: bool) -> Tensor:
         with autocast(self.device, self.dtype):
-            return self.backbone(images)
+            return self.backbone(images, **more)
 
     def tokens(self, item: Item, value: Tensor | None = None) -> Tensor:
         """The low-resolution map ``[V, h, w]`` without the cells that lie in the padding only."""

@@ -120,6 +120,8 @@ def predict_folder(
         plan.estimate = (
             f"{count} picture{'s' if count != 1 else ''} to do, {len(plan.skipped)} finished before"
         )
+        if count and probe.views != 1:
+            plan.estimate += f"; {probe.views} passes of the backbone for each"
         say(plan.estimate)
         report = ExtractReport(manifest.path, described, plan.estimate, skipped=plan.skipped)
         run = _Masks(probe, options, pipeline, out, plan, manifest, report, progress)
@@ -162,6 +164,7 @@ def describe(probe: Probe, pipeline: Pipeline, options: PredictOptions) -> dict[
     """Everything that decides the results."""
     state = {"weight": probe.linear.weight, "bias": probe.linear.bias}
     return {
+        **({} if probe.views == 1 else {"views": probe.views}),
         "probe": fingerprint(state),
         "task": probe.task,
         "classes": None if probe.classes is None else probe.classes.to_json(),

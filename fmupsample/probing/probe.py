@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fmupsample.atomic import replacing
 from fmupsample.backbones import Backbone
+from fmupsample.backbones.views import VIEWS
 from fmupsample.errors import FmupsampleError, OutputError, ProbeError
 from fmupsample.images.find import printable
 from fmupsample.labels.classes import ClassTable
@@ -66,9 +67,14 @@ class Probe:
 
     @property
     def loadable_backbone(self) -> str:
-        """What ``load_backbone`` takes for the backbone it was fitted on."""
+        """The name by which ``load_backbone`` knows the backbone it was fitted on."""
         name = str(self.backbone["name"]).partition(_LOCAL)[0]
         return "embedded" if name.startswith("embedded.") else name
+
+    @property
+    def views(self) -> int:
+        """In how many views the backbone saw each picture."""
+        return int(self.backbone.get("views", 1))
 
     @property
     def needs_weights(self) -> bool:
@@ -90,6 +96,12 @@ class Probe:
                         else "fit one for it, or leave --backbone and --layer away"
                     )
                 )
+        views = in_use.get("views", 1)
+        if views != self.views:
+            raise ProbeError(
+                f"this probe was fitted with --views {self.views}, not {views}: fit one for it, or "
+                "leave --views away"
+            )
         method = pipeline.upsampler
         assert method is not None
         print_ = getattr(method, "fingerprint", None)
@@ -243,6 +255,8 @@ def _from_facts(linear: LinearProbe, facts: Mapping[str, Any]) -> Probe:
         backbone[key]  # raises where it is missing
     for key in ("name", "fingerprint"):
         upsampler[key]
+    if backbone.get("views", 1) not in VIEWS:
+        raise ValueError(f"{backbone['views']} views")
     if backbone["channels"] != channels:
         raise ValueError(f"{channels} channels, but the backbone has {backbone['channels']}")
     if (facts["classes"] is None) == (facts["depth"] is None):

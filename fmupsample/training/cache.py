@@ -2,12 +2,14 @@
 
 New crops at every step say most, but each costs two passes of the backbone, one of them over an
 enlarged picture. Where a run sees every square so often that new crops add little, it takes a fixed
-number of views of each instead and keeps their features: a third to half of a step's time.
+number of crops of each instead and keeps their features: a third to half of a step's time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,36 +17,51 @@ from torch import Tensor
 from fmupsample.backbones import Backbone
 from fmupsample.device import PRECISIONS, autocast
 from fmupsample.training.config import TrainConfig
-from fmupsample.training.crops import Cropper
+from fmupsample.training.crops import Cropper, pixel_shifts, shift_images
 from fmupsample.training.data import Loaded, Sample
 
-# How many views of a square are as good as new ones, and how often each must come for them to pay.
-VIEWS, _REPEATS = 16, 3
+# How many crops of a square are as good as new ones, and how often each must come for them to pay.
+CROPS, _REPEATS = 16, 3
 
 
-def plan_views(
+def plan_crops(
     config: TrainConfig, backbone: Backbone, squares: int, world: int, keep_bytes: int
 ) -> int:
-    """How many views of each square a run takes; 0: every crop is a new one.
+    """How many crops of each square a run takes; 0: every crop is a new one.
 
-    What the configuration says; else a fixed number if each view would come several times, and if
+    What the configuration says; else a fixed number if each would come several times, and if
     the features of all of them fit into ``keep_bytes``.
     """
-    if config.views is not None:
-        return config.views
+    if config.crops_kept is not None:
+        return config.crops_kept
     samples = config.steps * config.batch_size * world
-    if samples < _REPEATS * VIEWS * squares:
+    if samples < _REPEATS * CROPS * squares:
         return 0
-    cells = sum((s // backbone.stride[0]) * (s // backbone.stride[1]) for s in config.image_sizes)
-    each = 2 * backbone.channels * cells * (1 + config.enlarge**2)
-    return VIEWS if each * VIEWS * squares / world <= keep_bytes else 0
+    cells = sum(math.prod(backbone.grid((size, size))) for size in config.image_sizes)
+    each = 2 * backbone.channels * cells * (1 + config.enlarge**2 + ("shifts" in config.terms))
+    return CROPS if each * CROPS * squares / world <= keep_bytes else 0
+
+
+class CropFeatures(NamedTuple):
+    """Features of crops, ``None`` for those that are not asked for.
+
+    Attributes:
+        low: ``[B, C, h, w]``.
+        fine: ``[B, C, e h, e w]``, of the crops enlarged e times.
+        shifted: ``[B, C, h, w]``, of each crop shifted by its sample's share of a cell.
+    """
+
+    low: Tensor
+    fine: Tensor | None = None
+    shifted: Tensor | None = None
 
 
 class Features:
-    """Features of crops as they are, and enlarged: float32, on the device.
+    """Features of crops as they are, enlarged and shifted: float32, on the device.
 
     Args:
-        enlarge: how many times; 0: only as they are.
+        enlarge: how many times; 0: not at all.
+        shifts: whether shifted crops are asked for.
         precision: of the backbone's arithmetic.
         keep_bytes: memory for features of views that come again, in half precision; 0: none. With
             it all features are rounded to half precision, whether they are kept or not, so that
@@ -59,49 +76,55 @@ class Features:
         enlarge: int,
         precision: str,
         keep_bytes: int = 0,
+        shifts: bool = False,
     ) -> None:
         self.backbone, self.cropper, self.enlarge = backbone, cropper, enlarge
+        self.shifts = shifts
         self.dtype = PRECISIONS[precision]
         self.keeping = keep_bytes > 0
         self._left = keep_bytes
-        self._kept: dict[tuple[int, int, int], tuple[Tensor, Tensor | None]] = {}
+        self._kept: dict[tuple[int, int, int], CropFeatures] = {}
 
-    def __call__(
-        self, samples: Sequence[tuple[Sample, Loaded]], images: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """``(low [B, C, h, w], fine [B, C, e h, e w])`` of crops ``[B, 3, H, W]``."""
+    def __call__(self, samples: Sequence[tuple[Sample, Loaded]], images: Tensor) -> CropFeatures:
+        """Of crops ``[B, 3, H, W]``."""
         size = images.shape[-1]
         keys = [(sample.square, sample.view, size) for sample, _ in samples]
         new = [i for i, key in enumerate(keys) if key not in self._kept]
-        made: dict[int, tuple[Tensor, Tensor | None]] = {}
+        made: dict[int, CropFeatures] = {}
         if new:
-            low = self.compute(images[new])
-            fine = None
-            if self.enlarge:
-                enlarged = self.cropper.pictures([samples[i] for i in new], self.enlarge * size)
-                fine = self.compute(enlarged)
+            whole = self._make([samples[i] for i in new], images[new], size)
             for n, i in enumerate(new):
-                made[i] = (low[n], None if fine is None else fine[n])
+                made[i] = CropFeatures(*(None if part is None else part[n] for part in whole))
                 if self.keeping:
                     made[i] = self._keep(keys[i], made[i])
         found = [made[i] if i in made else self._kept[key] for i, key in enumerate(keys)]
         device = self.cropper.device
-        low, fine = (
-            None if part[0] is None else torch.stack([p.to(device).float() for p in part])
-            for part in zip(*found, strict=True)
+        return CropFeatures(
+            *(
+                None if part[0] is None else torch.stack([p.to(device).float() for p in part])
+                for part in zip(*found, strict=True)
+            )
         )
-        return low, fine
 
-    def _keep(
-        self, key: tuple[int, int, int], pair: tuple[Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _make(
+        self, samples: Sequence[tuple[Sample, Loaded]], images: Tensor, size: int
+    ) -> CropFeatures:
+        low, fine, shifted = self.compute(images), None, None
+        if self.enlarge:
+            fine = self.compute(self.cropper.pictures(samples, self.enlarge * size))
+        if self.shifts:
+            shifts = pixel_shifts([sample for sample, _ in samples], size, low.shape[-2:])
+            shifted = self.compute(shift_images(images, shifts))
+        return CropFeatures(low, fine, shifted)
+
+    def _keep(self, key: tuple[int, int, int], made: CropFeatures) -> CropFeatures:
         limit = torch.finfo(torch.float16).max
-        half = tuple(None if x is None else x.clamp(-limit, limit).half() for x in pair)
+        half = CropFeatures(*(None if x is None else x.clamp(-limit, limit).half() for x in made))
         size = sum(x.numel() * 2 for x in half if x is not None)
         if size <= self._left:
             self._left -= size
             # In the machine's memory, which is larger than a GPU's.
-            self._kept[key] = tuple(None if x is None else x.cpu() for x in half)
+            self._kept[key] = CropFeatures(*(None if x is None else x.cpu() for x in half))
         return half
 
     @torch.no_grad()

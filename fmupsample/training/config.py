@@ -47,6 +47,7 @@ class TrainConfig:
     region_share: float = 0.8  # of the region's mean; the rest keeps shading inside a region
     region_block: float = 2.0  # cells; a pixel cannot reach farther with 3 x 3 neighbours
     pixel_stride: int = 2  # every n-th pixel of either axis, at random: a quarter of the work
+    mask_widen: float = 1.0  # cells; a patch tells of what is beside it: more asks for purer cells
     variation: float = 0.3  # of colours for the augment term: what light and cameras change
 
     # --- on what
@@ -55,7 +56,7 @@ class TrainConfig:
     crop: tuple[float, float] = (0.55, 1.0)  # side of a crop, as a share of the square's
     flip: float = 0.5  # of the crops are mirrored
     jitter: float = 0.0  # of colours of every crop; heads do well without
-    views: int | None = None  # different crops of a square; 0: always new ones; see cache.py
+    crops_kept: int | None = None  # different crops of a square; 0: always new ones; see cache.py
     held_out: float = 0.05  # of the pictures, where no others are given for validation
 
     # --- how long, how fast
@@ -147,7 +148,8 @@ class TrainConfig:
         multiple = backbone.size_multiple[0]
         # At least 4 x 4 cells: below that a crop has more border than inside.
         sizes = tuple(max(round(s / multiple), 1) * multiple for s in sizes)
-        sizes = tuple(max(s, -(-4 * backbone.stride[0] // multiple) * multiple) for s in sizes)
+        least = math.ceil(4 * backbone.stride[0] / multiple) * multiple
+        sizes = tuple(max(s, least) for s in sizes)
         steps = self.steps or (2000 if fast else 400)
         return replace(
             self,
@@ -168,6 +170,7 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Build from a mapping as JSON gives it; unknown keys are refused by name."""
         known = [f.name for f in fields(cls)]
+        values = {_RENAMED.get(name, name): value for name, value in values.items()}
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
@@ -244,8 +247,9 @@ def _numbers(name: str, value: Any) -> tuple:
     return tuple(values)
 
 
-_WHOLE = ("clusters", "enlarge", "pixel_stride", "side", "views", "steps", "batch_size", "seed",
-          "validate_every", "log_every", "previews")  # fmt: skip
+_RENAMED = {"views": "crops_kept"}  # since backbones have views, which are something else
+_WHOLE = ("clusters", "enlarge", "pixel_stride", "side", "crops_kept", "steps", "batch_size",
+          "seed", "validate_every", "log_every", "previews")  # fmt: skip
 _RANGES = (
     ("cosine", 0, 1e6),
     ("mse", 0, 1e6),
@@ -256,11 +260,12 @@ _RANGES = (
     ("region_share", 0, 1),
     ("region_block", 0.5, 64),
     ("pixel_stride", 1, 64),
+    ("mask_widen", 1, 8),
     ("variation", 0, 1),
     ("side", 32, 8192),
     ("flip", 0, 1),
     ("jitter", 0, 1),
-    ("views", 0, 1e6),
+    ("crops_kept", 0, 1e6),
     ("held_out", 0, 0.9),
     ("steps", 1, 1e9),
     ("batch_size", 1, 1e5),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fmupsample.training.data import Loaded, Sample
+from fmupsample.training.masks import IGNORED
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -49,8 +51,14 @@ class Cropper:
         return self._numbers([(s, loaded.regions) for s, loaded in samples], size)
 
     def labels(self, samples: Sequence[tuple[Sample, Loaded]], size: int) -> Tensor:
-        """The labels of the crops, int64 ``[B, size, size]``."""
-        return self._numbers([(s, loaded.labels) for s, loaded in samples], size)
+        """The labels of the crops, int64 ``[B, size, size]``; 255 where there are none."""
+        none = np.full((1, 1), IGNORED, dtype=np.uint8)
+        maps = [(s, none if loaded.labels is None else loaded.labels) for s, loaded in samples]
+        return self._numbers(maps, size)
+
+    def label_weights(self, samples: Sequence[tuple[Sample, Loaded]]) -> Tensor:
+        """What the labels of each crop count, ``[B]``."""
+        return torch.tensor([loaded.label_weight for _, loaded in samples], device=self.device)
 
     def offsets(self, samples: Sequence[tuple[Sample, Loaded]], block: int) -> Tensor:
         """Where each picture's blocks begin, pixels, int64 ``[B, 2]``."""
@@ -74,6 +82,31 @@ class Cropper:
         top, left = (min(int(v * whole), whole - side) for v in (sample.top, sample.left))
         window = square[top : top + side, left : left + side]
         return window.flip(1) if sample.flip else window
+
+
+def pixel_shifts(
+    samples: Sequence[Sample], size: int, grid: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """By how many pixels, down and right, the ``shifts`` term shifts crops of ``size`` pixels."""
+    return [
+        tuple(round(share * size / cells) for share, cells in zip(each.shift, grid, strict=True))
+        for each in samples
+    ]
+
+
+def shift_images(images: Tensor, shifts: Sequence[tuple[int, int]]) -> Tensor:
+    """Images ``[B, 3, H, W]`` seen from ``shifts`` pixels further down and right.
+
+    Beyond its border an image goes on as its outermost pixels.
+    """
+    reach = max((abs(n) for pair in shifts for n in pair), default=0)
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    height, width = images.shape[-2:]
+    seen = [
+        each[:, reach + down : reach + down + height, reach + right : reach + right + width]
+        for each, (down, right) in zip(padded, shifts, strict=True)
+    ]
+    return torch.stack(seen)
 
 
 def _resize(crop: Tensor, size: int) -> Tensor:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,13 @@ _MOST_VALIDATION_SQUARES = 32
 _ORDER, _CROP, _STEP, _HELD, _TURN = range(5)
 
 
+class LabelFile(NamedTuple):
+    """The labels of a picture, and what they count in the ``masks`` term."""
+
+    path: Path | None
+    weight: float = 1.0
+
+
 @dataclass(frozen=True)
 class Square:
     """The middle of a picture (part 0 of 1), or one of its two ends (part 0 or 1 of 2).
@@ -41,6 +48,7 @@ class Square:
     Attributes:
         size: of the upright picture in its file, (H, W).
         labels: the file with its labels, where there is one.
+        label_weight: what they count in the ``masks`` term.
     """
 
     source: Source
@@ -48,6 +56,7 @@ class Square:
     part: int = 0
     parts: int = 1
     labels: Path | None = None
+    label_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Loaded:
     pixels: np.ndarray
     regions: np.ndarray | None = None
     labels: np.ndarray | None = None
+    label_weight: float = 1.0
 
     @property
     def bytes(self) -> int:
@@ -77,6 +87,8 @@ class Sample:
         colours: factors of brightness, contrast and saturation.
         varied: the like, for the ``augment`` term.
         blocks: where the grid of blocks begins, as shares of a block, down and right.
+        shift: of the view that the ``shifts`` term compares with, as shares of a cell, down and
+            right; from -1/2 to 1/2.
     """
 
     square: int
@@ -88,13 +100,14 @@ class Sample:
     colours: tuple[float, float, float]
     varied: tuple[float, float, float]
     blocks: tuple[float, float]
+    shift: tuple[float, float] = (0.0, 0.0)
 
 
 def list_squares(
     sources: Sequence[Source],
     smallest: int,
     *,
-    labels: dict[Source, Path] | None = None,
+    labels: dict[Source, LabelFile] | None = None,
     purpose: str = "training",
     least: int = MIN_PICTURES,
     warn: Callable[[str], None] = lambda _: None,
@@ -119,8 +132,10 @@ def list_squares(
             continue
         used += 1
         parts = 2 if max(size) >= _OBLONG * min(size) else 1
-        own = (labels or {}).get(source)
-        squares += [Square(source, size, part, parts, own) for part in range(parts)]
+        own = (labels or {}).get(source, LabelFile(None))
+        squares += [
+            Square(source, size, part, parts, own.path, own.weight) for part in range(parts)
+        ]
     reasons = []
     if small:
         _, source, size = min(small, key=lambda found: found[0])
@@ -236,7 +251,8 @@ class Pictures:
             found = Image.fromarray(read_labels(square.labels, size))
             nearest = found.resize((width, height), Image.Resampling.NEAREST)
             labels = self._cut(np.asarray(nearest), square)
-        return Loaded(cut, find_regions(cut) if self.regions else None, labels)
+        regions = find_regions(cut) if self.regions else None
+        return Loaded(cut, regions, labels, square.label_weight)
 
     def _cut(self, array: np.ndarray, square: Square) -> np.ndarray:
         room = [n - self.side for n in array.shape[:2]]
@@ -291,11 +307,12 @@ class Sampler:
         top, left = (float(v) for v in random.uniform(0, 1 - side, 2))
         flip = bool(random.random() < config.flip)
         colours = _factors(random, config.jitter)
+        shift = tuple(float(v) for v in random.uniform(-0.5, 0.5, 2))
         # What the backbone does not see may be new even where a view comes again.
         fresh = np.random.default_rng([*seed, number])
         varied = _factors(fresh, config.variation)
         y, x = (float(v) for v in fresh.random(2))
-        return Sample(square, view, top, left, side, flip, colours, varied, (y, x))
+        return Sample(square, view, top, left, side, flip, colours, varied, (y, x), shift)
 
 
 def _factors(random: np.random.Generator, strength: float) -> tuple[float, float, float]:

@@ -57,6 +57,7 @@ class Feed:
             self.cropper,
             enlarge=config.enlarge if ENLARGED & set(config.terms) else 0,
             precision=config.precision,
+            shifts="shifts" in config.terms,
         )
         self.features = extractor(keep_bytes=keep_bytes)
         self.held_features = extractor(keep_bytes=_HELD_BYTES)
@@ -119,7 +120,7 @@ class Feed:
         for number in range(count):
             sample = sampler(number)
             pair = (sample, pictures.load(sample.square))
-            low, fine = self.features([pair], self.cropper.pictures([pair], size))
+            low, fine, _ = self.features([pair], self.cropper.pictures([pair], size))
             maps = scaling(fine)[0], scaling(low)[0]
             found.append(sample_pixels(*maps, (size, size), _CLUSTER_PIXELS, generator))
             progress.advance()

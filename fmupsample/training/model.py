@@ -44,7 +44,7 @@ def check_trainable(head: Upsampler, stride: tuple[int, int]) -> None:
     if head.fixed_ratio is not None and (head.fixed_ratio,) * 2 != tuple(stride):
         raise UsageError(
             f"{head.name} upsamples exactly {head.fixed_ratio} times, but this backbone has "
-            f"{stride[0]}x{stride[1]} pixels a cell"
+            f"{stride[0]:.4g}x{stride[1]:.4g} pixels a cell"
         )
 
 

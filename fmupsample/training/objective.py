@@ -1,7 +1,7 @@
 """What a head is trained for: named terms.
 
 All take features with every channel scaled, by default to mean 0 and variance 1 over the data, and
-all but two (``clusters``, ``task``) are the distance of two maps of them.
+all but three (``clusters``, ``masks``, ``task``) are the distance of two maps of them.
 
 * ``clusters``: a linear classifier of low-resolution features, fitted before and fixed, should say
   at every pixel in which cluster the features of the enlarged crop are (:mod:`.clusters`), each
@@ -20,8 +20,13 @@ all but two (``clusters``, ``task``) are the distance of two maps of them.
   (AnyUp, Wimmer et al. 2025): upsampling says where within a cell things are, not what is there.
 * ``preserve``: at the centre of a cell, upsampled features should be the cell's own. With ``area``
   it keeps classifiers working that were fitted on the low-resolution features.
+* ``shifts``: averaged over the cells of a view of the crop that is shifted by a part of a cell, at
+  random, upsampled features should be what the backbone says about that view. Such targets lie
+  between the cells, at the scale that the backbone knows: nothing is enlarged.
 * ``augment``: the same features under the guidance of a picture with changed colours should give
   the same map (AnyUp).
+* ``masks``: every pixel should take its features from cells of its own segment, in masks of any
+  classes that come with the pictures (:mod:`.masks`). It looks at kernel weights, not at features.
 * ``task``: cross-entropy of a linear probe, trained along with the head, on labelled pictures.
 
 Kernel weights sum to 1, so the scaling is applied to the small maps and never to the large one. Of
@@ -32,9 +37,10 @@ the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,17 +50,20 @@ from torch.utils.checkpoint import checkpoint
 
 from fmupsample.ops.grid import interpolation_matrix, plan_axis
 from fmupsample.training.clusters import Clusters
+from fmupsample.training.masks import IGNORED, mask_loss, segment_shares, segments
 from fmupsample.upsamplers.base import Upsampler
 
 if TYPE_CHECKING:
     from fmupsample.training.config import TrainConfig
 
-TERMS = ("clusters", "crops", "regions", "area", "preserve", "augment", "task")
+TERMS = ("clusters", "crops", "regions", "area", "preserve", "shifts", "augment", "masks", "task")
 SCALINGS = ("standard", "minmax", "none")
-IGNORED = 255  # the label of pixels that count nowhere
 
-# Terms that ask a classifier.
-CLASSIFIED = frozenset({"clusters", "task"})
+# Terms that are not the distance of two feature maps.
+APART = frozenset({"clusters", "masks", "task"})
+
+# Terms that look at labels.
+LABELLED = frozenset({"masks", "task"})
 
 # Terms whose targets come from the enlarged crop.
 ENLARGED = frozenset({"clusters", "crops", "regions"})
@@ -102,7 +111,10 @@ class Batch:
         regions: int64 ``[B, H, W]``, numbers unique over the batch and without gaps, in the order
             of the pictures.
         varied: ``[B, 3, H, W]``, the crops with other colours.
-        labels: int64 ``[B, H, W]``.
+        labels: int64 ``[B, H, W]``; 255 where there are none.
+        label_weights: ``[B]``, what each crop's labels count in ``masks``.
+        shifted: ``[B, C, h, w]``, features of the crops shifted by ``shifts``.
+        shifts: pixels, down and right, of each crop; at most half a cell.
         phase: first row and column of the pixels that are looked at where not all are.
     """
 
@@ -112,6 +124,9 @@ class Batch:
     regions: Tensor | None = None
     varied: Tensor | None = None
     labels: Tensor | None = None
+    label_weights: Tensor | None = None
+    shifted: Tensor | None = None
+    shifts: Sequence[tuple[int, int]] = ()
     phase: tuple[int, int] = (0, 0)
 
 
@@ -144,13 +159,15 @@ class Objective:
             probe: a 1x1 convolution ``[B, C, ...]`` -> ``[B, classes, ...]`` for ``task``.
         """
         job = _Job(self, upsampler, batch)
-        compared = [name for name in self.config.terms if name not in CLASSIFIED]
+        compared = [name for name in self.config.terms if name not in APART]
         found = {}
         if compared:
             sums = job.sums(compared)
             found = {name: self._distance(sums[name], batch.low.shape[1]) for name in compared}
         if "clusters" in self.config.terms:
             found["clusters"] = job.clusters(self.clusters)
+        if "masks" in self.config.terms:
+            found["masks"] = job.masks()
         if "task" in self.config.terms:
             found["task"] = job.task(probe)
         return {name: found[name] for name in self.config.terms}
@@ -197,6 +214,7 @@ class _Job:
         self.upsampler, self.batch = upsampler, batch
         self.low = self.scaling(batch.low)
         self.fine = None if batch.fine is None else self.scaling(batch.fine)
+        self.shifted = None if batch.shifted is None else self.scaling(batch.shifted)
         self.size = batch.image.shape[-2:]
         self.weights = self.varied = self.map = self.varied_map = None
         varied = batch.varied if "augment" in self.config.terms else None
@@ -257,6 +275,16 @@ class _Job:
     def _preserve(self, full: Tensor, c: slice) -> tuple[Tensor, Tensor]:
         return at_centres(full, self.low.shape[-2:]), self.low[:, c]
 
+    def _shifts(self, full: Tensor, c: slice) -> tuple[Tensor, Tensor]:
+        predicted, target = [], []
+        for one, seen, shift in zip(full, self.shifted[:, c], self.batch.shifts, strict=True):
+            cells = [
+                whole_cells(n, shift_) for n, shift_ in zip(seen.shape[-2:], shift, strict=True)
+            ]
+            predicted.append(average_shifted(one, seen.shape[-2:], shift))
+            target.append(seen[:, cells[0], cells[1]])
+        return torch.stack(predicted), torch.stack(target)
+
     def _regions(self, full: Tensor, c: slice) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             number = self._thinned(self.batch.regions)  # [B, H', W']
@@ -295,6 +323,13 @@ class _Job:
         each = F.cross_entropy(logits, members, reduction="none")
         return (each * rarity(members, self.config.cluster_balance)).mean()
 
+    def masks(self) -> Tensor:
+        """How much of each pixel's weights is on cells of its own segment."""
+        batch = self.batch
+        numbers = segments(batch.labels)
+        shares = segment_shares(numbers, tuple(self.low.shape[-2:]), self.config.mask_widen)
+        return mask_loss(self.upsampler, self.weights, numbers, shares, batch.label_weights)[0]
+
     def task(self, probe: nn.Module) -> Tensor:
         """Cross-entropy of the probe's upsampled logits, each picture's labelled pixels alike."""
         return Objective.cross_entropy(self._logits(probe), self.batch.labels)
@@ -325,6 +360,44 @@ def average(full: Tensor, grid: tuple[int, int]) -> Tensor:
     if height % gh or width % gw:
         return F.adaptive_avg_pool2d(full, grid)
     return F.avg_pool2d(full, (height // gh, width // gw))
+
+
+def whole_cells(cells: int, shift: int) -> slice:
+    """Those cells of an axis of a shifted view that show nothing beyond the image's border: all but
+    the last, or the first."""
+    return slice(1, cells) if shift < 0 else slice(0, cells - 1)
+
+
+def average_shifted(full: Tensor, grid: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """Means of ``[C, H, W]`` over the :func:`whole_cells` of a view with this grid and shift.
+
+    Pixels that lie in two cells count in both by their share.
+    """
+    axes = [
+        (Fraction(pixels, cells), whole_cells(cells, own).start * Fraction(pixels, cells) + own)
+        for pixels, cells, own in zip(full.shape[-2:], grid, shift, strict=True)
+    ]
+    count = tuple(cells - 1 for cells in grid)
+    if all(side.denominator == 1 for side, _ in axes):
+        parts = [
+            slice(int(start), int(start + n * side))
+            for n, (side, start) in zip(count, axes, strict=True)
+        ]
+        return average(full[None, :, parts[0], parts[1]], count)[0]
+    down, across = (
+        _shares(pixels, n, side, start).to(full)
+        for pixels, n, (side, start) in zip(full.shape[-2:], count, axes, strict=True)
+    )
+    return down @ full @ across.T
+
+
+def _shares(pixels: int, cells: int, side: Fraction, start: Fraction) -> Tensor:
+    """``[cells, pixels]``: what part of each cell each pixel is."""
+    edges = float(start) + float(side) * torch.arange(cells + 1, dtype=torch.float64)
+    pixel = torch.arange(pixels, dtype=torch.float64)
+    last = torch.minimum(edges[1:, None], pixel + 1)
+    first = torch.maximum(edges[:-1, None], pixel)
+    return (last - first).clamp_min(0) / float(side)
 
 
 def at_centres(full: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -20,17 +20,19 @@ from fmupsample._version import __version__
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.atomic import replacing
 from fmupsample.backbones import Backbone
+from fmupsample.backbones.views import title
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.labels import count_classes
 from fmupsample.labels.layouts.folders import find_labels
 from fmupsample.progress import SILENT, Progress
 from fmupsample.threads import cores
-from fmupsample.training.cache import plan_views
+from fmupsample.training.cache import plan_crops
 from fmupsample.training.checkpoint import NAME as CHECKPOINT
 from fmupsample.training.checkpoint import load_checkpoint, save_checkpoint
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.data import (
+    LabelFile,
     Pictures,
     Sampler,
     Square,
@@ -43,6 +45,7 @@ from fmupsample.training.distributed import World, world
 from fmupsample.training.feed import Feed
 from fmupsample.training.loop import Trainer
 from fmupsample.training.model import Model, check_trainable, make_optimizer
+from fmupsample.training.objective import LABELLED
 from fmupsample.training.report import (
     CURVE,
     LOG,
@@ -55,7 +58,13 @@ from fmupsample.training.report import (
 from fmupsample.training.validate import Score, Validator
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.heads import load_head, save_head
-from fmupsample.upsamplers.learned import LATE, build_learned, config_for, recommended
+from fmupsample.upsamplers.learned import (
+    LATE,
+    UNIVERSALS,
+    build_learned,
+    config_for,
+    recommended,
+)
 from fmupsample.upsamplers.resfu.module import UNIVERSAL
 from fmupsample.writers.lock import FolderLock
 
@@ -124,6 +133,7 @@ def train(
     *,
     validation: Sequence[Source] = (),
     labels: Sequence[Path] = (),
+    masks: Sequence[tuple[Path, float]] = (),
     start_from: Path | None = None,
     device: str | torch.device = "auto",
     workers: int | None = None,
@@ -142,6 +152,8 @@ def train(
         backbone: several take turns, for a head of any backbone.
         sources: pictures to train on; some are kept for validation unless ``validation`` is given.
         labels: folders with an indexed PNG for each picture, for the ``task`` term.
+        masks: folders with an indexed PNG for some pictures, and what each counts, for the
+            ``masks`` term.
         start_from: a head file to go on from instead of new parameters.
         workers: threads that decode pictures ahead; ``None``: by the number of processors.
         work: folder for checkpoint, log, curve and previews; default: ``OUTPUT.train``.
@@ -171,12 +183,40 @@ def train(
                 backbones, here, output, work, progress, say if here.leads else lambda _: None
             )
             run.prepare(
-                config or TrainConfig(), sources, validation, labels, start_from, keep_bytes,
+                config or TrainConfig(), sources, validation, labels, masks, start_from, keep_bytes,
                 _default_workers(here.device) if workers is None else workers,
             )  # fmt: skip
             if resume:
                 run.go_on()
             return run.run(data, recipe)
+
+
+def _find_label_files(
+    config: TrainConfig,
+    labels: Sequence[Path],
+    masks: Sequence[tuple[Path, float]],
+    sources: Sequence[Source],
+) -> dict[Source, LabelFile]:
+    """The labels that the terms ask for: of all pictures for ``task``, else of some."""
+    wanted = LABELLED & set(config.terms)
+    if "task" in wanted and not labels:
+        raise UsageError("--objective task needs --labels FOLDER")
+    if wanted and not (labels or masks):
+        raise UsageError("--objective masks needs --masks FOLDER")
+    if labels and masks:
+        raise UsageError("give --labels or --masks: with --labels the masks term takes those")
+    if (labels or masks) and not wanted:
+        raise UsageError(
+            "--labels is for --objective task and --masks for masks; no other term looks at labels"
+        )
+    files: dict[Source, LabelFile] = {}
+    if labels:
+        found = find_labels(labels, sources, of_all="task" in wanted)
+        return {source: LabelFile(path) for source, path in found.items()}
+    for folder, weight in masks:
+        found = find_labels([folder], sources, of_all=False)
+        files = {source: LabelFile(path, weight) for source, path in found.items()} | files
+    return files
 
 
 def _clear_the_way(output: Path, work: Path, *, resume: bool, overwrite: bool) -> None:
@@ -240,6 +280,7 @@ class _Run:
         sources: Sequence[Source],
         validation: Sequence[Source],
         labels: Sequence[Path],
+        masks: Sequence[tuple[Path, float]],
         start_from: Path | None,
         keep_bytes: int,
         workers: int,
@@ -247,25 +288,19 @@ class _Run:
         here, backbone = self.here, self.backbone
         head, config = self._head(config, start_from)
         self.config = config = config.resolve(backbone, here.device)
-        self.labelled = "task" in config.terms
-        files: dict[Source, Path] = {}
-        if self.labelled != bool(labels):
-            raise UsageError(
-                "--objective task needs --labels FOLDER"
-                if self.labelled
-                else "--labels is for --objective task; no other term looks at labels"
-            )
-        if labels:
-            files = find_labels(labels, [*sources, *validation])
+        files = _find_label_files(config, labels, masks, [*sources, *validation])
+        self.labelled = bool(files)
         squares, held = self._squares(sources, validation, files)
         self.pictures_used = len({square.source for square in squares})
         self.held_out = len(held)
         self.identity = self._identify([*squares, *held])
-        classes = count_classes(list(files.values())) if files else 0
+        classes = 0
+        if "task" in config.terms:
+            classes = count_classes([file.path for file in files.values()])
 
         views = 0
-        if len(self.backbones) == 1 or config.views is not None:
-            views = plan_views(config, backbone, len(squares), here.size, keep_bytes // 2)
+        if len(self.backbones) == 1 or config.crops_kept is not None:
+            views = plan_crops(config, backbone, len(squares), here.size, keep_bytes // 2)
         workers_warn = self.progress.warn if here.leads else (lambda _: None)
         share = keep_bytes // 2 if views else keep_bytes
         pictures = Pictures(
@@ -317,10 +352,10 @@ class _Run:
         """The head to train, and the options with what it is."""
         backbone, several = self.backbone, len(self.backbones) > 1
         torch.manual_seed(config.seed)
-        universal = several or config.upsampler == UNIVERSAL
+        universal = several or config.upsampler in UNIVERSALS
         if start_from is not None:
             head = load_head(start_from, backbone).train().requires_grad_(True)
-            if config.upsampler not in (TrainConfig.upsampler, UNIVERSAL, head.name):
+            if config.upsampler not in (TrainConfig.upsampler, *UNIVERSALS, head.name):
                 raise UsageError(
                     f"{printable(start_from)} holds a {head.name}, which cannot become a "
                     f"{config.upsampler}: leave --upsampler away"
@@ -332,10 +367,10 @@ class _Run:
                 raise UsageError("upsampler_config: a head to go on from keeps its own")
         else:
             options = recommended(config.upsampler, config.upsampler_config)
-            if several and config.upsampler != UNIVERSAL:
+            if several and config.upsampler not in UNIVERSALS:
                 raise UsageError(
-                    f"several backbones are for --upsampler {UNIVERSAL}; {config.upsampler} is "
-                    "trained for one"
+                    f"several backbones are for --upsampler {' or '.join(UNIVERSALS)}; "
+                    f"{config.upsampler} is trained for one"
                 )
             head = build_learned(
                 config.upsampler, config_for(config.upsampler, backbone.channels, options)
@@ -346,8 +381,12 @@ class _Run:
             raise UsageError(
                 f"upsampler_config: channels must be {backbone.channels}, as {backbone.name} has"
             )
-        if head.name == UNIVERSAL and "task" in config.terms:
+        if head.name in UNIVERSALS and "task" in config.terms:
             raise UsageError("--objective task is for a head of one backbone")
+        if not head.linear_in_value and "masks" in config.terms:
+            raise UsageError(
+                f"--objective masks is for upsamplers with kernel weights; {head.name} has none"
+            )
         # The whole of the head's configuration is recorded, not only what was asked for.
         return head, replace(config, upsampler=head.name, upsampler_config=head.config.to_dict())
 
@@ -362,7 +401,7 @@ class _Run:
         self,
         sources: Sequence[Source],
         validation: Sequence[Source],
-        files: dict[Source, Path],
+        files: dict[Source, LabelFile],
     ) -> tuple[list[Square], list[Square]]:
         smallest = min(self.config.image_sizes) // 2
         warn = self.progress.warn if self.here.leads else (lambda _: None)
@@ -380,21 +419,25 @@ class _Run:
         """What a checkpoint must agree with besides the options."""
         what = [
             self.here.size, [[each.fingerprint, each.layer] for each in self.backbones],
-            [[str(s.source.relative), s.size, s.part, bool(s.labels)] for s in squares],
+            [[str(s.source.relative), s.size, s.part, bool(s.labels), s.label_weight]
+             for s in squares],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def _plan(self, views: int) -> str:
-        config, names = self.config, ", ".join(each.name for each in self.backbones)
+        config, names = self.config, ", ".join(map(title, self.backbones))
         all_sizes = dict.fromkeys(size for feed in self.feeds for size in feed.sizes)
         sizes = " and ".join(f"{s}x{s}" for s in all_sizes)
         several = f" in each of {self.here.size} processes" if self.here.size > 1 else ""
-        kept = f", {views} views of each, their features kept" if views else ""
+        kept = f", {views} crops of each, their features kept" if views else ""
+        shown = getattr(self.backbone, "views", 1)
+        passes = f"; {shown} passes of the backbone for every crop" if shown > 1 else ""
         return (
             f"training {config.upsampler} for {names} on {self.pictures_used} pictures "
             f"({self.held_out} more held out){kept}: {config.steps} steps of {config.batch_size} "
             f"crops of {sizes} pixels{several}, objective "
             + " + ".join(f"{weight:g} {name}" for name, weight in config.terms.items())
+            + passes
         )
 
     # -- running ----------------------------------------------------------------------------------
@@ -457,10 +500,10 @@ class _Run:
             "config": self.config.to_dict(),
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        universal = average.head.name == UNIVERSAL
+        universal = average.head.name in UNIVERSALS
         if universal:
             report.card["backbones"] = [
-                f"{each.name}, layer {each.layer}" for each in self.backbones
+                f"{title(each)}, layer {each.layer}" for each in self.backbones
             ]
         backbone = None if universal else self.backbone
         save_head(self.output, average.head, backbone, report.card)
@@ -488,7 +531,7 @@ class _Run:
         head = trainer.average.head.eval()
         for number, (feed, basis, pixels, image, features) in enumerate(self.previews, 1):
             head.use_with(feed.backbone.mean, feed.backbone.std)
-            note = f"{feed.backbone.name}, step {trainer.step} of {self.config.steps}"
+            note = f"{title(feed.backbone)}, step {trainer.step} of {self.config.steps}"
             panel = draw_preview(pixels, image, features, head, basis, note)
             save_picture(self.work / PREVIEWS / f"step-{trainer.step:06}-{number}.png", panel)
 

@@ -1,6 +1,7 @@
 """Upsamplers: one interface (:mod:`~fmupsample.upsamplers.base`), many methods, head files."""
 
 from fmupsample.upsamplers.a2u import A2U, A2UConfig
+from fmupsample.upsamplers.affinity import Affinity, AffinityConfig
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.carafe import CARAFE, CARAFEConfig
 from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
@@ -43,6 +44,8 @@ __all__ = [
     "SAPA",
     "UPSAMPLERS",
     "A2UConfig",
+    "Affinity",
+    "AffinityConfig",
     "Bicubic",
     "Bilinear",
     "CARAFEConfig",

@@ -10,7 +10,7 @@ from fmupsample.upsamplers.a2u import A2U, A2UConfig
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import Cost, cost, stack_cost, training_free_cost
 from fmupsample.upsamplers.indexnet import IndexNet, IndexNetConfig
-from fmupsample.upsamplers.learned import LEARNED, config_for
+from fmupsample.upsamplers.learned import LEARNED, UNIVERSALS, config_for
 from fmupsample.upsamplers.loading import TRAINING_FREE
 from fmupsample.upsamplers.stack import Stack, StackConfig
 from fmupsample.upsamplers.unpooling import MaxUnpooling
@@ -21,6 +21,7 @@ DESCRIPTIONS = {
     "bicubic": "bicubic interpolation",
     "jbu": "joint bilateral: cells of like colour",
     "guided": "guided filter: locally affine in the picture",
+    "affinity": "cells of the pixel's object, learned from masks",
     "resfu": "similarity by paired differences",
     "resfu-universal": "the same with keys that any backbone has",
     "sapa": "similarity of picture and features, gated",
@@ -49,8 +50,8 @@ class Entry:
     """One method, with its default options for features of so many channels.
 
     Attributes:
-        kind: ``"free"`` (no training), ``"head"`` (trained for a backbone), or ``"decoder"`` (a
-            part of an encoder-decoder).
+        kind: ``"free"`` (no training), ``"head"`` (trained for a backbone), ``"universal"``
+            (trained for any), or ``"decoder"`` (a part of an encoder-decoder).
         guidance: ``"picture"``, ``"encoder"`` or ``""``.
         ratio: ``"any"``, or the only one, such as ``"2"``.
         linear: any affine map may be applied before it.
@@ -79,7 +80,8 @@ def catalogue(channels: int, cells: tuple[int, int], pixels: tuple[int, int]) ->
             price = stack_cost(kind, config, cells, pixels)
         else:
             price = cost(config, cells, pixels, channels)
-        found.append(_entry(name, "head", kind(config), price))
+        trained = "universal" if name in UNIVERSALS else "head"
+        found.append(_entry(name, trained, kind(config), price))
     twice = (2 * cells[0], 2 * cells[1])
     for name, (kind, make_config) in _DECODERS.items():
         config = make_config(channels)

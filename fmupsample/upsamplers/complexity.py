@@ -17,6 +17,9 @@ from math import prod
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.a2u import A2UConfig
+from fmupsample.upsamplers.affinity import AffinityConfig
+from fmupsample.upsamplers.affinity.encoder import STAGES, STEM
+from fmupsample.upsamplers.affinity.scores import EXTRAS
 from fmupsample.upsamplers.carafe import CARAFEConfig
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.convolution import DeconvolutionConfig, PixelShuffleConfig
@@ -70,6 +73,8 @@ def cost(
     Raises:
         UsageError: a configuration without a formula (a stack's: see :func:`stack_cost`).
     """
+    if isinstance(config, AffinityConfig):
+        return _affinity(config, prod(cells), prod(pixels), channels)
     if isinstance(config, UniversalReSFUConfig):
         one = cost(config.specialised(channels), cells, pixels)
         return Cost(one.parameters - channels * config.embedding, one.convolution, one.neighbours)
@@ -146,6 +151,31 @@ def _resfu(c: ReSFUConfig, lr: int, hr: int) -> Cost:
     difference, mix, score = k * e // c.groups * m, m // c.groups * m, m * k
     parameters += pairs * (2 * e + difference + m + mix + m + 2 * m + score + k)
     return Cost(parameters, convolution + pairs * (difference + mix + score) * hr, neighbours)
+
+
+def _affinity(c: AffinityConfig, lr: int, hr: int, channels: int) -> Cost:
+    """The encoder, keys of cells, K^2 (E + 4) HR of similarities, K^2 C HR of reassembly."""
+    e, w, d, k = c.embedding, c.width, c.detail, c.kernel_size**2
+    outputs, share = e + EXTRAS, 1 / 4  # of the image's pixels, at half its size
+    layers = [(27 * STEM, STEM, share)]  # multiply-adds a pixel, biases, pixels
+    for number, stage in enumerate(STAGES):
+        middle, before = stage.inputs * stage.expansion, share
+        share /= stage.stride**2
+        if stage.expansion > 1:
+            layers.append((stage.inputs * middle, middle, before))
+        layers.append((stage.kernel**2 * middle, middle, share))
+        layers.append((middle * stage.outputs, stage.outputs, share))
+        if number + 1 == len(STAGES) or STAGES[number + 1].stride == 2:
+            layers += [(stage.outputs * w, w, share), (9 * w, w, share)]
+            layers += [(2 * w * w, 2 * w, share), (2 * w * w, w, share)]
+    layers += [(w * outputs, outputs, 1 / 4), (27 * d, d, 1), (9 * d * d, d, 1)]
+    layers += [(d * outputs, 0, 1)]
+    keys = [(2 * e * (e + 1), e + 1), (18 * e * c.key_width, c.key_width)]
+    keys += [(c.key_width * (e + 1), e + 1)]
+    parameters = sum(macs + biases for macs, biases, _ in layers) + sum(map(sum, keys))
+    convolution = round(sum(macs * part for macs, _, part in layers) * hr)
+    convolution += sum(macs for macs, _ in keys) * lr
+    return Cost(parameters, convolution, k * (e + 4 + channels) * hr)
 
 
 def _sapa(c: SAPAConfig, lr: int, hr: int) -> Cost:

@@ -2,8 +2,11 @@
 
 The header (safetensors metadata, all values strings) holds ``format``, ``upsampler``, ``config``
 (JSON of the module's configuration), ``backbone`` (JSON: name, layer, channels, stride, mean, std,
-fingerprint; of a head for any backbone only the name, "any"), and ``card`` (JSON: data, recipe,
-seed, hardware, metrics).
+fingerprint, and views where there are several; of a head for any backbone only the name, "any"),
+and ``card`` (JSON: data, recipe, seed, hardware, metrics).
+
+A head serves its backbone in any number of views, whatever it was trained with: the features are
+of the same kind, and the ratio comes from the sizes.
 """
 
 from __future__ import annotations
@@ -42,7 +45,13 @@ class BackboneLike(Protocol):
 
 
 def describe_backbone(backbone: BackboneLike) -> dict[str, Any]:
-    """The facts about a backbone that a head file records."""
+    """The facts about a backbone that a head file records.
+
+    They are those of a single view, and ``views`` where there are several.
+    """
+    views = getattr(backbone, "views", 1)
+    if views != 1:
+        return {**describe_backbone(backbone.single), "views": views}
     return {
         "name": backbone.name,
         "layer": backbone.layer,
@@ -174,9 +183,8 @@ def _check_state(path: str | Path, state: dict[str, Tensor], expected: dict[str,
 
 def same_backbone(made_for: Mapping[str, Any], backbone: BackboneLike) -> bool:
     """Is it the one by name, or one with exactly its weights (a local copy of a checkpoint)?"""
-    return (
-        made_for.get("name") == backbone.name or made_for.get("fingerprint") == backbone.fingerprint
-    )
+    in_use = describe_backbone(backbone)
+    return any(made_for.get(key) == in_use[key] for key in ("name", "fingerprint"))
 
 
 def is_other_version(made_for: str, in_use: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fmupsample.errors import FmupsampleError, UsageError
+from fmupsample.upsamplers.affinity import Affinity, AffinityConfig
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.fade import FADE, FADEConfig
@@ -30,6 +31,7 @@ from fmupsample.upsamplers.stack import (
 LEARNED: dict[str, tuple[type[Upsampler], type[Config]]] = {
     ReSFU.name: (ReSFU, ReSFUConfig),
     UNIVERSAL: (ReSFU, UniversalReSFUConfig),
+    Affinity.name: (Affinity, AffinityConfig),
     SAPA.name: (SAPA, SAPAConfig),
     LDAAQU.name: (LDAAQU, LDAAQUConfig),
     FADE.name: (FADE, FADEConfig),
@@ -53,6 +55,10 @@ RECOMMENDED: dict[str, dict[str, Any]] = {ReSFU.name: _WHOLE_CELLS, UNIVERSAL: _
 LATE: dict[str, tuple[str, ...]] = {ReSFU.name: ("sigma_range",), UNIVERSAL: ("sigma_range",)}
 
 
+# Heads that serve the features of any backbone, the best first.
+UNIVERSALS = (Affinity.name, UNIVERSAL)
+
+
 def recommended(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration to train ``name`` with, given the fields that were asked for."""
     fields = RECOMMENDED.get(name, {})
@@ -63,7 +69,7 @@ def recommended(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_for(name: str, channels: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`build_learned` takes, for features of so many channels."""
-    return {"channels": 0 if name == UNIVERSAL else channels, **options}
+    return {"channels": 0 if name in UNIVERSALS else channels, **options}
 
 
 def build_learned(name: str, config: Mapping[str, Any]) -> Upsampler:

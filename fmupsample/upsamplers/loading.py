@@ -17,8 +17,7 @@ from fmupsample.upsamplers.heads import (
     same_backbone,
 )
 from fmupsample.upsamplers.jbu import JointBilateral
-from fmupsample.upsamplers.learned import LEARNED
-from fmupsample.upsamplers.resfu.module import UNIVERSAL
+from fmupsample.upsamplers.learned import LEARNED, UNIVERSALS
 
 TRAINING_FREE: dict[str, type[Upsampler]] = {
     method.name: method for method in (Nearest, Bilinear, Bicubic, JointBilateral, GuidedFilter)
@@ -43,14 +42,14 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         method.fingerprint = source
         return method.eval()
     if source is None or (isinstance(source, str) and source in LEARNED):
-        found = find_head(backbone, source)
-        if found is None and source is None:
-            found = find_head(backbone, UNIVERSAL)
+        # One that serves all is found by its name alone.
+        names = (None, *UNIVERSALS) if source is None else (source,)
+        found = next(filter(None, (find_head(backbone, name) for name in names)), None)
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
-                f"--upsampler {UNIVERSAL} (serves any backbone) or jbu (needs no training), give "
-                "a head file with --head, or train one with `fmupsample train`"
+                f"--upsampler {UNIVERSALS[0]} (serves any backbone) or jbu (needs no training), "
+                "give a head file with --head, or train one with `fmupsample train`"
             )
         return load_head(found, backbone)
     path = Path(source)
@@ -83,8 +82,10 @@ def list_heads() -> list[tuple[Path, dict]]:
 def find_head(backbone: BackboneLike, upsampler: str | None = None) -> Path | None:
     """The first head made for this backbone and layer (and of this method), or ``None``.
 
-    One that serves all is found only by its name, ``resfu-universal``.
+    One that serves all is found only by its method's name. Of several, one that was
+    trained with as many views comes first.
     """
+    found = None
     for path, metadata in list_heads():
         made_for = metadata["backbone"]
         if upsampler not in (None, metadata["upsampler"]):
@@ -94,5 +95,7 @@ def find_head(backbone: BackboneLike, upsampler: str | None = None) -> Path | No
                 return path
             continue
         if same_backbone(made_for, backbone) and made_for.get("layer") == backbone.layer:
-            return path
-    return None
+            if made_for.get("views", 1) == getattr(backbone, "views", 1):
+                return path
+            found = found or path
+    return found

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fmupsample.analysis.pca import PCABasis, sample_tokens
+from fmupsample.backbones.views import title
 from fmupsample.distributed import Team
 from fmupsample.errors import FmupsampleError, ImageError, OutputError, UsageError
 from fmupsample.images.find import Source, printable
@@ -203,7 +204,7 @@ class Run:
             layout=options.layout,
             output_size=options.output_size,
             foreground=options.foreground,
-            note=f"{pipeline.backbone.name}, PCA of {'the run' if shared else 'this picture'}",
+            note=f"{title(pipeline.backbone)}, PCA of {'the run' if shared else 'this picture'}",
         )
         self.report = Report(self.output, len(self.sources), clips)
         self.basis: PCABasis | None = None
@@ -235,9 +236,11 @@ class Run:
     def _model(self) -> dict[str, str]:
         """What the features, and so a basis, depend on."""
         backbone, pipeline = self.pipeline.backbone, self.pipeline
-        windows = {} if pipeline.window is None else {"window": str(pipeline.window)}
+        more = {} if pipeline.window is None else {"window": str(pipeline.window)}
+        if getattr(backbone, "views", 1) != 1:
+            more["views"] = str(backbone.views)
         return {
-            **windows,
+            **more,
             "backbone": backbone.name,
             "layer": str(backbone.layer),
             "backbone_fingerprint": backbone.fingerprint,
@@ -391,7 +394,7 @@ class Run:
             self.pipeline,
             layout=options.layout,
             output_size=options.output_size,
-            note=f"{self.pipeline.backbone.name}, PCA of {shown}",
+            note=f"{title(self.pipeline.backbone)}, PCA of {shown}",
         )
 
     def _draw(self, todo: list[Source], films: list[Clip]) -> None:

@@ -86,10 +86,15 @@ def _below(root: Path) -> tuple[Path, Path]:
     return pictures[0], labels[0]
 
 
-def find_labels(folders: Sequence[Path], sources: Sequence[Source]) -> dict[Source, Path]:
+def find_labels(
+    folders: Sequence[Path], sources: Sequence[Source], *, of_all: bool = True
+) -> dict[Source, Path]:
     """The label file of each picture: the same path below one of ``folders``, ending in ``.png``.
 
     A picture in ``sub/a.jpg`` has its labels in ``sub/a.png``, or in ``a.png``.
+
+    Args:
+        of_all: every picture must have labels; else one of them.
 
     Raises:
         UsageError: no such folder, or pictures without labels.
@@ -105,7 +110,7 @@ def find_labels(folders: Sequence[Path], sources: Sequence[Source]) -> dict[Sour
                 break
         else:
             missing.append(source)
-    if missing:
+    if missing and (of_all or not found):
         raise UsageError(
             f"{len(missing)} of {len(sources)} pictures have no labels in "
             f"{', '.join(map(printable, folders))}: {missing[0]} needs "

@@ -29,6 +29,7 @@ from fmupsample.layers.parts import InParts, in_parts
 from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import interpolation_matrix
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.normalisation import Renormalisation
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
 from fmupsample.upsamplers.resfu.distance import CellDistance
 from fmupsample.upsamplers.resfu.prior import Prior
@@ -42,9 +43,6 @@ from fmupsample.upsamplers.resfu.windows import (
 )
 
 UNIVERSAL = "resfu-universal"  # the name of one that takes the features of any backbone
-
-# How such a head, and one that was specialised from it, wants pictures normalised: as ImageNet's.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ReSFU(Upsampler):
@@ -66,8 +64,7 @@ class ReSFU(Upsampler):
         self.config = config
         if config.channels == 0:
             self.name = UNIVERSAL
-        self.picture_gain: Tensor | None = None  # see use_with
-        self.picture_shift: Tensor | None = None
+        self.renormalise = Renormalisation()  # see use_with
         self.neighbours, self.kernel_size = config.neighbours, config.kernel_size
         self.guidance_is_image = config.stem
         self.stem = GuidanceStem(config.guidance_channels) if config.stem else None
@@ -136,15 +133,11 @@ class ReSFU(Upsampler):
         """Take pictures normalised by ``mean`` and ``std``, RGB in 0..1.
 
         With ``keys="projected"``, where the head may have been trained for other backbones, they
-        are brought to :data:`MEAN` and :data:`STD`; else they are taken as they are.
+        are brought to ImageNet's; else they are taken as they are.
         """
         if self.config.keys == "learned":
             return
-        own_mean, own_std, mean, std = (
-            torch.tensor(values, dtype=torch.float64)[:, None, None]
-            for values in (MEAN, STD, mean, std)
-        )
-        self.picture_gain, self.picture_shift = std / own_std, (mean - own_mean) / own_std
+        self.renormalise.set(mean, std)
 
     def _prepared(
         self, x: Tensor, guidance: Tensor | InParts, size: tuple[int, int]
@@ -154,16 +147,8 @@ class ReSFU(Upsampler):
         dtype = torch.promote_types(x.dtype, torch.float32)
         if guidance.shape[-2:] != size:
             guidance = resized_guidance(guidance[...].to(dtype), size)
-        guidance = in_parts(guidance).then(partial(self._normalised, dtype=dtype), dtype)
+        guidance = in_parts(guidance).then(partial(self.renormalise, dtype=dtype), dtype)
         return x.to(dtype), guidance, x.dtype == torch.bfloat16
-
-    def _normalised(self, guidance: Tensor, dtype: torch.dtype) -> Tensor:
-        """Guidance, or a part of it, as :meth:`use_with` was told to bring it about."""
-        guidance = guidance.to(dtype)
-        if self.picture_gain is None:
-            return guidance
-        gain, shift = self.picture_gain.to(guidance), self.picture_shift.to(guidance)
-        return torch.addcmul(shift, guidance, gain)
 
     def specialised(self, channels: int) -> ReSFU:
         """The same for features of so many channels, with a projection that can be trained.

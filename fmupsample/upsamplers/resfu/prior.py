@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fmupsample.layers.parts import InParts, cell_means
 from fmupsample.ops.grid import neighbour_inside, squared_distance
+from fmupsample.upsamplers.cells import WHOLE, Window, cell_products
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
-from fmupsample.upsamplers.resfu.distance import WHOLE, Window, cell_products
 
 
 class Prior:
