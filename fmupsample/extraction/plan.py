@@ -127,7 +127,8 @@ def compact_layout(
     upsampler: Upsampler, full: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]
 ) -> Layout:
     """How a compact file of maps by ``upsampler`` is read."""
-    return Layout(upsampler.neighbours, upsampler.kernel_size, full, crop, size)
+    kernel_size = upsampler.kernel_size_for(cells)
+    return Layout(upsampler.neighbours, kernel_size, full, crop, size)
 
 
 def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:
