@@ -369,7 +369,7 @@ class _Run:
             options = recommended(config.upsampler, config.upsampler_config)
             if several and config.upsampler not in UNIVERSALS:
                 raise UsageError(
-                    f"several backbones are for --upsampler {' or '.join(UNIVERSALS)}; "
+                    f"several backbones are for --upsampler {', '.join(UNIVERSALS[:-1])} or {UNIVERSALS[-1]}; "
                     f"{config.upsampler} is trained for one"
                 )
             head = build_learned(

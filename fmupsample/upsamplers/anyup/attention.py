@@ -25,7 +25,7 @@ def reach_of(cells: tuple[int, int], ratio: float) -> int:
 
 @lru_cache(maxsize=64)
 def window_logits(cells: int, pixels: int, ratio: float, reach: int) -> Tensor:
-    """Along one axis: 0 where a cell lies in a pixel's window, else -inf, ``[pixels, 2 reach + 1]``.
+    """Along one axis: 0 where a cell is in a pixel's window, else -inf: ``[pixels, 2 reach + 1]``.
 
     The window reaches ``ratio`` of the axis to either side, cut to the map; a cell counts that it
     touches. In float32 like the official masks, so that ties at a cell's border fall as they do.
@@ -88,7 +88,7 @@ class WindowAttention:
         Args:
             query: ``[heads, D, rows, W]``, of these rows.
         """
-        (h, w), k = self.cells, self.side
+        w, k = self.cells[1], self.side
         cell, count = int(self._rows.base[rows.start]), rows.stop - rows.start
         near = self._keys[:, :, cell : cell + k].unfold(3, k, 1)  # [heads, D, K, w, K]
         near = near.permute(3, 0, 2, 4, 1).reshape(w * self.heads, k * k, -1)

@@ -42,6 +42,7 @@ from fmupsample.upsamplers.anyup.tiles import (
     encoded_means,
     linear,
 )
+from fmupsample.upsamplers.anyup.winograd import Convolution3x3
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.normalisation import Renormalisation
 
@@ -190,9 +191,9 @@ class AnyUp(Upsampler):
             Stored.empty(e, whole, x) if 2 * one <= budget and (wanted < 2 or _small(one)) else None
             for wanted in range(3)
         ]
-        source = Replayed(
-            lambda rows: image[sample, :, rows].flatten(1), whole, x.device
-        ).then(linear(self.image.first), maps[0])
+        source = Replayed(lambda rows: image[sample, :, rows].flatten(1), whole, x.device).then(
+            linear(self.image.first), maps[0]
+        )
         source = encoded(source, self.image, maps[1]).then(self._rotate(whole, x))
         keys = source.then(linear(self.key_image.first), maps[1])
         keys = self._keys(
@@ -201,7 +202,9 @@ class AnyUp(Upsampler):
         del maps[2:]
         source = source.then(linear(self.query_image.first))
         source = encoded(source, self.query_image, maps[1])
-        return WindowAttention(keys[0], size, self.config.window_ratio), self._queries(source, size)
+        return WindowAttention(keys[0], size, self.config.window_ratio), self._queries(
+            source, size, x.dtype
+        )
 
     def _rotate(self, size: tuple[int, int], like: Tensor) -> Callable[[Tensor, slice], Tensor]:
         """The rotary embedding as a step. Angles add up, and so their cosines need few products."""
@@ -217,21 +220,23 @@ class AnyUp(Upsampler):
 
         return step
 
-    def _queries(self, source: TiledMap, size: tuple[int, int]) -> Queries:
+    def _queries(self, source: TiledMap, size: tuple[int, int], dtype: torch.dtype) -> Queries:
         """Rows of queries from the map that the encoder of queries gave, at any size."""
         weight = (self.query.weight[:, :, 0, 0] * self.query_norm).detach()
-        around = self.query_around.weight.detach()
+        around = Convolution3x3(self.query_around.weight.to(dtype))
+        heads = self.config.heads
 
         def rows_of(rows: slice) -> Tensor:
             first, last = max(0, rows.start - 1), min(size[0], rows.stop + 1)
             part = _at_size(source, slice(first, last), size)
-            pad = (1, 1, first - rows.start + 1, rows.stop + 1 - last)
-            found = _convolved_3x3(F.pad(part, pad), around.to(part)).flatten(1)
+            beyond = (0, 0, first - rows.start + 1, rows.stop + 1 - last)
+            found = around(F.pad(part, beyond) if any(beyond) else part)  # [rows, E, W]
             eps = torch.finfo(found.dtype).eps
-            power = torch.linalg.vector_norm(found, dim=0).square_() / len(found)
-            query = (weight.to(found) @ found).mul_(power.add_(eps).rsqrt_())
+            power = torch.linalg.vector_norm(found, dim=1, keepdim=True).square_()
+            scale = power.div_(found.shape[1]).add_(eps).rsqrt_()
+            query = torch.matmul(weight.to(found), found).mul_(scale)
             query.add_(self.query.bias.detach().to(found)[:, None])
-            return query.view(self.config.heads, -1, rows.stop - rows.start, size[1])
+            return query.unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
 
         return rows_of
 
@@ -256,7 +261,7 @@ def _small(one: int) -> bool:
 
 
 def _at_size(source: TiledMap, rows: slice, size: tuple[int, int]) -> Tensor:
-    """Rows ``[E, rows, W]`` of the map at another size, averaged as ``adaptive_avg_pool2d`` does."""
+    """Rows ``[E, rows, W]`` of the map at another size, as ``adaptive_avg_pool2d`` makes it."""
     (height, width), (own_height, own_width) = size, source.size
     if size == source.size:
         return source.read(rows).unflatten(1, (-1, width))
@@ -265,25 +270,3 @@ def _at_size(source: TiledMap, rows: slice, size: tuple[int, int]) -> Tensor:
     down = cell_shares(height, own_height, rows, region).to(part)
     across = cell_shares(width, own_width, slice(0, width), slice(0, own_width)).to(part)
     return down @ part @ across.T
-
-
-def _convolved_3x3(padded: Tensor, weight: Tensor) -> Tensor:
-    """``[I, rows + 2, W + 2]`` and ``[O, I, 3, 3]`` -> ``[O, rows, W]``.
-
-    The taps are products of shifted views: rows lie in one piece, and what runs over their ends is
-    cut away.
-    """
-    height, width = padded.shape[1] - 2, padded.shape[2] - 2
-    flat, length = padded.flatten(1), height * padded.shape[2] - 2
-    out = padded.new_empty(len(weight), height * padded.shape[2])
-    part = out[:, :length]
-    for dy in range(3):
-        for dx in range(3):
-            start = dy * padded.shape[2] + dx
-            tap = weight[:, :, dy, dx].contiguous()
-            view = flat[:, start : start + length]
-            if dy == dx == 0:
-                torch.mm(tap, view, out=part)
-            else:
-                part.addmm_(tap, view)
-    return out.unflatten(1, (height, -1))[:, :, :width].contiguous()

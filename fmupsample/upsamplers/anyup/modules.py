@@ -125,9 +125,7 @@ class Rotation(nn.Module):
 
     def angles(self, size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """What rows and columns add to the angles: ``[E, H]`` and ``[E, W]``."""
-        down, across = (
-            torch.linspace(0, 1, n, dtype=like.dtype, device=like.device) for n in size
-        )
+        down, across = (torch.linspace(0, 1, n, dtype=like.dtype, device=like.device) for n in size)
         rows, columns = self.frequencies.to(like)
         return rows[:, None] * down, columns[:, None] * across
 

@@ -199,10 +199,7 @@ class _Branch:
             tile = source.read(rows)
             if look is not None:
                 look(tile, rows)
-            hidden = self._hidden(tile)
-            moments.add(hidden)
-            if scratch is not None:
-                scratch.read(rows).copy_(hidden)
+            moments.add(self._hidden(tile, None if scratch is None else scratch.read(rows)))
         self._second = _NormedSiLU(block.norm2, moments.of_whole())
 
     def __call__(self, tile: Tensor, rows: slice) -> Tensor:
@@ -210,8 +207,8 @@ class _Branch:
         kept = self._scratch is not None
         return self._second(self._scratch.read(rows) if kept else self._hidden(tile))
 
-    def _hidden(self, tile: Tensor) -> Tensor:
-        return self._weight.to(tile) @ self._first(tile)
+    def _hidden(self, tile: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(self._weight.to(tile), self._first(tile), out=out)
 
 
 class _NormedSiLU:
