@@ -124,9 +124,9 @@ class AnyUp(Upsampler):
         budget = pixels * self.bytes_per_pixel // len(x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             pairs = [self._attend(x, image, size, i, budget // 2) for i in range(len(x))]
-        # A band is held here and by who reads it.
+        # A band is held here and by who reads it; the larger K, the fewer its rows.
         row = pairs[0][0].side ** 2 * size[1] * x.element_size()
-        step = max(1, budget // 4 // row)
+        step = max(1, min(budget // 4 // row, pixels // (len(x) * size[1])))
         for start in range(0, size[0], step):
             rows = slice(start, min(start + step, size[0]))
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
