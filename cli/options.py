@@ -44,8 +44,9 @@ class BackendName(StrEnum):
 
 # As in fmupsample.upsamplers.UPSAMPLERS, which imports torch.
 UPSAMPLER_NAMES = (
-    "nearest", "bilinear", "bicubic", "jbu", "guided", "affinity", "resfu", "resfu-universal",
-    "sapa", "lda-aqu", "fade", "carafe", "dysample", "featup", "deconvolution", "pixel-shuffle",
+    "nearest", "bilinear", "bicubic", "jbu", "guided", "affinity", "anyup", "resfu",
+    "resfu-universal", "sapa", "lda-aqu", "fade", "carafe", "dysample", "featup", "deconvolution",
+    "pixel-shuffle",
 )  # fmt: skip
 
 

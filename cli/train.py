@@ -33,8 +33,8 @@ Upsampler = Annotated[
     typer.Option(
         "--upsampler",
         metavar="NAME",
-        help="Which upsampler to train: affinity or resfu-universal (for any backbone), resfu, "
-        "sapa, lda-aqu, fade, carafe, dysample, featup, deconvolution or pixel-shuffle. "
+        help="Which upsampler to train: affinity, anyup or resfu-universal (for any backbone), "
+        "resfu, sapa, lda-aqu, fade, carafe, dysample, featup, deconvolution or pixel-shuffle. "
         "Default: resfu.",
         autocompletion=o.complete_upsampler,
         show_default=False,
@@ -46,8 +46,8 @@ Also = Annotated[
     typer.Option(
         "--also",
         metavar="NAME[,layer=N][,weights=FILE]",
-        help="A further backbone, for --upsampler affinity or resfu-universal; they take "
-        "turns. May be repeated.",
+        help="A further backbone, for --upsampler affinity, anyup or resfu-universal; they "
+        "take turns. May be repeated.",
         show_default=False,
         rich_help_panel=o.MODEL,
     ),

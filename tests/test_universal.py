@@ -225,7 +225,7 @@ def test_it_is_specialised(pictures, trained, tmp_path):
 def test_what_several_backbones_cannot_do(pictures, trained, tmp_path):
     output = tmp_path / "head.safetensors"
     with pytest.raises(
-        UsageError, match="several backbones are for --upsampler affinity or resfu-universal"
+        UsageError, match="several backbones are for --upsampler affinity, anyup or resfu-universal"
     ):
         run(pictures, output, options(), backbone=backbones())
     with pytest.raises(UsageError, match="holds a resfu-universal, which cannot become a sapa"):

@@ -111,7 +111,7 @@ class ExtractOptions:
             return file_bytes(shape, self.dtype)
         frame = pipeline.frame(original)
         grid = pipeline.backbone.grid(frame.canvas)
-        layout = compact_layout(pipeline.upsampler, *map_sizes(frame, grid, shape[1:]))
+        layout = compact_layout(pipeline.upsampler, grid, *map_sizes(frame, grid, shape[1:]))
         values = (shape[0], *grid)
         return compact_bytes(values, DTYPES[self.dtype].itemsize, layout, self.weight_bits)
 
@@ -124,10 +124,15 @@ class ExtractOptions:
 
 
 def compact_layout(
-    upsampler: Upsampler, full: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]
+    upsampler: Upsampler,
+    cells: tuple[int, int],
+    full: tuple[int, int],
+    crop: tuple[int, int],
+    size: tuple[int, int],
 ) -> Layout:
     """How a compact file of maps by ``upsampler`` is read."""
-    return Layout(upsampler.neighbours, upsampler.kernel_size, full, crop, size)
+    kernel_size = upsampler.kernel_size_for(cells)
+    return Layout(upsampler.neighbours, kernel_size, full, crop, size)
 
 
 def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:

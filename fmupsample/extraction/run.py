@@ -292,7 +292,7 @@ class Run:
         if options.format != COMPACT:
             return FORMATS[options.format], (value.shape[0], *first.shape[1:])
         sizes = map_sizes(item.frame, item.grid, self.size(item))
-        layout = compact_layout(self.pipeline.upsampler, *sizes)
+        layout = compact_layout(self.pipeline.upsampler, item.grid, *sizes)
         made = partial(CompactFile, layout=layout, weight_bits=options.weight_bits)
         return made, tuple(value.shape)
 
@@ -323,7 +323,7 @@ class Run:
                 yield rows.to(dtype).cpu()
             return
         yield value.to(dtype).cpu()
-        if self.pipeline.upsampler.kernel_size == 1:
+        if self.pipeline.upsampler.kernel_size_for(item.grid) == 1:
             return
         for rows in self.pipeline.kernel_rows(item, self.size(item)):
             stored = encode_weights(rows, options.weight_bits).cpu()

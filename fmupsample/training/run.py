@@ -368,8 +368,9 @@ class _Run:
         else:
             options = recommended(config.upsampler, config.upsampler_config)
             if several and config.upsampler not in UNIVERSALS:
+                *most, last = UNIVERSALS
                 raise UsageError(
-                    f"several backbones are for --upsampler {' or '.join(UNIVERSALS)}; "
+                    f"several backbones are for --upsampler {', '.join(most)} or {last}; "
                     f"{config.upsampler} is trained for one"
                 )
             head = build_learned(

@@ -2,6 +2,7 @@
 
 from fmupsample.upsamplers.a2u import A2U, A2UConfig
 from fmupsample.upsamplers.affinity import Affinity, AffinityConfig
+from fmupsample.upsamplers.anyup import AnyUp, AnyUpConfig
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.carafe import CARAFE, CARAFEConfig
 from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
@@ -46,6 +47,8 @@ __all__ = [
     "A2UConfig",
     "Affinity",
     "AffinityConfig",
+    "AnyUp",
+    "AnyUpConfig",
     "Bicubic",
     "Bilinear",
     "CARAFEConfig",

@@ -35,7 +35,8 @@ class Upsampler(nn.Module):
         neighbours: how ``reassemble`` reads values: ``"fine"`` (bilinear samples) or ``"coarse"``
             (whole cells), K x K of them, as :func:`fmupsample.ops.reassemble` does; or ``None``
             for a way of its own, of which no compact file can be made.
-        kernel_size: K, where ``neighbours`` says how.
+        kernel_size: K, where ``neighbours`` says how; ``None`` where it depends on the grid (see
+            :meth:`kernel_size_for`).
         bytes_per_pixel: about what ``kernels`` takes on its way, per output pixel.
         uses_ops: whether the work is done by the operators of :mod:`fmupsample.ops`, and so
             whether the compiled extension is of use.
@@ -111,6 +112,10 @@ class Upsampler(nn.Module):
         """
         whole = self.reassemble(weights[None].to(value.dtype), value[None])[0]
         return whole.flatten(1)[:, pixels].T
+
+    def kernel_size_for(self, cells: tuple[int, int]) -> int | None:
+        """K for maps on a grid of ``cells`` (h, w)."""
+        return self.kernel_size
 
     def use_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Be told how the pictures given as guidance are normalised; most methods do not care.

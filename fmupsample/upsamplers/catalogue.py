@@ -22,6 +22,7 @@ DESCRIPTIONS = {
     "jbu": "joint bilateral: cells of like colour",
     "guided": "guided filter: locally affine in the picture",
     "affinity": "cells of the pixel's object, learned from masks",
+    "anyup": "attention to the cells in a window",
     "resfu": "similarity by paired differences",
     "resfu-universal": "the same with keys that any backbone has",
     "sapa": "similarity of picture and features, gated",

@@ -20,6 +20,8 @@ from fmupsample.upsamplers.a2u import A2UConfig
 from fmupsample.upsamplers.affinity import AffinityConfig
 from fmupsample.upsamplers.affinity.encoder import STAGES, STEM
 from fmupsample.upsamplers.affinity.scores import EXTRAS
+from fmupsample.upsamplers.anyup import AnyUpConfig
+from fmupsample.upsamplers.anyup.attention import reach_of
 from fmupsample.upsamplers.carafe import CARAFEConfig
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.convolution import DeconvolutionConfig, PixelShuffleConfig
@@ -75,6 +77,8 @@ def cost(
     """
     if isinstance(config, AffinityConfig):
         return _affinity(config, prod(cells), prod(pixels), channels)
+    if isinstance(config, AnyUpConfig):
+        return _anyup(config, cells, prod(pixels), channels)
     if isinstance(config, UniversalReSFUConfig):
         one = cost(config.specialised(channels), cells, pixels)
         return Cost(one.parameters - channels * config.embedding, one.convolution, one.neighbours)
@@ -176,6 +180,20 @@ def _affinity(c: AffinityConfig, lr: int, hr: int, channels: int) -> Cost:
     convolution = round(sum(macs * part for macs, _, part in layers) * hr)
     convolution += sum(macs for macs, _ in keys) * lr
     return Cost(parameters, convolution, k * (e + 4 + channels) * hr)
+
+
+def _anyup(c: AnyUpConfig, cells: tuple[int, int], hr: int, channels: int) -> Cost:
+    """Three encoders and a 3x3 convolution at HR; keys at LR; K^2 (E + C) HR of attention."""
+    e, lr, k = c.embedding, prod(cells), 2 * reach_of(cells, c.window_ratio) + 1
+    blocks, norms, filters = 4 * e * e, 8 * e, c.feature_kernel**2 * e
+    joint, around = 18 * e * e, 9 * e * e
+    # The encoders of the image, queries, keys, features and both together.
+    parameters = 5 * (blocks + norms) + 3 * e + 2 * e * e + filters + joint
+    # The 3x3 convolution, two projections and norms, and the frequencies of places.
+    parameters += around + 2 * (e + 1) * e + 2 * e + 2 * e
+    convolution = (3 * e + 2 * e * e + 3 * blocks + around + e * e) * hr
+    convolution += (filters * channels + joint + 2 * blocks + e * e) * lr
+    return Cost(parameters, convolution, k * k * (e + channels) * hr)
 
 
 def _sapa(c: SAPAConfig, lr: int, hr: int) -> Cost:

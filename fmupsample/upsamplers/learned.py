@@ -12,6 +12,7 @@ from typing import Any
 
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.upsamplers.affinity import Affinity, AffinityConfig
+from fmupsample.upsamplers.anyup import AnyUp, AnyUpConfig
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.fade import FADE, FADEConfig
@@ -32,6 +33,7 @@ LEARNED: dict[str, tuple[type[Upsampler], type[Config]]] = {
     ReSFU.name: (ReSFU, ReSFUConfig),
     UNIVERSAL: (ReSFU, UniversalReSFUConfig),
     Affinity.name: (Affinity, AffinityConfig),
+    AnyUp.name: (AnyUp, AnyUpConfig),
     SAPA.name: (SAPA, SAPAConfig),
     LDAAQU.name: (LDAAQU, LDAAQUConfig),
     FADE.name: (FADE, FADEConfig),
@@ -56,7 +58,7 @@ LATE: dict[str, tuple[str, ...]] = {ReSFU.name: ("sigma_range",), UNIVERSAL: ("s
 
 
 # Heads that serve the features of any backbone, the best first.
-UNIVERSALS = (Affinity.name, UNIVERSAL)
+UNIVERSALS = (Affinity.name, AnyUp.name, UNIVERSAL)
 
 
 def recommended(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ LAYOUTS: tuple[Layout, ...] = ("panel", "single", "overlay")
 _TITLES = {
     "resfu": "ReSFU",
     "resfu-universal": "ReSFU, universal",
+    "anyup": "AnyUp",
     "jbu": "Joint bilateral",
     "bilinear": "Bilinear",
     "nearest": "Nearest",

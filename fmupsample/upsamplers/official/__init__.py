@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.official.anyup import load_anyup
 from fmupsample.upsamplers.official.attention import load_lda_aqu, load_sapa
 from fmupsample.upsamplers.official.operators import (
     load_a2u,
@@ -37,6 +38,7 @@ _BUILDERS: dict[str, Callable[..., Upsampler]] = {
     "featup": load_featup,
     "indexnet": load_indexnet,
     "a2u": load_a2u,
+    "anyup": load_anyup,
 }
 KINDS = tuple(_BUILDERS)
 
@@ -59,7 +61,8 @@ def load_official(kind: str, state_dict: Mapping[str, Tensor], **config) -> Upsa
             * ``fade`` (its ``L2H`` form, with or without the gate);
             * ``featup`` (``JBUStack``);
             * ``indexnet`` (holistic, or depthwise many-to-one): ``channels`` of the features;
-            * ``a2u``: ``up_kernel_size``, ``encode_kernel_size``, ``channels`` of the features.
+            * ``a2u``: ``up_kernel_size``, ``encode_kernel_size``, ``channels`` of the features;
+            * ``anyup``: ``num_heads``, ``window_ratio``.
 
     Returns:
         the module, in evaluation mode, with the dtype of the given parameters. Call it as

@@ -1,0 +1,272 @@
+"""AnyUp, Wimmer et al., "AnyUp: Universal Feature Upsampling" (2025).
+
+A pixel's query comes from the image; a cell's key from the image's features averaged over the cell,
+and from the features to upsample, described by filters that fit any number of channels. The
+attention looks at the cells within a tenth of the map around the pixel. Averaged over the heads it
+is one weight per cell, applied to the features as they are: linear in the values, and the weights
+sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import prod
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmupsample.errors import ShapeError
+from fmupsample.layers.chunks import recorded
+from fmupsample.layers.norms import convolved
+from fmupsample.layers.parts import InParts, in_parts
+from fmupsample.ops import reassemble, reassemble_at
+from fmupsample.ops.grid import cell_shares
+from fmupsample.ops.memory import on_huge_pages
+from fmupsample.upsamplers.anyup.attention import WindowAttention, reach_of
+from fmupsample.upsamplers.anyup.config import AnyUpConfig
+from fmupsample.upsamplers.anyup.modules import (
+    Encoder,
+    FeatureEncoder,
+    Rotation,
+    root_mean_square_norm,
+    rotated,
+)
+from fmupsample.upsamplers.anyup.tiles import (
+    Replayed,
+    Stored,
+    TiledMap,
+    encoded,
+    encoded_means,
+    linear,
+)
+from fmupsample.upsamplers.anyup.winograd import Convolution3x3
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.normalisation import Renormalisation
+
+# A third map saves two convolutions of every pixel where it is not larger than this.
+_THREE_MAPS_BYTES = 256 << 20
+
+Queries = Callable[[slice], Tensor]  # rows of the output -> [heads, D, rows, W]
+
+
+class AnyUp(Upsampler):
+    """Upsample features of any backbone under the guidance of the normalised image.
+
+    ``[B, C, h, w]`` and ``[B, 3, H, W]`` -> ``[B, C, H, W]`` at any ratio >= 1. Kernel weights are
+    of K x K whole cells around a pixel's own, K growing with the grid; those outside the window are
+    0. They are computed in float32 (float64 for float64 features).
+
+    The normalisations look at the whole image. Where gradients are not recorded, the networks run
+    over it in tiles, and the attention in bands of rows.
+    """
+
+    name: ClassVar[str] = "anyup"
+    needs_guidance: ClassVar[bool] = True
+    neighbours: str = "coarse"
+    bytes_per_pixel: ClassVar[int] = 3000
+
+    def __init__(self, config: AnyUpConfig) -> None:
+        super().__init__()
+        self.config = config
+        e = config.embedding
+        self.renormalise = Renormalisation()
+        self.image = Encoder(3, e)
+        self.rotation = Rotation(e)
+        self.query_image = Encoder(e, e)
+        self.key_image = Encoder(e, e)
+        self.key_features = FeatureEncoder(e, config.feature_kernel)
+        self.key_joint = Encoder(2 * e, e, 3)
+        self.query_around = nn.Conv2d(e, e, 3, padding=1, bias=False)
+        self.query_norm, self.key_norm = (nn.Parameter(torch.ones(e)) for _ in range(2))
+        self.query, self.key = nn.Conv2d(e, e, 1), nn.Conv2d(e, e, 1)
+
+    def use_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.renormalise.set(mean, std)
+
+    def kernel_size_for(self, cells: tuple[int, int]) -> int:
+        return 2 * reach_of(cells, self.config.window_ratio) + 1
+
+    def kernels(
+        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Kernel weights ``[B, K*K, H, W]``; zero outside a pixel's window."""
+        size = self.check(x, guidance, size)
+        with torch.autocast(x.device.type, enabled=False):
+            image = self._prepared(x, guidance)
+            x = x.to(image.like.dtype)
+            if recorded(x, image[...], *self.parameters()):
+                return self._recorded_kernels(x, image[...], size)
+            found = None
+            for sample in range(len(x)):
+                attention, queries = self._attend(x, image, size, sample, 2**62)
+                if found is None:
+                    shape = (len(x), attention.side**2, *size)
+                    found = on_huge_pages(x.new_empty(shape))
+                for rows in attention.parts(slice(0, size[0])):
+                    found[sample, :, rows] = attention.weights(queries(rows), rows)
+                del queries
+            assert found is not None
+            return found
+
+    def kernels_in_rows(
+        self, x: Tensor, guidance: Tensor | InParts | None, size: tuple[int, int], pixels: int
+    ) -> Iterator[Tensor]:
+        if guidance is None or len(x) * prod(size) <= pixels:
+            yield from super().kernels_in_rows(x, guidance, size, pixels)
+            return
+        guidance = in_parts(guidance)
+        size = self.check(x, guidance.like, size)
+        image = self._prepared(x, guidance)
+        x = x.to(image.like.dtype)
+        budget = pixels * self.bytes_per_pixel // len(x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            pairs = [self._attend(x, image, size, i, budget // 2) for i in range(len(x))]
+        # A band is held here and by who reads it; the larger K, the fewer its rows.
+        row = pairs[0][0].side ** 2 * size[1] * x.element_size()
+        step = max(1, min(budget // 4 // row, pixels // (len(x) * size[1])))
+        for start in range(0, size[0], step):
+            rows = slice(start, min(start + step, size[0]))
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                band = self._band(pairs, rows)
+            yield band
+            del band
+
+    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
+        return reassemble(value, weights, fractional=False)
+
+    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
+        return reassemble_at(value, weights, pixels, fractional=False)
+
+    def check(
+        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None
+    ) -> tuple[int, int]:
+        size = super().check(x, guidance, size)
+        if guidance is not None and guidance.shape[1] != 3:
+            raise ShapeError(
+                f"anyup takes the normalised picture with 3 channels, got {guidance.shape[1]}"
+            )
+        return size
+
+    def _prepared(self, x: Tensor, guidance: Tensor | InParts) -> InParts:
+        """The image, normalised as the head wants it."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return in_parts(guidance).then(partial(self.renormalise, dtype=dtype), dtype)
+
+    def _recorded_kernels(self, x: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """The whole in plain layers, for gradients."""
+        rotated_image = self.rotation(self.image(image))
+        keys = self._keys(x, F.adaptive_avg_pool2d(self.key_image(rotated_image), x.shape[-2:]))
+        queries = self.query_image(rotated_image)
+        if queries.shape[-2:] != size:
+            queries = F.adaptive_avg_pool2d(queries, size)
+        normed = root_mean_square_norm(convolved(queries, self.query_around), self.query_norm)
+        queries = convolved(normed, self.query).unflatten(1, (self.config.heads, -1))
+        found = []
+        for key, query in zip(keys, queries, strict=True):
+            attention = WindowAttention(key, size, self.config.window_ratio)
+            parts = attention.parts(slice(0, size[0]))
+            bands = [attention.weights(query[:, :, rows], rows) for rows in parts]
+            found.append(torch.cat(bands, 1))
+        return torch.stack(found)
+
+    def _keys(self, x: Tensor, image: Tensor) -> Tensor:
+        """Keys ``[B, heads, D, h, w]`` of cells, given the image's part ``[B, E, h, w]``."""
+        features = self.key_features(F.normalize(x, dim=1))
+        joint = self.key_joint(torch.cat([image, features], 1))
+        keys = convolved(root_mean_square_norm(joint, self.key_norm), self.key)
+        keys = keys.unflatten(1, (self.config.heads, -1))
+        return keys * keys.shape[2] ** -0.5
+
+    def _attend(
+        self, x: Tensor, image: InParts, size: tuple[int, int], sample: int, budget: int
+    ) -> tuple[WindowAttention, Queries]:
+        """What makes the weights of one sample; maps may take ``budget`` bytes."""
+        e, cells = self.config.embedding, x.shape[-2:]
+        whole = tuple(image.shape[-2:])
+        one = e * prod(whole) * x.element_size()
+        maps = [
+            Stored.empty(e, whole, x) if 2 * one <= budget and (wanted < 2 or _small(one)) else None
+            for wanted in range(3)
+        ]
+        source = Replayed(lambda rows: image[sample, :, rows].flatten(1), whole, x.device).then(
+            linear(self.image.first), maps[0]
+        )
+        source = encoded(source, self.image, maps[1]).then(self._rotate(whole, x))
+        keys = source.then(linear(self.key_image.first), maps[1])
+        keys = self._keys(
+            x[sample : sample + 1], encoded_means(keys, self.key_image, cells, maps[2])[None]
+        )
+        del maps[2:]
+        source = source.then(linear(self.query_image.first))
+        source = encoded(source, self.query_image, maps[1])
+        return WindowAttention(keys[0], size, self.config.window_ratio), self._queries(
+            source, size, x.dtype
+        )
+
+    def _rotate(self, size: tuple[int, int], like: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """The rotary embedding as a step. Angles add up, and so their cosines need few products."""
+        down, across = (angle.detach() for angle in self.rotation.angles(size, like))
+        sines = [(a.cos(), a.sin()) for a in (down[:, :, None], across[:, None])]
+
+        def step(tile: Tensor, rows: slice) -> Tensor:
+            (cos_y, sin_y), (cos_x, sin_x) = sines
+            cos_y, sin_y = cos_y[:, rows], sin_y[:, rows]
+            cos = (cos_y * cos_x).addcmul_(sin_y, sin_x, value=-1)
+            sin = (sin_y * cos_x).addcmul_(cos_y, sin_x)
+            return rotated(tile.unflatten(1, (-1, size[1])), cos, sin).flatten(1)
+
+        return step
+
+    def _queries(self, source: TiledMap, size: tuple[int, int], dtype: torch.dtype) -> Queries:
+        """Rows of queries from the map that the encoder of queries gave, at any size."""
+        weight = (self.query.weight[:, :, 0, 0] * self.query_norm).detach()
+        around = Convolution3x3(self.query_around.weight.to(dtype))
+        heads = self.config.heads
+
+        def rows_of(rows: slice) -> Tensor:
+            first, last = max(0, rows.start - 1), min(size[0], rows.stop + 1)
+            part = _at_size(source, slice(first, last), size)
+            beyond = (0, 0, first - rows.start + 1, rows.stop + 1 - last)
+            found = around(F.pad(part, beyond) if any(beyond) else part)  # [rows, E, W]
+            eps = torch.finfo(found.dtype).eps
+            power = torch.linalg.vector_norm(found, dim=1, keepdim=True).square_()
+            scale = power.div_(found.shape[1]).add_(eps).rsqrt_()
+            query = torch.matmul(weight.to(found), found).mul_(scale)
+            query.add_(self.query.bias.detach().to(found)[:, None])
+            return query.unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
+
+        return rows_of
+
+    @staticmethod
+    def _band(pairs: list[tuple[WindowAttention, Queries]], rows: slice) -> Tensor:
+        """Kernel weights ``[B, K*K, rows, W]``."""
+        band = None
+        for sample, (attention, queries) in enumerate(pairs):
+            for part in attention.parts(rows):
+                weights = attention.weights(queries(part), part)
+                if band is None:
+                    shape = (len(pairs), len(weights), rows.stop - rows.start, weights.shape[2])
+                    band = on_huge_pages(weights.new_empty(shape))
+                inside = slice(part.start - rows.start, part.stop - rows.start)
+                band[sample, :, inside] = weights
+        assert band is not None
+        return band
+
+
+def _small(one: int) -> bool:
+    return 3 * one <= _THREE_MAPS_BYTES
+
+
+def _at_size(source: TiledMap, rows: slice, size: tuple[int, int]) -> Tensor:
+    """Rows ``[E, rows, W]`` of the map at another size, as ``adaptive_avg_pool2d`` makes it."""
+    (height, width), (own_height, own_width) = size, source.size
+    if size == source.size:
+        return source.read(rows).unflatten(1, (-1, width))
+    region = slice(rows.start * own_height // height, -(-rows.stop * own_height // height))
+    part = source.read(region).unflatten(1, (-1, own_width))
+    down = cell_shares(height, own_height, rows, region).to(part)
+    across = cell_shares(width, own_width, slice(0, width), slice(0, own_width)).to(part)
+    return down @ part @ across.T
