@@ -7,8 +7,8 @@ import torch
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers import ReSFU, ReSFUConfig
+from fmupsample.upsamplers import cells as cells_module
 from fmupsample.upsamplers.cells import cell_products
-from fmupsample.upsamplers.resfu import distance
 from fmupsample.upsamplers.resfu.distance import CellDistance
 
 
@@ -129,7 +129,7 @@ def test_what_is_for_whole_cells():
 @pytest.mark.parametrize("band", [1, 500, 2**18])
 def test_bands_of_cells_are_the_whole(monkeypatch, band):
     """What is computed without gradients, some rows of cells at a time, and added in place."""
-    monkeypatch.setattr(distance, "_BAND", band)
+    monkeypatch.setattr(cells_module, "_BAND", band)
     query = normal(2, 5, 24, 21)
     key, offset = normal(2, 5, 6, 3, seed=2), normal(2, 1, 6, 3, seed=3)
     size = tuple(query.shape[-2:])

@@ -49,7 +49,7 @@ def test_quickstart_with_the_shipped_model(tmp_path, capsys):
         pytest.skip(f"the embedded weights are not there: {error}")
     out = tmp_path / "cat.png"
     run("quickstart.py", str(PHOTOS / "cat.jpg"), "--output", str(out))
-    assert "resfu" in capsys.readouterr().out
+    assert "affinity" in capsys.readouterr().out
     assert min(Image.open(out).size) >= 224
 
 
