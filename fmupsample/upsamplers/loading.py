@@ -19,6 +19,12 @@ from fmupsample.upsamplers.heads import (
 )
 from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.learned import LEARNED
+from fmupsample.upsamplers.official.checkpoints import (
+    SUFFIXES,
+    fetched,
+    load_checkpoint,
+    published,
+)
 
 TRAINING_FREE: dict[str, type[Upsampler]] = {
     method.name: method for method in (Nearest, Bilinear, Bicubic, JointBilateral, GuidedFilter)
@@ -33,7 +39,8 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
     Args:
         source: ``None`` for the shipped or cached head of this backbone, or where there is none
             the one that serves all; a method's name (one of :data:`TRAINING_FREE`, or of the
-            trained ones for its head); or a head file.
+            trained ones for its head, or its published checkpoint, which is downloaded at first
+            use); or a head file, or a checkpoint (.pth).
 
     Raises:
         HeadError: the head does not exist, is damaged, or belongs to another backbone.
@@ -47,6 +54,9 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         found = find_head(backbone, source)
         if found is None and source is None:
             found = find_head(backbone, DEFAULT)
+        checkpoint = None if source is None else published(str(source))
+        if found is None and checkpoint is not None:
+            return _from_checkpoint(fetched(checkpoint), backbone)
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
@@ -55,11 +65,19 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
             )
         return load_head(found, backbone)
     path = Path(source)
+    if path.suffix in SUFFIXES:
+        return _from_checkpoint(path, backbone)
     if isinstance(source, str) and not path.exists() and path.suffix != ".safetensors":
         raise UsageError(
             f"{source!r} is neither an upsampler ({', '.join(UPSAMPLERS)}) nor a head file"
         )
     return load_head(path, backbone)
+
+
+def _from_checkpoint(path: Path, backbone: BackboneLike) -> Upsampler:
+    head = load_checkpoint(path)
+    head.use_with(backbone.mean, backbone.std)
+    return head
 
 
 def head_folders() -> list[Path]:
