@@ -133,6 +133,13 @@ def _list_upsamplers(pattern: str | None, as_json: bool) -> None:
         f"for {_CHANNELS} channels, {_CELLS[0]}x{_CELLS[1]} cells to {_PIXELS[0]}x{_PIXELS[1]} "
         "pixels (in a decoder: to twice the cells)"
     )
+    from fmupsample.upsamplers.official.checkpoints import CHECKPOINTS
+
+    names = {row["name"] for row in rows}
+    for each in CHECKPOINTS:
+        if each.method in names:
+            state = "cached" if each.path.is_file() else f"download {human_bytes(each.bytes)}"
+            note(f"{each.method}: {each.name}, {state}, {each.url} ({each.credit})")
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -1,5 +1,10 @@
 """AnyUp: the official module's outputs, windows of cells, tiles and bands, use."""
 
+import hashlib
+import io
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reference import anyup as reference
@@ -13,6 +18,7 @@ from fmupsample.upsamplers.anyup.attention import WindowAttention, window_logits
 from fmupsample.upsamplers.anyup.tiles import CellMeans, Moments, Replayed, Stored
 from fmupsample.upsamplers.anyup.winograd import Convolution3x3
 from fmupsample.upsamplers.normalisation import MEAN, STD
+from fmupsample.upsamplers.official import checkpoints
 
 
 def head(ratio: float = 0.1, seed: int = 0) -> AnyUp:
@@ -233,3 +239,63 @@ def test_half_precision_features() -> None:
     out = up(x.half(), image.half())
     assert out.dtype == torch.float16
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=0)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+BACKBONE = SimpleNamespace(
+    name="toy", layer=0, channels=5, stride=(4, 4), mean=(0.5,) * 3, std=(0.25, 0.5, 1.0),
+    fingerprint="0",
+)  # fmt: skip
+
+
+def test_a_local_checkpoint_is_a_head(tmp_path) -> None:
+    path = tmp_path / "theirs.pth"
+    torch.save(reference.random_state(), path)
+    up = fmupsample.load_upsampler(BACKBONE, path)
+    x, image = inputs((4, 5), (16, 20))
+    expected = head()
+    expected.use_with(BACKBONE.mean, BACKBONE.std)
+    assert torch.equal(up.kernels(x, image), expected.kernels(x, image))
+    assert len(up.fingerprint) == 12
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(HeadError, match="no parameters of a method"):
+        fmupsample.load_upsampler(BACKBONE, path)
+    torch.save(SimpleNamespace(a=1), path)
+    with pytest.raises(HeadError, match="not a readable checkpoint"):
+        fmupsample.load_upsampler(BACKBONE, path)
+    with pytest.raises(HeadError, match="there is no head file"):
+        fmupsample.load_upsampler(BACKBONE, tmp_path / "none.pth")
+
+
+def test_the_published_checkpoint_is_fetched_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoints, "cache_folder", lambda: tmp_path)
+    with pytest.raises(HeadError, match=r"HF_HUB_OFFLINE.*download https.*--head FILE"):
+        fmupsample.load_upsampler(BACKBONE, "anyup")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    buffer = io.BytesIO()
+    torch.save(reference.random_state(), buffer)
+    data = buffer.getvalue()
+    asked = []
+
+    def served(url, timeout):
+        asked.append(url)
+        return io.BytesIO(data)
+
+    monkeypatch.setattr(checkpoints, "urlopen", served)
+    with pytest.raises(HeadError, match="another file than the published anyup_multi_backbone"):
+        fmupsample.load_upsampler(BACKBONE, "anyup")
+    first, *others = checkpoints.CHECKPOINTS
+    pinned = replace(first, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", (pinned, *others))
+    for _ in range(2):
+        assert fmupsample.load_upsampler(BACKBONE, "anyup").name == "anyup"
+    assert asked == [first.url] * 2 and pinned.path.is_file()
+
+    def unreachable(url, timeout):
+        raise OSError("no route to host")
+
+    pinned.path.unlink()
+    monkeypatch.setattr(checkpoints, "urlopen", unreachable)
+    with pytest.raises(HeadError, match=r"cannot be downloaded \(no route to host\): download"):
+        fmupsample.load_upsampler(BACKBONE, "anyup")

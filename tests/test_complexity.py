@@ -16,6 +16,8 @@ from fmupsample.upsamplers import (
     LDAAQU,
     SAPA,
     A2UConfig,
+    AnyUp,
+    AnyUpConfig,
     CARAFEConfig,
     Deconvolution,
     DeconvolutionConfig,
@@ -102,6 +104,19 @@ def test_multiply_adds_of_layers_are_what_a_counter_sees(kind, config, guidance)
         assert seen == expected
     if kind in (SAPA, FADE) and not config.stem:
         assert seen == expected
+
+
+def test_multiply_adds_of_anyup():
+    """Those of its layers and of the windows' cells, without its shortcuts."""
+    config = AnyUpConfig(embedding=16)
+    up = AnyUp(config).requires_grad_(True)
+    counter = FlopCounterMode(display=False)
+    x, image = torch.randn(1, 24, 6, 8), torch.randn(1, 3, 42, 56)
+    with counter:
+        up(x, image)
+    price = cost(config, (6, 8), (42, 56), 24)
+    assert price.parameters == parameters(up)
+    assert counter.get_total_flops() / 2 == price.macs - 9 * 24 * 42 * 56  # reassembly is no layer
 
 
 @pytest.mark.parametrize("name", [n for n, (kind, _) in LEARNED.items() if issubclass(kind, Stack)])

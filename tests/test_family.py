@@ -11,7 +11,7 @@ from small_training import draw_pictures, options, run
 
 from fmupsample.errors import HeadError, ShapeError, UsageError
 from fmupsample.upsamplers import UPSAMPLERS, load_head, save_head
-from fmupsample.upsamplers.learned import LEARNED, build_learned, config_for
+from fmupsample.upsamplers.learned import LEARNED, UNIVERSALS, build_learned, config_for
 from fmupsample.upsamplers.loading import TRAINING_FREE
 from fmupsample_cli.options import UPSAMPLER_NAMES
 
@@ -155,6 +155,8 @@ def test_every_class_states_what_it_is(member: Member):
 
 _SMALL_RESFU = {"embedding": 8, "middle": 16, "groups": 2, "norm_groups": 2, "guidance_channels": 4}
 SMALL = {
+    "affinity": {"embedding": 8, "width": 8, "detail": 4, "key_width": 8},
+    "anyup": {"embedding": 16},
     "resfu": _SMALL_RESFU,
     "resfu-universal": _SMALL_RESFU,
     "sapa": {"embedding": 8, "guidance_channels": 4},
@@ -169,7 +171,7 @@ SMALL = {
 
 
 def _channels(name: str) -> int:
-    return 0 if name == "resfu-universal" else 16
+    return 0 if name in UNIVERSALS else 16
 
 
 @pytest.fixture(scope="module")

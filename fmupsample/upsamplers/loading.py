@@ -18,6 +18,12 @@ from fmupsample.upsamplers.heads import (
 )
 from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.learned import LEARNED, UNIVERSALS
+from fmupsample.upsamplers.official.checkpoints import (
+    SUFFIXES,
+    fetched,
+    load_checkpoint,
+    published,
+)
 
 TRAINING_FREE: dict[str, type[Upsampler]] = {
     method.name: method for method in (Nearest, Bilinear, Bicubic, JointBilateral, GuidedFilter)
@@ -31,7 +37,8 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
     Args:
         source: ``None`` for the shipped or cached head of this backbone, or where there is none
             the one that serves all; a method's name (one of :data:`TRAINING_FREE`, or of the
-            trained ones for its head); or a head file.
+            trained ones for its head, or its published checkpoint, which is downloaded at first
+            use); or a head file, or a checkpoint (.pth).
 
     Raises:
         HeadError: the head does not exist, is damaged, or belongs to another backbone.
@@ -45,6 +52,9 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         # One that serves all is found by its name alone.
         names = (None, *UNIVERSALS) if source is None else (source,)
         found = next(filter(None, (find_head(backbone, name) for name in names)), None)
+        checkpoint = None if source is None else published(str(source))
+        if found is None and checkpoint is not None:
+            return _from_checkpoint(fetched(checkpoint), backbone)
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
@@ -53,11 +63,19 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
             )
         return load_head(found, backbone)
     path = Path(source)
+    if path.suffix in SUFFIXES:
+        return _from_checkpoint(path, backbone)
     if isinstance(source, str) and not path.exists() and path.suffix != ".safetensors":
         raise UsageError(
             f"{source!r} is neither an upsampler ({', '.join(UPSAMPLERS)}) nor a head file"
         )
     return load_head(path, backbone)
+
+
+def _from_checkpoint(path: Path, backbone: BackboneLike) -> Upsampler:
+    head = load_checkpoint(path)
+    head.use_with(backbone.mean, backbone.std)
+    return head
 
 
 def head_folders() -> list[Path]:

@@ -1,0 +1,137 @@
+"""Checkpoints of other authors: the published ones, and local files of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+import torch
+from torch import Tensor
+
+from fmupsample.atomic import replacing
+from fmupsample.errors import HeadError
+from fmupsample.fingerprint import fingerprint
+from fmupsample.folders import cache_folder
+from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.official.anyup import load_anyup
+
+SUFFIXES = (".pth", ".pt")
+_SECONDS = 20  # without an answer
+
+_ANYUP = "AnyUp, Wimmer et al. 2025, CC-BY-4.0"
+_RELEASES = "https://github.com/wimmerth/anyup/releases/download"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published file.
+
+    Attributes:
+        method: the name that goes to ``--upsampler``.
+        credit: the method, its authors and the licence, to be shown with it.
+    """
+
+    name: str
+    method: str
+    url: str
+    sha256: str
+    bytes: int
+    credit: str
+
+    @property
+    def path(self) -> Path:
+        """Where it is kept in the cache."""
+        return cache_folder() / "heads" / f"{self.name}.pth"
+
+
+# The first of a method is the one that its name means.
+CHECKPOINTS = (
+    Checkpoint(
+        "anyup_multi_backbone",
+        "anyup",
+        f"{_RELEASES}/checkpoint_v2/anyup_multi_backbone.pth",
+        "b6cc407da8986c7e5c9098e61f7531767a9aca8fff20a1bc6c99d488e61aac59",
+        3541624,
+        f"{_ANYUP}; trained on several backbones",
+    ),
+    Checkpoint(
+        "anyup_paper",
+        "anyup",
+        f"{_RELEASES}/checkpoint/anyup_paper.pth",
+        "9d035c0f27114a6f32bdd3d8ed93b6cd39dad4b8f8bf94e69fddbfbf022901b2",
+        3540612,
+        f"{_ANYUP}; trained on DINOv2 ViT-S/14",
+    ),
+)
+
+
+def published(method: str) -> Checkpoint | None:
+    """The checkpoint that a method's name means, if there is one."""
+    return next((each for each in CHECKPOINTS if each.method == method), None)
+
+
+def fetched(checkpoint: Checkpoint) -> Path:
+    """Its file in the cache, downloaded at first use.
+
+    Raises:
+        HeadError: no network, or not the file that was published.
+    """
+    path = checkpoint.path
+    if path.is_file() and _sha256(path.read_bytes()) == checkpoint.sha256:
+        return path
+    advice = f"download {checkpoint.url} on another machine and give it with --head FILE"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise HeadError(
+            f"{checkpoint.name} is not in the cache and offline mode is on (HF_HUB_OFFLINE): "
+            f"{advice}"
+        )
+    try:
+        with urlopen(checkpoint.url, timeout=_SECONDS) as answer:
+            data = answer.read(checkpoint.bytes + 1)
+    except OSError as error:
+        raise HeadError(f"{checkpoint.name} cannot be downloaded ({error}): {advice}") from error
+    if _sha256(data) != checkpoint.sha256:
+        raise HeadError(
+            f"{checkpoint.url} gives another file than the published {checkpoint.name} (SHA-256): "
+            f"{advice}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise HeadError(f"{checkpoint.name} cannot be kept in {path.parent}: {error}") from error
+    return path
+
+
+def load_checkpoint(path: str | Path) -> Upsampler:
+    """An upsampler from a local checkpoint, recognised by the names of its parameters.
+
+    Raises:
+        HeadError: not readable without unpickling objects, or of no known method.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise HeadError(f"there is no head file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise HeadError(f"{path} is not a readable checkpoint of parameters: {error}") from error
+    sound = isinstance(state, Mapping) and all(isinstance(x, Tensor) for x in state.values())
+    if not sound or "key_features_encoder.0.basis" not in state:
+        raise HeadError(
+            f"{path} holds no parameters of a method that is known by them (anyup); other "
+            "checkpoints: fmupsample.load_official"
+        )
+    head = load_anyup(dict(state))
+    head.fingerprint = fingerprint(state)
+    return head.requires_grad_(False)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
