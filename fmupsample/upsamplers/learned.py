@@ -30,10 +30,10 @@ from fmupsample.upsamplers.stack import (
 )
 
 LEARNED: dict[str, tuple[type[Upsampler], type[Config]]] = {
-    ReSFU.name: (ReSFU, ReSFUConfig),
-    UNIVERSAL: (ReSFU, UniversalReSFUConfig),
     Affinity.name: (Affinity, AffinityConfig),
     AnyUp.name: (AnyUp, AnyUpConfig),
+    ReSFU.name: (ReSFU, ReSFUConfig),
+    UNIVERSAL: (ReSFU, UniversalReSFUConfig),
     SAPA.name: (SAPA, SAPAConfig),
     LDAAQU.name: (LDAAQU, LDAAQUConfig),
     FADE.name: (FADE, FADEConfig),
