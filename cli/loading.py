@@ -81,6 +81,7 @@ def _fit_head(
 ) -> None:
     """Train a head for ``model`` and keep it, unless there is one."""
     from fmupsample.training.fit import fit_head
+    from fmupsample.upsamplers import ReSFU
     from fmupsample.upsamplers.learned import LEARNED
     from fmupsample.upsamplers.loading import find_head
     from fmupsample_cli.progress import RichProgress, warn
@@ -93,7 +94,7 @@ def _fit_head(
         report = fit_head(
             model,
             pictures,
-            upsampler or next(iter(LEARNED)),
+            upsampler or ReSFU.name,
             device=place,
             progress=progress,
             say=lambda message: note(message, quiet=quiet),
