@@ -17,6 +17,7 @@ from fmupsample.training.cache import CROPS, Features, plan_crops
 from fmupsample.training.config import TrainConfig, parse_objective
 from fmupsample.training.crops import Cropper, change_colours
 from fmupsample.training.data import (
+    LabelFile,
     Loaded,
     Pictures,
     Sample,
@@ -229,8 +230,10 @@ def test_labels(tmp_path) -> None:
     assert set(np.unique(read_labels(found[sources[0]], (64, 64)))) == {0, 1}
     with pytest.raises(ImageError, match="64x64 pixels, their picture has 65x64"):
         read_labels(found[sources[0]], (64, 65))
-    squares = list_squares(sources, 32, labels=found)
+    files = {source: LabelFile(path, 0.5) for source, path in found.items()}
+    squares = list_squares(sources, 32, labels=files)
     loaded = Pictures(squares, 48, regions=False, keep_bytes=0).load(0)
+    assert loaded.label_weight == 0.5
     assert loaded.labels.shape == (48, 48) and set(np.unique(loaded.labels)) == {0, 1}
     Image.new("RGB", (4, 4), "red").save(tmp_path / "l/00.png")
     with pytest.raises(UsageError, match="one byte a pixel; their values reach colours"):
