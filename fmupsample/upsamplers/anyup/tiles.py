@@ -35,24 +35,23 @@ class Moments:
     """Mean and variance of groups of channels, ``[1, groups]`` each, from tiles ``[C, pixels]``."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, Tensor, int]] = []
+        self._sums: Tensor | None = None  # of the numbers and of their squares, [2, groups]
+        self._count = 0
 
     def add(self, tile: Tensor) -> None:
-        groups = tile.unflatten(0, (GROUPS, -1))
-        count = groups[0].numel()
-        mean = groups.sum(2).sum(1) / count
-        norm = torch.linalg.vector_norm(tile, dim=1).unflatten(0, (GROUPS, -1))
-        self._parts.append((mean, norm.square().sum(1) / count, count))
+        if self._sums is None:
+            wide = torch.float32 if tile.device.type == "mps" else torch.float64
+            # Nothing small is kept per tile: between large tiles it would fragment the heap.
+            self._sums, self._dtype = tile.new_zeros(2, GROUPS, dtype=wide), tile.dtype
+        channels = torch.stack([tile.sum(1), torch.linalg.vector_norm(tile, dim=1).square_()])
+        self._sums += channels.unflatten(1, (GROUPS, -1)).sum(2)
+        self._count += tile.numel() // GROUPS
 
     def of_whole(self) -> tuple[Tensor, Tensor]:
-        wide = torch.float32 if self._parts[0][0].device.type == "mps" else torch.float64
-        means, squares = (torch.stack(x).to(wide) for x in list(zip(*self._parts, strict=True))[:2])
-        counts = means.new_tensor([count for *_, count in self._parts])
-        share = (counts / counts.sum())[:, None]
-        mean = (share * means).sum(0, keepdim=True)
-        square = (share * squares).sum(0, keepdim=True)
-        dtype = self._parts[0][0].dtype
-        return mean.to(dtype), (square - mean.square()).clamp_min(0).to(dtype)
+        assert self._sums is not None
+        mean, square = (self._sums / self._count).unbind(0)
+        variance = (square - mean.square()).clamp_min(0)
+        return mean[None].to(self._dtype), variance[None].to(self._dtype)
 
 
 class TiledMap(ABC):
