@@ -190,5 +190,5 @@ def test_the_cached_head_of_a_backbone_is_found(no_cache):
 
 
 def test_no_head_names_the_ways_on(no_cache):
-    with pytest.raises(HeadError, match=r"toy\.v1.*--upsampler resfu-universal.*jbu.*--head"):
+    with pytest.raises(HeadError, match=r"toy\.v1.*--upsampler affinity.*jbu.*--head"):
         load_upsampler(backbone(), "resfu")
