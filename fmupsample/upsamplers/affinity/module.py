@@ -10,7 +10,6 @@ and serve the features of any backbone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 from math import isqrt
 from typing import ClassVar
@@ -19,19 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmupsample.errors import ShapeError
 from fmupsample.layers.convolution import convolve
 from fmupsample.layers.parts import InParts, in_parts
-from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import cell_shares, plan_axis
 from fmupsample.ops.memory import on_huge_pages
 from fmupsample.upsamplers.affinity.config import AffinityConfig
 from fmupsample.upsamplers.affinity.encoder import ALIGNMENT, REACH, Encoder
 from fmupsample.upsamplers.affinity.scores import EXTRAS, affinity_weights
-from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.cells import Window
 from fmupsample.upsamplers.neighbours import resized
-from fmupsample.upsamplers.normalisation import Renormalisation
+from fmupsample.upsamplers.universal import UniversalUpsampler
 
 _SMALLEST_SPREAD = 1e-4  # added to variances: keeps the slope of the root finite
 _KEY_REACH = 1  # cells around a cell that its key depends on
@@ -58,7 +54,7 @@ class CellKeys(nn.Module):
         return convolve(self.direct, inner) + convolve(self.hidden, around)
 
 
-class Affinity(Upsampler):
+class Affinity(UniversalUpsampler):
     """Upsample features of any backbone under the guidance of the normalised image.
 
     ``[B, C, h, w]`` and ``[B, 3, H, W]`` -> ``[B, C, H, W]`` at any ratio >= 1. Kernel weights are
@@ -66,15 +62,12 @@ class Affinity(Upsampler):
     """
 
     name: ClassVar[str] = "affinity"
-    needs_guidance: ClassVar[bool] = True
-    neighbours: str = "coarse"
     bytes_per_pixel: ClassVar[int] = 900
 
     def __init__(self, config: AffinityConfig) -> None:
         super().__init__()
         self.config = config
         self.kernel_size = config.kernel_size
-        self.renormalise = Renormalisation()
         self.encoder = Encoder(config.embedding + EXTRAS, config.width, config.detail)
         self.keys = CellKeys(config.embedding, config.key_width)
         # Training starts at the place and colour prior with keys that do not matter yet.
@@ -84,9 +77,6 @@ class Affinity(Upsampler):
         for layer in (self.encoder.from_coarse, self.encoder.from_fine):
             with torch.no_grad():
                 layer.weight[config.embedding :] *= 0.1
-
-    def use_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.renormalise.set(mean, std)
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
@@ -118,28 +108,11 @@ class Affinity(Upsampler):
                 band[..., columns] = weights
             yield band
 
-    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        return reassemble(value, weights, fractional=False)
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_at(value, weights, pixels, fractional=False)
-
-    def check(
-        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None
-    ) -> tuple[int, int]:
-        size = super().check(x, guidance, size)
-        if guidance is not None and guidance.shape[1] != 3:
-            raise ShapeError(
-                f"affinity takes the normalised picture with 3 channels, got {guidance.shape[1]}"
-            )
-        return size
-
     def _prepared(self, x: Tensor, guidance: Tensor | InParts, size: tuple[int, int]) -> InParts:
         """The image at the size of the output, normalised as the head wants it."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
         if guidance.shape[-2:] != size:
-            guidance = resized(guidance[...].to(dtype), size)
-        return in_parts(guidance).then(partial(self.renormalise, dtype=dtype), dtype)
+            guidance = resized(guidance[...].to(torch.promote_types(x.dtype, torch.float32)), size)
+        return self._renormalised(x, guidance)
 
     def _windows(
         self, cells: tuple[int, int], size: tuple[int, int], pixels: int

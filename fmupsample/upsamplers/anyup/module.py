@@ -9,8 +9,7 @@ sum to 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import ClassVar
 
@@ -18,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmupsample.errors import ShapeError
 from fmupsample.layers.chunks import recorded
 from fmupsample.layers.norms import convolved
 from fmupsample.layers.parts import InParts, in_parts
-from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import cell_shares
 from fmupsample.ops.memory import on_huge_pages
 from fmupsample.upsamplers.anyup.attention import WindowAttention, reach_of
@@ -43,8 +40,7 @@ from fmupsample.upsamplers.anyup.tiles import (
     linear,
 )
 from fmupsample.upsamplers.anyup.winograd import Convolution3x3
-from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.normalisation import Renormalisation
+from fmupsample.upsamplers.universal import UniversalUpsampler
 
 # A third map saves two convolutions of every pixel where it is not larger than this.
 _THREE_MAPS_BYTES = 256 << 20
@@ -52,7 +48,7 @@ _THREE_MAPS_BYTES = 256 << 20
 Queries = Callable[[slice], Tensor]  # rows of the output -> [heads, D, rows, W]
 
 
-class AnyUp(Upsampler):
+class AnyUp(UniversalUpsampler):
     """Upsample features of any backbone under the guidance of the normalised image.
 
     ``[B, C, h, w]`` and ``[B, 3, H, W]`` -> ``[B, C, H, W]`` at any ratio >= 1. Kernel weights are
@@ -64,15 +60,12 @@ class AnyUp(Upsampler):
     """
 
     name: ClassVar[str] = "anyup"
-    needs_guidance: ClassVar[bool] = True
-    neighbours: str = "coarse"
     bytes_per_pixel: ClassVar[int] = 3000
 
     def __init__(self, config: AnyUpConfig) -> None:
         super().__init__()
         self.config = config
         e = config.embedding
-        self.renormalise = Renormalisation()
         self.image = Encoder(3, e)
         self.rotation = Rotation(e)
         self.query_image = Encoder(e, e)
@@ -83,9 +76,6 @@ class AnyUp(Upsampler):
         self.query_norm, self.key_norm = (nn.Parameter(torch.ones(e)) for _ in range(2))
         self.query, self.key = nn.Conv2d(e, e, 1), nn.Conv2d(e, e, 1)
 
-    def use_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.renormalise.set(mean, std)
-
     def kernel_size_for(self, cells: tuple[int, int]) -> int:
         return 2 * reach_of(cells, self.config.window_ratio) + 1
 
@@ -95,7 +85,7 @@ class AnyUp(Upsampler):
         """Kernel weights ``[B, K*K, H, W]``; zero outside a pixel's window."""
         size = self.check(x, guidance, size)
         with torch.autocast(x.device.type, enabled=False):
-            image = self._prepared(x, guidance)
+            image = self._renormalised(x, guidance)
             x = x.to(image.like.dtype)
             if recorded(x, image[...], *self.parameters()):
                 return self._recorded_kernels(x, image[...], size)
@@ -119,7 +109,7 @@ class AnyUp(Upsampler):
             return
         guidance = in_parts(guidance)
         size = self.check(x, guidance.like, size)
-        image = self._prepared(x, guidance)
+        image = self._renormalised(x, guidance)
         x = x.to(image.like.dtype)
         budget = pixels * self.bytes_per_pixel // len(x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -133,27 +123,6 @@ class AnyUp(Upsampler):
                 band = self._band(pairs, rows)
             yield band
             del band
-
-    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        return reassemble(value, weights, fractional=False)
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_at(value, weights, pixels, fractional=False)
-
-    def check(
-        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None
-    ) -> tuple[int, int]:
-        size = super().check(x, guidance, size)
-        if guidance is not None and guidance.shape[1] != 3:
-            raise ShapeError(
-                f"anyup takes the normalised picture with 3 channels, got {guidance.shape[1]}"
-            )
-        return size
-
-    def _prepared(self, x: Tensor, guidance: Tensor | InParts) -> InParts:
-        """The image, normalised as the head wants it."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return in_parts(guidance).then(partial(self.renormalise, dtype=dtype), dtype)
 
     def _recorded_kernels(self, x: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         """The whole in plain layers, for gradients."""
