@@ -98,9 +98,9 @@ class WindowAttention:
         pixels = pixels.reshape(w * self.heads, pixels.shape[2], -1)
         down = self._down[rows].T[None, :, None, :, None]  # [1, K, 1, rows, 1]
         logits = down + self._across[:, None, :, None, :]  # [w, K, K, rows, s]
-        logits = logits.reshape(w, 1, k * k, -1).expand(-1, self.heads, -1, -1)
-        scores = torch.baddbmm(logits.reshape(w * self.heads, k * k, -1), near, pixels)
-        scores = scores.unflatten(0, (w, self.heads))
+        scores = torch.bmm(near, pixels).unflatten(0, (w, self.heads))
+        logits = logits.reshape(w, 1, k * k, -1)
+        scores = scores + logits if recorded(scores) else scores.add_(logits)
         found = scores.softmax(2).mean(1) if recorded(scores) else _mean_softmax_(scores)
         found = found.view(w, k * k, count, -1).permute(1, 2, 0, 3).flatten(2)  # [K*K, rows, w s]
         return found.index_select(2, self._filled) if self._idle else found
