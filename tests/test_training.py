@@ -443,7 +443,7 @@ def test_any_upsampler_with_parameters(kind, pictures, tmp_path, monkeypatch) ->
 
 def test_upsamplers_that_cannot_be_trained(pictures, tmp_path, monkeypatch) -> None:
     output = tmp_path / "head.safetensors"
-    with pytest.raises(UsageError, match="'jbu' is not an upsampler with parameters: resfu"):
+    with pytest.raises(UsageError, match="'jbu' is not an upsampler with parameters: affinity"):
         run(pictures, output, options(upsampler="jbu", upsampler_config={}))
     with pytest.raises(UsageError, match="guidance map of a decoder"):
         run(pictures, output, options(upsampler_config={**HEAD, "stem": False}))
