@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmupsample.layers.convolution import convolve
+from fmupsample.layers.norms import convolved
 
 # Sides of what the encoder takes are multiples of this.
 ALIGNMENT = 16
@@ -77,9 +77,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, halving: _Halving) -> Tensor:
         stage = self.stage
-        y = x if self.expand is None else F.relu6(convolve(self.expand, x))
-        y = F.relu6(convolve(self.depthwise, halving.pad(y, stage.kernel, stage.stride)))
-        y = convolve(self.project, y)
+        y = x if self.expand is None else F.relu6(convolved(x, self.expand))
+        y = F.relu6(convolved(halving.pad(y, stage.kernel, stage.stride), self.depthwise))
+        y = convolved(y, self.project)
         return x + y if stage.stride == 1 and stage.inputs == stage.outputs else y
 
 
@@ -93,8 +93,8 @@ class _Mix(nn.Module):
         self.project = nn.Conv2d(2 * width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(convolve(self.expand, convolve(self.spatial, x)))
-        return x + convolve(self.project, hidden)
+        hidden = F.gelu(convolved(convolved(x, self.spatial), self.expand))
+        return x + convolved(hidden, self.project)
 
 
 class Encoder(nn.Module):
@@ -126,18 +126,18 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         coarse = None
         for x, side, mix in zip(*self._levels(image), strict=True):
-            here = convolve(side, x)
+            here = convolved(x, side)
             coarse = mix(here if coarse is None else here + _doubled(coarse))
         # A 1x1 convolution commutes with interpolation: it is done where there are fewer pixels.
-        embedding = _doubled(convolve(self.from_coarse, coarse))
+        embedding = _doubled(convolved(coarse, self.from_coarse))
         padded = F.pad(image, (2, 2, 2, 2), mode="replicate")
-        fine = convolve(self.texture, F.gelu(convolve(self.edges, padded)))
-        return embedding + convolve(self.from_fine, F.gelu(fine))
+        fine = convolved(F.gelu(convolved(padded, self.edges)), self.texture)
+        return embedding + convolved(F.gelu(fine), self.from_fine)
 
     def _levels(self, image: Tensor) -> tuple[list[Tensor], list[nn.Module], list[nn.Module]]:
         """Maps of 1/16 to 1/2 and the modules that belong to them."""
         halving, found = _Halving(), []
-        x = F.relu6(convolve(self.stem, halving.pad(image, 3, 2)))
+        x = F.relu6(convolved(halving.pad(image, 3, 2), self.stem))
         for block in self.blocks:
             if block.stage.stride == 2:
                 found.append(x)

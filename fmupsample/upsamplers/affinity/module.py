@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmupsample.layers.convolution import convolve
+from fmupsample.layers.norms import convolved
 from fmupsample.layers.parts import InParts, in_parts
 from fmupsample.ops.grid import cell_shares, plan_axis
 from fmupsample.ops.memory import on_huge_pages
@@ -49,9 +49,9 @@ class CellKeys(nn.Module):
         self.hidden = nn.Conv2d(width, embedding + 1, 1)
 
     def forward(self, statistics: Tensor) -> Tensor:
-        around = F.gelu(convolve(self.around, statistics))
+        around = F.gelu(convolved(statistics, self.around))
         inner = statistics[..., 1:-1, 1:-1]
-        return convolve(self.direct, inner) + convolve(self.hidden, around)
+        return convolved(inner, self.direct) + convolved(around, self.hidden)
 
 
 class Affinity(UniversalUpsampler):

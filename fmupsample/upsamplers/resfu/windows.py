@@ -32,7 +32,7 @@ from fmupsample.layers.moments import (
     upsampled_group_moments,
 )
 from fmupsample.layers.parts import InParts
-from fmupsample.ops.grid import plan_axis
+from fmupsample.ops.grid import cell_shares, plan_axis
 from fmupsample.ops.memory import on_huge_pages
 from fmupsample.upsamplers.resfu.prior import Prior
 from fmupsample.upsamplers.resfu.scores import Workspace
@@ -120,11 +120,7 @@ def _cell_shares(cells: int, pixels: int, part: slice) -> tuple[slice, Tensor]:
         The cells that they contribute to, and a float64 matrix ``[these cells, these pixels]``.
     """
     first, last = part.start * cells // pixels, -(-part.stop * cells // pixels)
-    shares = torch.zeros(last - first, part.stop - part.start, dtype=torch.float64)
-    for row, cell in zip(shares, range(first, last), strict=True):
-        start, stop = cell * pixels // cells, -(-(cell + 1) * pixels // cells)
-        row[max(0, start - part.start) : stop - part.start] = 1 / (stop - start)
-    return slice(first, last), shares
+    return slice(first, last), cell_shares(cells, pixels, slice(first, last), part)
 
 
 def resized_guidance(guidance: Tensor, size: tuple[int, int]) -> Tensor:
