@@ -1,7 +1,8 @@
 """The backbone shipped with the package, and any file of the same format.
 
 A backbone file is safetensors with this header (all values strings): ``format``
-``fmupsample-backbone/1``; ``architecture`` of timm; ``model_args``, JSON keyword arguments for it;
+``fmupsample-backbone/1``; ``architecture`` of timm; ``model_args``, JSON keyword arguments for it,
+those of :mod:`fmupsample.backbones.model_args`;
 ``tag``, the name of these weights; ``mean`` and ``std``, JSON lists; ``image_size``, the short side
 in pixels that suits it; ``card``, JSON about data, recipe, metrics and limits.
 """
@@ -9,6 +10,7 @@ in pixels that suits it; ``card``, JSON about data, recipe, metrics and limits.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fmupsample.backbones.building import build_model
+from fmupsample.backbones.model_args import check_architecture, check_model_args
 from fmupsample.errors import BackboneError
 
 FORMAT = "fmupsample-backbone/1"
@@ -72,6 +75,7 @@ def read_header(path: str | Path) -> BackboneHeader:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
     except FileNotFoundError as error:
         raise BackboneError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
@@ -92,8 +96,10 @@ def read_header(path: str | Path) -> BackboneHeader:
         if len(mean) != 3 or len(std) != 3:
             raise ValueError("mean and std must have three numbers each")
         return BackboneHeader(
-            architecture=metadata["architecture"],
-            model_args=dict(json.loads(metadata["model_args"])),
+            architecture=check_architecture(metadata["architecture"]),
+            model_args=check_model_args(
+                dict(json.loads(metadata["model_args"])), sum(map(math.prod, shapes))
+            ),
             tag=metadata["tag"],
             mean=mean,
             std=std,
