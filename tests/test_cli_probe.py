@@ -243,6 +243,23 @@ def test_predict_writes_masks_with_everything_beside_them(tmp_path, fitted, caps
     assert "made with other options" in capsys.readouterr().err
 
 
+def test_masks_of_pictures_that_are_away_stay(tmp_path, fitted):
+    photos, out = draw(tmp_path / "new", 3, first=50) / "images", tmp_path / "masks"
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in photos.rglob("*.jpg"):
+        (links / path.name).symlink_to(path)
+    arguments = (fitted, links, "-o", out, "--overlay", "--quiet")
+    assert call("predict", *arguments) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*.*")}
+    assert len(before) == 10  # legend, classes, areas and the manifest too
+    photos.rename(tmp_path / "away")
+    assert call("predict", *arguments) == 1  # none of them
+    assert {p: p.read_bytes() for p in before} == before
+    (tmp_path / "away").rename(photos)
+    assert call("predict", *arguments) == 0
+
+
 def test_processes_that_share_the_pictures_write_what_one_does(tmp_path, fitted):
     photos = draw(tmp_path / "new", 5, first=50) / "images"
     assert call("predict", fitted, photos, "-o", tmp_path / "one", "--overlay", "--quiet") == 0

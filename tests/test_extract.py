@@ -179,10 +179,49 @@ def test_bad_pictures_are_reported_and_retried(photos: Path, tmp_path: Path) -> 
     draw(photos / "bad.jpg")
     assert [r["relative"] for r in run(photos, out).done] == ["bad.jpg"]
     assert manifest(out)["bad.jpg"]["status"] == "ok"
-    # gone bad later: its outdated result does not stay behind
+    # gone bad later: a failure takes nothing away
+    before = files(out)
     (photos / "bad.jpg").write_text("no picture")
-    run(photos, out)
-    assert "bad.safetensors" not in files(out)
+    assert len(run(photos, out).failed) == 1
+    assert files(out) == before and manifest(out)["bad.jpg"]["status"] == "ok"
+
+
+@pytest.fixture
+def links(tmp_path: Path) -> Path:
+    """Links to photographs on a "disk" that can go away."""
+    for name in ("a.png", "b.png", "c.png"):
+        draw(tmp_path / "disk" / name)
+        (tmp_path / "links").mkdir(exist_ok=True)
+        (tmp_path / "links" / name).symlink_to(tmp_path / "disk" / name)
+    return tmp_path / "links"
+
+
+def test_results_of_sources_that_are_away_stay(links: Path, tmp_path: Path) -> None:
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    run(links, out)
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    disk.rename(tmp_path / "away")
+    report = run(links, out)
+    assert len(report.failed) == 3 and not report.done
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+    (tmp_path / "away").rename(disk)
+    assert len(run(links, out).skipped) == 3
+
+
+def test_nothing_is_lost_by_overwriting_from_sources_that_are_away(
+    links: Path, tmp_path: Path
+) -> None:
+    out, disk, half = tmp_path / "out", tmp_path / "disk", ExtractOptions(dtype="bf16")
+    run(links, out)
+    before = files(out)
+    disk.rename(tmp_path / "away")
+    assert len(run(links, out, half, overwrite=True).failed) == 3
+    assert files(out) == before
+    (tmp_path / "away").rename(disk)
+    # The command goes on, and old results give way to the new ones.
+    assert len(run(links, out, half).done) == 3
+    assert files(out) == before
+    assert all(load_file(out / name)["features"].dtype == torch.bfloat16 for name in before)
 
 
 @pytest.mark.parametrize("upsampler", [Blocks(), NotLinear()])

@@ -205,3 +205,18 @@ def test_shards_that_are_none(tmp_path: Path) -> None:
             fmupsample.open_shards(where)
     with pytest.raises(FeaturesError, match=r"use fmupsample\.open_shards"):
         fmupsample.open(tmp_path / "a.tar")
+
+
+def test_samples_of_sources_that_are_away_stay(tmp_path: Path) -> None:
+    disk, links, out = tmp_path / "disk", tmp_path / "links", tmp_path / "out"
+    links.mkdir()
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        draw(disk / name)
+        (links / name).symlink_to(disk / name)
+    run(links, out, SHARDS)
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    disk.rename(tmp_path / "away")
+    assert len(run(links, out, SHARDS).failed) == 4
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+    (tmp_path / "away").rename(disk)
+    assert len(run(links, out, SHARDS).skipped) == 4

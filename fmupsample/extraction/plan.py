@@ -26,7 +26,7 @@ from fmupsample.video.frames import size_of
 from fmupsample.writers import Manifest, check_format, file_bytes, output_names
 from fmupsample.writers.formats import COMPACT, DTYPES, suffix_of
 from fmupsample.writers.manifest import NAME as MANIFEST_NAME
-from fmupsample.writers.manifest import Record
+from fmupsample.writers.manifest import Record, result_of
 
 if TYPE_CHECKING:
     from fmupsample.writers.shards import Shards
@@ -270,7 +270,7 @@ def sort_out(
     """
     if not overwrite:
         check_options(out, manifest, plan)
-    owner = {r["output"]: r["source"] for r in manifest.records.values() if r.get("output")}
+    owner = {result_of(record): key for key, record in manifest.records.items()}
     replaced = 0
     for source, output in zip(sources, names, strict=True):
         key, name = storable(source.absolute), str(output)

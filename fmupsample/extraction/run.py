@@ -42,7 +42,7 @@ from fmupsample.writers.compact import CompactFile
 from fmupsample.writers.formats import COMPACT, DTYPES
 from fmupsample.writers.lock import FolderLock
 from fmupsample.writers.manifest import NAME as MANIFEST_NAME
-from fmupsample.writers.manifest import Record
+from fmupsample.writers.manifest import Record, result_of
 
 if TYPE_CHECKING:
     from fmupsample.extraction.ray import RayCluster
@@ -191,12 +191,8 @@ class Run:
         self.pipeline, self.out, self.plan = pipeline, out, plan
         self.manifest, self.report, self.progress = manifest, report, progress
         self.tasks: dict[Source, Task] = {task.source: task for task in plan.tasks}
-        # Results of earlier runs for today's pictures: replaced, or removed as outdated.
-        self.earlier = {
-            key: record["output"]
-            for key, record in manifest.records.items()
-            if record.get("output")
-        }
+        # Results of earlier runs: removed once another file has taken their place.
+        self.earlier = {key: result_of(record) for key, record in manifest.records.items()}
         self.kept = {r["output"] for r in plan.skipped} | {r["output"] for _, r in plan.moves}
         self.kept |= {str(task.output) for task in plan.tasks}
 
@@ -378,19 +374,17 @@ class Run:
         self.collect([record])
 
     def collect(self, records: Sequence[Record]) -> None:
-        """Count and report what has ended; a result it replaces goes."""
+        """Count and report what has ended; a result that another one replaces goes."""
         for record in records:
-            earlier = self.earlier.get(record["source"])
-            stale = earlier is not None and record["output"] != earlier
             if record["status"] == "ok":
                 self.report.done.append(record)
-                stale = stale and earlier not in self.kept
+                earlier = self.earlier.get(record["source"])
+                if earlier and earlier != record["output"] and earlier not in self.kept:
+                    with contextlib.suppress(OSError):
+                        (self.out / earlier).unlink()
             else:
                 self.report.failed.append(record)
                 self.progress.warn(record["error"])
-            if stale:
-                with contextlib.suppress(OSError):
-                    (self.out / earlier).unlink()
             self.progress.advance()
 
 

@@ -57,7 +57,8 @@ def sort_out_shards(
             plan.skipped.append(record)
         else:
             todo.append(source)
-            kept.pop(key, None)
+            if source.path.exists():  # else it will be a failure, which takes nothing away
+                kept.pop(key, None)
     taken = [record["key"] for record in kept.values()]
     keys = sample_keys(todo, suffix_of(plan.options.format), taken)
     plan.tasks += [Task(source, PurePosixPath(key)) for source, key in zip(todo, keys, strict=True)]

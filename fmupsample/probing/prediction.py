@@ -131,7 +131,7 @@ def predict_folder(
             run.tidy()
             with shared(run, team):
                 run.all(None)
-            _describe_folder(probe, out, [*report.done, *report.skipped])
+            _describe_folder(probe, out, _masks_of(sources, manifest, plan.hash))
         except KeyboardInterrupt:
             finished = len(report.done) + len(report.skipped)
             progress.warn(
@@ -292,6 +292,12 @@ def _lie_elsewhere(sources: Sequence[Source], out: Path) -> None:
                 f"{source} lies in the output folder {printable(out)}, where the next run would "
                 "take masks for pictures: choose another folder with --output"
             )
+
+
+def _masks_of(sources: Sequence[Source], manifest: Manifest, made_with: str) -> list[Record]:
+    """Records of the masks there are, those of pictures that cannot be read now among them."""
+    known = (manifest.records.get(storable(source.absolute), {}) for source in sources)
+    return [r for r in known if r.get("status") == "ok" and r.get("options_hash") == made_with]
 
 
 def _describe_folder(probe: Probe, out: Path, records: Sequence[Record]) -> None:

@@ -3,7 +3,9 @@
 While a run lasts, lines are only appended, each in one write: a run that is killed leaves at most
 one torn line at the end, which the next run drops. Before a result takes its final name, a line
 with status ``pending`` says so: a file that no line names is not ours and is never overwritten.
-At the end the file is rewritten, atomically, with one line a picture.
+At the end the file is rewritten, atomically, with one line a picture. A failure takes nothing away:
+where a picture has a result of the same options, that stays the last word about it, and one of
+other options is named by the record of the failure (``earlier``).
 
 Where several processes share a run, the first appends here and each other to a file of its own in
 the hidden folder ``.manifest``. Who opens a manifest reads those too, and merges them before it
@@ -79,7 +81,7 @@ class Manifest:
                     known = self._options.setdefault(mark, record["options"])
                     if known == record["options"]:
                         record["options"] = known
-                self.records[record["source"]] = record
+                self._take(record)
         return whole
 
     def share(self) -> None:
@@ -104,8 +106,9 @@ class Manifest:
         with self._lock:
             own, self.records = self.records, {}
             self._find_parts()
-            theirs = self.records
-            self.records = own | theirs
+            theirs, self.records = self.records, own
+            for record in theirs.values():
+                self._take(record)
             self._shared = False
         return theirs
 
@@ -121,7 +124,17 @@ class Manifest:
             view = memoryview(line)
             while view:
                 view = view[os.write(self._handle, view) :]
-            self.records[record["source"]] = record
+            self._take(record)
+
+    def _take(self, record: Record) -> None:
+        """``record`` is the latest about its picture."""
+        key = record["source"]
+        if record["status"] == "failed" and (before := self.records.get(key)) is not None:
+            same = before.get("options_hash") == record.get("options_hash")
+            if before["status"] == "ok" and same:
+                return
+            record = {**record, "earlier": result_of(before), "beside": before.get("beside", [])}
+        self.records[key] = record
 
     def _open(self) -> None:
         if self._handle is not None:
@@ -184,6 +197,11 @@ class ManifestPart(Manifest):
         super().close(compact=False)
 
 
+def result_of(record: Record) -> str | None:
+    """The file that a picture has, of this run or, after a failure, of an earlier one."""
+    return record.get("output") or record.get("earlier")
+
+
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
@@ -197,8 +215,9 @@ def _parse(line: bytes) -> Record | None:
     pictures = record.get("pictures", {})  # of visualize
     if not isinstance(pictures, dict) or not all(isinstance(p, dict) for p in pictures.values()):
         return None
-    if record.get("output") is not None and not _inside(record["output"]):
-        return None
+    for name in (record.get("output"), record.get("earlier")):
+        if name is not None and not _inside(name):
+            return None
     return record if isinstance(record.get("status"), str) else None
 
 
