@@ -1,8 +1,13 @@
-"""A file is there whole or not at all, whenever the run is stopped. Standard library only."""
+"""A file is there whole or not at all, whenever the run is stopped or the power fails.
+
+A file is written under a temporary name, flushed to the disk, and renamed: no final name ever
+stands for half a file. Standard library only.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -27,14 +32,34 @@ def replacing(path: Path, extension: str = "") -> Iterator[Path]:
     """``with replacing(path) as temporary``: what was written there becomes ``path`` at the end.
 
     After an error, or Ctrl-C, the temporary file is removed and ``path`` is what it was before.
+    After a power failure it is one of the two.
     """
     temporary = temporary_for(path, extension)
     try:
         yield temporary
+        sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or folder ``path`` is on the disk.
+
+    File systems that cannot do so, such as some of networks, are taken as they are.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(folders: Iterable[Path]) -> None:

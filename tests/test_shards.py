@@ -220,3 +220,18 @@ def test_samples_of_sources_that_are_away_stay(tmp_path: Path) -> None:
     assert {name: (out / name).read_bytes() for name in files(out)} == before
     (tmp_path / "away").rename(disk)
     assert len(run(links, out, SHARDS).skipped) == 4
+
+
+def test_samples_of_a_lost_manifest_are_recognised(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(photos, out, SHARDS)
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    known = manifest(out)
+    (out / "manifest.jsonl").unlink()
+    assert len(run(photos, out, SHARDS).skipped) == 7
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+    for relative, record in manifest(out).items():
+        assert record == {k: v for k, v in known[relative].items() if k != "seconds"}
+    (out / "manifest.jsonl").unlink()
+    with pytest.raises(UsageError, match="made with other options"):
+        run(photos, out, ExtractOptions(shard_size=3, dtype="fp32"))

@@ -270,7 +270,8 @@ def sort_out(
     """
     if not overwrite:
         check_options(out, manifest, plan)
-    owner = {result_of(record): key for key, record in manifest.records.items()}
+    owner = {name: record["source"] for name, record in manifest.pending.items()}
+    owner |= {result_of(record): key for key, record in manifest.records.items()}
     replaced = 0
     for source, output in zip(sources, names, strict=True):
         key, name = storable(source.absolute), str(output)

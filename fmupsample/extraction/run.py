@@ -214,10 +214,11 @@ class Run:
         """Remove what killed runs left, and rename results whose name is another one now."""
         folders = {self.out} | {(self.out / task.output).parent for task in self.plan.tasks}
         remove_leftovers(folder for folder in folders if folder.is_dir())
+        self.manifest.foresee(record for _, record in self.plan.moves)
         for old, record in self.plan.moves:
             new = self.out / record["output"]
             new.parent.mkdir(parents=True, exist_ok=True)
-            self.manifest.append({**record, "status": "pending"})
+            self.manifest.expect(record)
             (self.out / old).replace(new)
             self.manifest.append(record)
             self.report.skipped.append(record)
@@ -225,6 +226,7 @@ class Run:
     def all(self, basis: Projection | None) -> None:
         """Every task of the plan."""
         self.progress.start(len(self.tasks), self.label)
+        self.manifest.foresee(map(self.promise, self.plan.tasks))
         items = self.pipeline.items([task.source for task in self.plan.tasks], on_error=self.fail)
         writer = BackgroundWriter(self.manifest, self.keeper())
         try:
@@ -266,6 +268,15 @@ class Run:
                 writer.cancel(reason)
             else:
                 self.fail(item.source, reason)
+
+    def promise(self, task: Task) -> Record:
+        """What the manifest is told of a result before it is written."""
+        return {
+            "source": storable(task.source.absolute),
+            "relative": storable(task.source.relative),
+            "output": str(task.output),
+            "options_hash": self.plan.hash,
+        }
 
     def keeper(self) -> Keep | None:
         """What is done with finished files; ``None``: they get their names."""

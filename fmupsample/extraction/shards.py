@@ -36,9 +36,12 @@ def sort_out_shards(
     Returns:
         0: no file is replaced.
     """
+    shards = Shards(out)
+    for record in shards.unrecorded(manifest.records.values()):
+        same = record.get("options_hash") == plan.hash
+        manifest.append(record | ({"options": plan.described} if same else {}))
     if not overwrite:
         check_options(out, manifest, plan)
-    shards = Shards(out)
     kept: dict[str, Record] = {
         key: record
         for key, record in manifest.records.items()
@@ -74,6 +77,7 @@ class ShardRun(Run):
         self.earlier = {}  # replaced samples go with their shard, here
         plan = self.plan
         assert plan.shards is not None and plan.options.shard_size is not None
+        plan.shards.before_naming = self.manifest.sync
         records, size = list(self.manifest.records.values()), plan.options.shard_size
         suffix = suffix_of(plan.options.format)
         try:
@@ -95,6 +99,7 @@ class ShardRun(Run):
         else:
             assert plan.options.shard_size is not None
             plan.shards = Shards(self.out)
+            plan.shards.before_naming = self.manifest.sync
             plan.shards.size, plan.shards.suffix = (
                 plan.options.shard_size,
                 suffix_of(plan.options.format),

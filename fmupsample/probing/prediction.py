@@ -199,7 +199,8 @@ class _Masks(Run):
 
     def check_beside(self) -> None:
         """Raise a UsageError for files in the way that no run of ours made."""
-        ours = {n for r in self.manifest.records.values() for n in r.get("beside", ())}
+        known = (*self.manifest.records.values(), *self.manifest.pending.values())
+        ours = {name for record in known for name in record.get("beside", ())}
         for task in self.plan.tasks:
             for name in self.beside(task.output):
                 if name not in ours and (self.out / name).exists():
@@ -217,6 +218,9 @@ class _Masks(Run):
         if self.options.npy:
             names.append(f"{'metres' if depth else 'probabilities'}/{output.with_suffix('.npy')}")
         return names
+
+    def promise(self, task: Task) -> Record:
+        return super().promise(task) | {"beside": self.beside(task.output)}
 
     def parts(self, item: Item, basis: object) -> Iterator[Output | Tensor]:
         probe = self.probe

@@ -312,6 +312,7 @@ class Album:
                 yield temporary
                 # First the log, then the file: what is ours is known even after a crash.
                 self._log.append({**record, "status": "pending"})
+                self._log.sync()
             self._log.append(record)
             self._ours.add(relative)
         except OSError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmupsample.atomic import temporary_for
+from fmupsample.atomic import sync, temporary_for
 from fmupsample.errors import OutputError
 from fmupsample.images.find import printable
 from fmupsample.threads import compute_alone
@@ -63,7 +63,7 @@ class BackgroundWriter:
 
     def __init__(self, manifest: Manifest, keep: Keep | None = None, *, depth: int = 2) -> None:
         self._manifest = manifest
-        self._keep = keep or self._rename
+        self._keep, self._named = keep or self._rename, keep is None
         self._jobs: queue.Queue[Output | Tensor | float | str | None] = queue.Queue(depth)
         self._done: queue.SimpleQueue[Record] = queue.SimpleQueue()
         self._fatal: BaseException | None = None
@@ -139,7 +139,7 @@ class BackgroundWriter:
 
     def _rename(self, temporary: Path, output: Output, record: Record) -> None:
         record["bytes"] = temporary.stat().st_size
-        self._manifest.append({**record, "status": "pending"})
+        sync(temporary)
         temporary.replace(output.path)
 
     def _write(self, output: Output) -> None:
@@ -150,6 +150,8 @@ class BackgroundWriter:
         try:
             try:
                 output.path.parent.mkdir(parents=True, exist_ok=True)
+                if self._named:
+                    self._manifest.expect(output.record)
                 file = output.kind(temporary, output.shape, output.dtype, output.meta)
             except OSError as error:
                 failure = _only_this(error)

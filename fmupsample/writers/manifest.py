@@ -1,8 +1,10 @@
 """``manifest.jsonl``: what became of each picture, one JSON object a line.
 
 While a run lasts, lines are only appended, each in one write: a run that is killed leaves at most
-one torn line at the end, which the next run drops. Before a result takes its final name, a line
-with status ``pending`` says so: a file that no line names is not ours and is never overwritten.
+one torn line at the end, which the next run drops; after a power failure there may also be zeros in
+place of lines, dropped as well. Before a result takes its final name, a line with status
+``pending`` says so, and is on the disk: a file that no line names is not ours and is never
+overwritten. Such lines are written and flushed for many results at once (:meth:`Manifest.expect`).
 At the end the file is rewritten, atomically, with one line a picture. A failure takes nothing away:
 where a picture has a result of the same options, that stays the last word about it, and one of
 other options is named by the record of the failure (``earlier``).
@@ -18,15 +20,19 @@ import contextlib
 import json
 import os
 import threading
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fmupsample.atomic import replacing
+from fmupsample.atomic import replacing, sync
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import printable
 
 NAME = "manifest.jsonl"
 _PARTS = ".manifest"
+_AHEAD = 64  # results that are announced at once
+_ANNOUNCED = ("source", "relative", "output", "options_hash", "beside", "status")
 Record = dict[str, Any]
 
 
@@ -35,6 +41,7 @@ class Manifest:
 
     Attributes:
         records: the latest record of each picture, by its ``source`` (an absolute path).
+        pending: the latest announcement of each result, by its ``output``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,6 +53,8 @@ class Manifest:
         """
         self.path = folder / NAME
         self.records: dict[str, Record] = {}
+        self.pending: dict[str, Record] = {}
+        self._ahead: Iterator[Record] = iter(())
         self._lock = threading.Lock()
         self._handle: int | None = None
         self._options: dict[str, Any] = {}  # one object for all records that have the same
@@ -69,7 +78,7 @@ class Manifest:
             raise OutputError(f"cannot read {printable(path)}: {error.strerror}") from error
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].splitlines(), start=1):
-            if line.strip():
+            if line.strip() and b"\0" not in line:
                 record = _parse(line)
                 if record is None:
                     raise UsageError(
@@ -118,21 +127,65 @@ class Manifest:
         Raises:
             OSError: it cannot be written.
         """
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._lock:
-            self._open()
-            view = memoryview(line)
-            while view:
-                view = view[os.write(self._handle, view) :]
+            self._write([record])
+
+    def _write(self, records: Sequence[Record]) -> None:
+        self._open()
+        view = memoryview(b"".join(map(_line, records)))
+        while view:
+            view = view[os.write(self._handle, view) :]
+        for record in records:
             self._take(record)
+
+    def foresee(self, records: Iterable[Record]) -> None:
+        """Results that this run will write, in about this order: see :meth:`expect`."""
+        self._ahead = iter(records)
+
+    def expect(self, record: Record) -> None:
+        """Announce a result, if nobody has: at the return it is on the disk that its name is ours.
+
+        The next ones that were foreseen are announced along with it.
+
+        Args:
+            record: with ``source``, ``output``, ``options_hash``, and ``beside`` if there are more.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with self._lock:
+            if self.pending.get(record["output"], {}).get("source") == record["source"]:
+                return
+            records = {r["output"]: r for r in (record, *islice(self._ahead, _AHEAD))}
+            self._write([announcement(r) for r in records.values()])
+            self._sync()
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        with self._lock:
+            if self._handle is not None:
+                self._sync()
+
+    def _sync(self) -> None:
+        sync(self.path)
+        sync(self.path.parent)
 
     def _take(self, record: Record) -> None:
         """``record`` is the latest about its picture."""
-        key = record["source"]
-        if record["status"] == "failed" and (before := self.records.get(key)) is not None:
-            same = before.get("options_hash") == record.get("options_hash")
+        key, status = record["source"], record["status"]
+        if status == "pending":
+            self.pending[record["output"]] = record
+        before = self.records.get(key)
+        if before is not None and status in ("failed", "pending"):
+            made_with = before.get("options_hash")
+            same = made_with is not None and made_with == record.get("options_hash")
             if before["status"] == "ok" and same:
                 return
+        if before is not None and status == "failed":
             record = {**record, "earlier": result_of(before), "beside": before.get("beside", [])}
         self.records[key] = record
 
@@ -146,15 +199,21 @@ class Manifest:
 
     def _rewrite(self) -> None:
         """One line a picture, sorted by output, and no parts."""
-        ordered = sorted(self.records.values(), key=lambda r: (r.get("output") or "", r["source"]))
+        known = (r for r in self.records.values() if not self._came_to_nothing(r))
+        ordered = sorted(known, key=lambda r: (r.get("output") or "", r["source"]))
         with replacing(self.path) as temporary:
-            lines = (json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in ordered)
-            self._whole = temporary.write_bytes(b"".join(lines))
+            self._whole = temporary.write_bytes(b"".join(map(_line, ordered)))
         for part in self._parts:
             part.unlink(missing_ok=True)
         self._parts = []
         with contextlib.suppress(OSError):
             (self.path.parent / _PARTS).rmdir()
+
+    def _came_to_nothing(self, record: Record) -> bool:
+        """Whether this is the announcement of a file that was not written."""
+        if record["status"] != "pending" or not record.keys() <= set(_ANNOUNCED):
+            return False
+        return not (self.path.parent / str(record["output"])).exists()
 
     def close(self, *, compact: bool = True) -> None:
         """Close the file; ``compact``: rewrite it with one line a picture, sorted by output."""
@@ -200,6 +259,15 @@ class ManifestPart(Manifest):
 def result_of(record: Record) -> str | None:
     """The file that a picture has, of this run or, after a failure, of an earlier one."""
     return record.get("output") or record.get("earlier")
+
+
+def announcement(record: Record) -> Record:
+    """What is said of a result before its file takes its name."""
+    return {k: record[k] for k in _ANNOUNCED if k in record} | {"status": "pending"}
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
 def _parse(line: bytes) -> Record | None:

@@ -5,6 +5,7 @@ A sample is two members that follow each other, ``KEY.json`` (the record of the 
 hidden name and takes its own, ``features-000012.tar``, when it is whole. The manifest says where in
 which shard a sample is (``output``, ``key``, ``offset``, ``bytes``), once it is there: what lies
 behind the last of them in a growing shard was written by a run that was killed, and is cut off.
+A sample is on the disk before the manifest says so, and the manifest before a shard takes its name.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Shards:
 
     Attributes:
         next: the least number that no shard has or had.
+        before_naming: called when a shard is whole, before it takes its name.
         number: gives the number of each new shard, ``next`` unless it is set to something else.
         size: samples of a whole shard.
         suffix: of the files in them.
@@ -83,6 +85,7 @@ class Shards:
         self._current, self._count, self._end = "", 0, 0
         self.size, self.suffix, self.next = 1, "", 0
         self.number: Callable[[], int] = self._number
+        self.before_naming: Callable[[], None] = lambda: None
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -107,6 +110,32 @@ class Shards:
             return False
         known = isinstance(record.get("key"), str)
         return known and offset + size <= self.sizes.get(str(record.get("output")), -1)
+
+    def unrecorded(self, records: Iterable[Record]) -> list[Record]:
+        """Records of the samples in whole shards that no record names: a manifest that was lost.
+
+        They lack the options themselves, of which a sample holds the hash only.
+        """
+        named = {str(record.get("output")) for record in records}
+        found: list[Record] = []
+        for name in sorted(self.sizes.keys() - named - self.growing):
+            with contextlib.suppress(tarfile.TarError, OSError, ValueError, KeyError, TypeError):
+                found += self._read_samples(name)
+        return found
+
+    def _read_samples(self, name: str) -> list[Record]:
+        found = []
+        with tarfile.open(self.path(name)) as tar:
+            members = tar.getmembers()
+            for said, data in zip(members[::2], members[1::2], strict=True):
+                record = json.load(tar.extractfile(said))
+                end = data.offset_data + data.size + len(_padding(data.size))
+                found.append(
+                    record
+                    | {"source": str(record["source"]), "status": "ok", "output": name}
+                    | {"offset": said.offset, "bytes": end - said.offset}
+                )
+        return found
 
     # -- resuming -----------------------------------------------------------------------------
 
@@ -190,6 +219,7 @@ class Shards:
             return
         _write(self._handle, _END)
         os.fsync(self._handle)
+        self.before_naming()
         growing = self.path(self._current)
         growing.rename(self.folder / self._current)
         self.growing.discard(self._current)
@@ -220,6 +250,7 @@ class Shards:
                 _write(self._handle, part)
                 left -= len(part)
             _write(self._handle, _padding(size))
+            os.fsync(self._handle)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, start)
