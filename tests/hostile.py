@@ -317,6 +317,16 @@ NAMES += [
 # -- files of numbers -----------------------------------------------------------------------------
 
 
+def _greedy_backbone(folder: Path) -> Path:
+    """A backbone file whose header names a file that timm would unpickle."""
+    said = {"format": "fmupsample-backbone/1", "architecture": "test_vit", "tag": "x.v1",
+            "model_args": '{"checkpoint_path": "x.pth"}', "mean": "[0, 0, 0]", "std": "[1, 1, 1]",
+            "image_size": "64", "card": "{}"}  # fmt: skip
+    path = folder / "x.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, metadata=said)
+    return path
+
+
 class _Code:
     """Unpickled, it makes a file called ``ran`` in the working folder."""
 
@@ -478,6 +488,9 @@ WEIGHTS = [
     Case("another model's weights", write_in(write_probe),
          "FILE does not fit test_vit: missing: ...; name the architecture it was trained with "
          "(--backbone)", 1),
+    Case("a header that asks for another file, an address or a model of another size",
+         _greedy_backbone,
+         "FILE: the header cannot be understood (model_args may not hold 'checkpoint_path')", 1),
 ]  # fmt: skip
 
 FEATURES = [

@@ -51,7 +51,7 @@ class Disk:
         return moved
 
     def _flush(self, handle: int) -> None:
-        what, path = os.fstat(handle), Path(os.readlink(f"/proc/self/fd/{handle}"))
+        what, path = os.fstat(handle), Path(f"/proc/self/fd/{handle}").readlink()
         if stat.S_ISDIR(what.st_mode):
             self._named[path] = {p.name: p.stat().st_ino for p in path.iterdir() if p.is_file()}
         else:

@@ -260,6 +260,15 @@ def test_masks_of_pictures_that_are_away_stay(tmp_path, fitted):
     assert call("predict", *arguments) == 0
 
 
+def test_nan_is_never_predicted(tmp_path, fitted, capsys, monkeypatch):
+    photos, out = draw(tmp_path / "new", 2, first=50) / "images", tmp_path / "masks"
+    kernels = ToyUpsampler.kernels
+    monkeypatch.setattr(ToyUpsampler, "kernels", lambda *a, **k: kernels(*a, **k) * float("nan"))
+    assert call("predict", fitted, photos, "-o", out) == 1
+    assert capsys.readouterr().err.count("what is predicted holds NaN or infinity") == 2
+    assert not list(out.glob("**/5*.png"))
+
+
 def test_processes_that_share_the_pictures_write_what_one_does(tmp_path, fitted):
     photos = draw(tmp_path / "new", 5, first=50) / "images"
     assert call("predict", fitted, photos, "-o", tmp_path / "one", "--overlay", "--quiet") == 0

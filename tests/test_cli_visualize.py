@@ -434,3 +434,13 @@ def test_bilinear_itself_is_not_shown_twice(backbone, tmp_path):
             artist.draw_pca(item, PCABasis.fit(artist.basis_tokens(item))).pixels.shape[1]
         )
     assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize("more", [[], ["--layout", "single"], ["--point", "3,4"]])
+def test_nan_is_never_drawn(backbone, photos, tmp_path, capsys, monkeypatch, more):
+    kernels = ToyUpsampler.kernels
+    monkeypatch.setattr(ToyUpsampler, "kernels", lambda *a, **k: kernels(*a, **k) * float("nan"))
+    out = tmp_path / "out"
+    assert run(photos, "-o", out, *more) == 1
+    assert "holds NaN or infinity, so nothing was written" in capsys.readouterr().err
+    assert names(out) == ["basis.safetensors"]

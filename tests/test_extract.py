@@ -453,3 +453,37 @@ def test_out_of_memory_while_upsampling_fails_one_picture(photos, tmp_path, monk
     assert len(report.done) == 4
     assert "use a smaller --output-size" in report.failed[0]["error"]
     assert not list((tmp_path / "out").rglob(".fmupsample*"))
+
+
+def test_a_picture_replaced_while_it_is_read_is_done_again(photos: Path, tmp_path, monkeypatch):
+    out, load = tmp_path / "out", Pipeline.load
+
+    def slow(self, source, reader=None):
+        loaded = load(self, source, reader)
+        if source.path.name == "c.png":
+            draw(source.path, 40, 56)
+        return loaded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "load", slow)
+        assert len(run(photos, out).done) == 4
+    assert [r["relative"] for r in run(photos, out).done] == ["c.png"]
+    assert len(run(photos, out).skipped) == 4
+
+
+class Broken(Blocks):
+    """Its weights are NaN: that shows in the upsampled map only."""
+
+    def kernels(self, x, guidance=None, size=None):
+        return super().kernels(x, guidance, size) * float("nan")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "npy", "compact"])
+def test_nan_is_never_written(photos: Path, tmp_path: Path, format: str) -> None:
+    upsampler = load_upsampler(PatchMeans(), "jbu") if format == "compact" else Broken()
+    if format == "compact":
+        upsampler.sigma_range = float("nan")
+    report = run(photos, tmp_path / "out", ExtractOptions(format=format), upsampler=upsampler)
+    assert len(report.failed) == 4 and not report.done
+    assert all("holds NaN or infinity" in record["error"] for record in report.failed)
+    assert files(tmp_path / "out") == set()

@@ -20,6 +20,7 @@ from fmupsample.images import (
     printable,
     storable,
 )
+from fmupsample.images.find import stamp
 from fmupsample.pipeline import Pipeline, map_sizes
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.video.frames import size_of
@@ -296,20 +297,15 @@ def sort_out(
     return replaced
 
 
-def source_stat(source: Source) -> dict[str, int]:
-    """Size and time of the file, by which a later run sees that it is the same."""
-    stat = source.path.stat()
-    return {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns}
-
-
 def is_current(source: Source, record: Record, wanted_hash: str) -> bool:
     """Whether ``record`` is of a result made with these options, of the file as it is now."""
     if record["status"] != "ok" or record.get("options_hash") != wanted_hash:
         return False
-    try:
-        return all(record.get(k) == v for k, v in source_stat(source).items())
-    except OSError:
-        return False
+    now = stamp(source)
+    return now is not None and now == (
+        record.get("source_bytes"),
+        record.get("source_mtime_ns"),
+    )
 
 
 def _is_done(out: Path, source: Source, record: Record, wanted_hash: str) -> bool:

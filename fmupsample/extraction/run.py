@@ -28,11 +28,11 @@ from fmupsample.extraction.plan import (
     describe,
     make_plan,
     options_hash,
-    source_stat,
 )
 from fmupsample.extraction.projection import Projection
 from fmupsample.extraction.sharing import help_out, shared
 from fmupsample.features.layout import encode_weights
+from fmupsample.finite import check_finite
 from fmupsample.images import Source, parse_output_size, storable
 from fmupsample.pipeline import Item, Pipeline, map_sizes
 from fmupsample.progress import SILENT, Progress
@@ -333,6 +333,7 @@ class Run:
         if self.pipeline.upsampler.kernel_size_for(item.grid) == 1:
             return
         for rows in self.pipeline.kernel_rows(item, self.size(item)):
+            check_finite(rows, item.source, "what upsamples it")
             stored = encode_weights(rows, options.weight_bits).cpu()
             del rows
             yield stored
@@ -364,7 +365,7 @@ class Run:
             **source.facts,
         }
         if item is not None:
-            record |= source_stat(source)
+            record["source_bytes"], record["source_mtime_ns"] = item.stamp or (None, None)
             record |= {
                 "dtype": plan.options.dtype,
                 "frame": item.frame.to_json(),

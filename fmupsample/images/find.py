@@ -51,6 +51,18 @@ class Source:
         return {}
 
 
+def stamp(source: Source) -> tuple[int, int] | None:
+    """Bytes and time of change (ns) of the file: another stamp, another picture. ``None``: gone.
+
+    Taken before a file is read: one that is replaced meanwhile is then seen to be another.
+    """
+    try:
+        found = source.path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 def is_video(source: Source) -> bool:
     """Whether it is a video, by its extension."""
     return source.path.suffix.lower() in VIDEO_EXTENSIONS

@@ -16,7 +16,7 @@ from fmupsample.distributed import processes_here
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
 from fmupsample.heap import return_freed
 from fmupsample.images.arrays import planes
-from fmupsample.images.find import Source
+from fmupsample.images.find import Source, stamp
 from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, plan_frame
 from fmupsample.layers.parts import InParts
@@ -47,6 +47,7 @@ class Item:
         guidance: the canvas normalised for the backbone, float32 ``[3, H, W]``, on the device; of a
             canvas that was shown in windows, something that gives any part of it.
         window: ``(H, W)`` of the windows in which the backbone saw the canvas; ``None``: whole.
+        stamp: of the file, before it was read, see :func:`fmupsample.images.find.stamp`.
     """
 
     source: Source
@@ -55,6 +56,7 @@ class Item:
     features: Tensor
     guidance: Tensor | InParts
     window: tuple[int, int] | None = None
+    stamp: tuple[int, int] | None = None
 
     @property
     def image(self) -> Tensor:
@@ -142,6 +144,12 @@ class FeaturePipeline:
         frame = self._frame(source, original)
         return frame, fit_to_frame(pixels, frame)
 
+    def _loaded(
+        self, source: Source, reader: FrameReader
+    ) -> tuple[tuple[int, int] | None, Frame, np.ndarray]:
+        before = stamp(source)
+        return (before, *self.load(source, reader))
+
     def _frame(self, source: Source, original: tuple[int, int]) -> Frame:
         try:
             return self.frame(original)
@@ -181,7 +189,7 @@ class FeaturePipeline:
             return turn_length(self.workers, largest) if largest else self.workers
 
         loaded = prefetch(
-            partial(self.load, reader=reader),
+            partial(self._loaded, reader=reader),
             reader.watch(sources),
             workers=self.workers,
             ahead=ahead,
@@ -273,7 +281,7 @@ class FeaturePipeline:
             return_freed()  # what decoding took
             features = [self._windowed(image, window) for image in images]
         return [
-            Item(p.source, p.frame, p.canvas, features[i], images[i], window)
+            Item(p.source, p.frame, p.canvas, features[i], images[i], window, p.stamp)
             for i, p in enumerate(batch)
         ]
 
@@ -322,5 +330,6 @@ def _default_workers() -> int:
 class _Loaded:
     number: int
     source: Source
+    stamp: tuple[int, int] | None
     frame: Frame
     canvas: np.ndarray

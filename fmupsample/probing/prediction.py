@@ -28,6 +28,7 @@ from fmupsample.extraction.plan import Plan, Task, options_hash, sort_out
 from fmupsample.extraction.run import ExtractReport, Run
 from fmupsample.extraction.sharing import help_out, shared
 from fmupsample.fingerprint import fingerprint
+from fmupsample.finite import check_finite
 from fmupsample.images.find import Source, printable, storable
 from fmupsample.images.read import read_image
 from fmupsample.pipeline import Item, Pipeline
@@ -225,7 +226,9 @@ class _Masks(Run):
     def parts(self, item: Item, basis: object) -> Iterator[Output | Tensor]:
         probe = self.probe
         with torch.no_grad():
-            logits = probe.logits(self.pipeline, item)
+            logits = check_finite(
+                probe.logits(self.pipeline, item), item.source, "what is predicted"
+            )
             decided = probe.decide(logits, item.frame.original)
         record = self.record(item.source, item, None)
         record["shape"] = list(decided.shape)

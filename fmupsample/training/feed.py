@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fmupsample.backbones import Backbone
 from fmupsample.device import PRECISIONS, autocast
+from fmupsample.errors import TrainingError
+from fmupsample.finite import is_finite
 from fmupsample.progress import Progress
 from fmupsample.training.batches import make_batch
 from fmupsample.training.cache import Features
@@ -107,7 +109,13 @@ class Feed:
             sample = sampler(number)
             pair = (sample, pictures.load(sample.square))
             found.append(self.features.compute(self.cropper.pictures([pair], self.sizes[0])))
-        scaling = Scaling.fit(torch.cat(found), self.config.scaling)
+        features = torch.cat(found)
+        if not is_finite(features):
+            raise TrainingError(
+                "the backbone gave NaN or infinity; nothing was trained: try --precision fp32, or "
+                "other weights"
+            )
+        scaling = Scaling.fit(features, self.config.scaling)
         self.here.share([scaling.shift, scaling.gain])
         return scaling
 

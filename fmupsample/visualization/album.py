@@ -21,7 +21,7 @@ from PIL import Image
 
 from fmupsample.atomic import remove_leftovers, replacing
 from fmupsample.errors import FmupsampleError, OutputError, UsageError
-from fmupsample.images.find import Source, printable
+from fmupsample.images.find import Source, printable, stamp
 from fmupsample.images.read import read_picture
 from fmupsample.progress import Progress
 from fmupsample.render.contact import PER_PAGE, Entry, draw_sheet
@@ -67,6 +67,8 @@ class Album:
     ) -> None:
         self.folder = folder
         self.sources, self.videos = list(sources), list(videos)
+        # As the files are before any is read: what is replaced meanwhile is drawn again.
+        self._stamps = {source: _stamp(source) for source in (*sources, *videos)}
         self.overwrite = overwrite
         self.suffix = f".{image_format}"
         self._saving = threading.Lock()
@@ -148,7 +150,7 @@ class Album:
     def record(self, source: Source) -> dict[str, Any]:
         """What the log says of a picture, if its file has not changed since; else ``{}``."""
         record = self._log.records.get(_key(source), {})
-        return record if record.get("input") == _stamp(source) else {}
+        return record if record.get("input") == self._stamp(source) else {}
 
     def is_drawn(self, source: Source, recipe: str, point: Point | None = None) -> bool:
         """Whether the result is there, made by the same recipe from the same file."""
@@ -216,7 +218,7 @@ class Album:
             "source": _key(source),
             "status": "ok",
             "output": str(self.names[source]),
-            "input": _stamp(source),
+            "input": self._stamp(source),
             "pictures": {
                 **before.get("pictures", {}),
                 "pca" if point is None else str(point): made,
@@ -243,7 +245,9 @@ class Album:
         paths = [self.path(self._sheet_name(n)) for n in range(len(pages))]
         for n, (page, path) in enumerate(zip(pages, paths, strict=True)):
             known = self._log.records.get(f"sheet {n + 1}", {})
-            content = [[made["output"], made["recipe"], _stamp(source)] for source, made in page]
+            content = [
+                [made["output"], made["recipe"], self._stamp(source)] for source, made in page
+            ]
             of = [n + 1, len(pages)]
             if known.get("shows") == content and known.get("of") == of and path.is_file():
                 continue
@@ -290,6 +294,9 @@ class Album:
                 return colours, colours
 
         return load
+
+    def _stamp(self, source: Source) -> list[int] | None:
+        return self._stamps[source] if source in self._stamps else _stamp(source)
 
     def _write(self, path: Path, data: bytes, record: dict[str, Any]) -> None:
         with self._place(path, record) as temporary:
@@ -343,7 +350,7 @@ class AlbumPart(Album):
     ) -> None:
         self.folder, self.overwrite = folder, overwrite
         self.suffix = f".{image_format}"
-        self.sources, self.names = [], {}
+        self.sources, self.names, self._stamps = [], {}, {}
         self._saving = threading.Lock()
         self._thumbnails = None  # sheets are the first one's
         self.point_names = {point: {} for point in points}
@@ -353,6 +360,7 @@ class AlbumPart(Album):
     def take(self, sources: Sequence[Source], packed: dict[str, Any]) -> None:
         """Draw these too, of which :meth:`Album.pack` of the first process gave ``packed``."""
         self.sources += sources
+        self._stamps |= {source: _stamp(source) for source in sources}
         named = (self.names, *self.point_names.values())
         for source, row in zip(sources, packed["names"], strict=True):
             for names, name in zip(named, row, strict=True):
@@ -382,12 +390,8 @@ def _key(source: Source) -> str:
 
 
 def _stamp(source: Source) -> list[int] | None:
-    """Size and time of the photograph's file: another stamp, another photograph."""
-    try:
-        stat = source.path.stat()
-    except OSError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
+    found = stamp(source)
+    return found and list(found)
 
 
 def stamp_text(source: Source) -> str:

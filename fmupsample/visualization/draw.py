@@ -23,6 +23,7 @@ from fmupsample.analysis.foreground import Split, opacity
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.analysis.similarity import features_at, similarity_maps
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
+from fmupsample.finite import check_finite
 from fmupsample.images.arrays import resize
 from fmupsample.images.read import read_picture
 from fmupsample.images.size import parse_output_size
@@ -170,8 +171,10 @@ class Artist:
 
         low = project(item.features)
         if pipeline.upsampler.linear_in_value:
-            return low, pipeline.upsample(item, size, low)
-        return low, project(pipeline.upsample(item, size))
+            high = pipeline.upsample(item, size, low)
+        else:
+            high = project(pipeline.upsample(item, size))
+        return low, check_finite(high, item.source, "the upsampled map")
 
     # -- what is drawn ------------------------------------------------------------------------
 
@@ -228,7 +231,11 @@ class Artist:
         if inside:
             maps = self._similarities(item, [centre for _, centre in inside])
             for (n, centre), low, high in zip(inside, *maps, strict=True):
-                results[n] = self._similarity_panel(item, points[n], centre, low, high)
+                try:
+                    check_finite(high, item.source, "the similarity map")
+                    results[n] = self._similarity_panel(item, points[n], centre, low, high)
+                except FmupsampleError as error:
+                    results[n] = error
         return results
 
     def _similarities(

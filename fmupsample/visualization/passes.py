@@ -34,8 +34,9 @@ class FeatureCache:
             return
         self.left -= size
         self._kept[item.source] = Item(
-            item.source, item.frame, item.canvas, features.cpu(), torch.empty(0), item.window
-        )
+            item.source, item.frame, item.canvas, features.cpu(), torch.empty(0), item.window,
+            item.stamp,
+        )  # fmt: skip
 
     def items(
         self, sources: Sequence[Source], *, on_error: Callable[[Source, FmupsampleError], None]

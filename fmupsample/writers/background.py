@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fmupsample.atomic import sync, temporary_for
-from fmupsample.errors import OutputError
+from fmupsample.errors import FmupsampleError, OutputError
+from fmupsample.finite import check_finite
 from fmupsample.images.find import printable
 from fmupsample.threads import compute_alone
 from fmupsample.writers.formats import TensorFile
@@ -155,14 +156,18 @@ class BackgroundWriter:
                 file = output.kind(temporary, output.shape, output.dtype, output.meta)
             except OSError as error:
                 failure = _only_this(error)
+            reason = ""
             while isinstance(job := self._get(), Tensor):
-                if failure is None and file is not None:
-                    file.append(job)
+                if failure is None and file is not None and not reason:
+                    try:
+                        file.append(check_finite(job, output.record["source"], "the upsampled map"))
+                    except FmupsampleError as error:
+                        reason = str(error)
             if not isinstance(job, float | str):  # stopped
                 return
             record = dict(output.record)
-            reason = job if isinstance(job, str) else ""
-            if failure is None and file is not None and isinstance(job, float):
+            reason = job if isinstance(job, str) else reason
+            if failure is None and file is not None and not reason:
                 file.close()
                 try:
                     record["seconds"] = round(job, 4)
