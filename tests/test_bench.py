@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +266,19 @@ def test_features_at_pixels_are_those_of_the_map(tmp_path, fit):
         pixels = torch.tensor([0, 5, whole.shape[2], whole[0].numel() - 1])
         found = features_at(pipeline, item, pixels)
         torch.testing.assert_close(found, whole.flatten(1)[:, pixels].T)
+
+
+def test_modules_of_the_current_folder_are_not_imported(tmp_path):
+    (tmp_path / "timm.py").write_text("open('imported', 'w').close()")
+    code = (
+        "from fmupsample.bench.measuring import Apart\n"
+        "if __name__ == '__main__':\n"
+        "    try: Apart(len)\n"
+        "    except Exception: pass\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/run.py").write_text(code)
+    subprocess.run(
+        [sys.executable, tmp_path / "elsewhere/run.py"], cwd=tmp_path, timeout=120, check=True
+    )
+    assert not (tmp_path / "imported").exists()

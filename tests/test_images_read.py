@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +13,9 @@ from drawn import draw, gradient
 from PIL import Image
 
 from fmupsample.errors import ImageError
-from fmupsample.images import read_image, read_picture, read_size
+from fmupsample.images import find_images, read_image, read_picture, read_size
+from fmupsample.labels.values import read_values
+from fmupsample.video.clips import open_capture
 
 PICTURE = gradient(24, 36)
 
@@ -228,3 +231,21 @@ def test_random_damage_is_never_another_exception(tmp_path: Path) -> None:
             except ImageError:
                 continue
             assert pixels.dtype == np.uint8 and pixels.ndim == 3
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    os.mkfifo(tmp_path / "x.mp4")
+    for source in find_images([tmp_path / "*.*"], videos=True):
+        with pytest.raises(ImageError, match=r"is a pipe or device, not a (picture|video)"):
+            open_capture(source.path) if source.path.suffix == ".mp4" else read_image(source.path)
+    with pytest.raises(ImageError, match="is a pipe or device, not a picture"):
+        read_values(tmp_path / "x.png")
+
+
+def test_labels_never_start_another_program(tmp_path: Path) -> None:
+    """Pillow reads EPS by Ghostscript; labels are read like pictures."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.png")
+    with pytest.raises(ImageError, match="cannot be read: cannot identify"):
+        read_values(tmp_path / "x.png")

@@ -106,13 +106,13 @@ def test_unknown_words(kind: str, dtype: str) -> None:
 # -- names --------------------------------------------------------------------------------------
 
 
-def named(*paths: str, reserved: tuple[str, ...] = ()) -> list[str]:
+def named(*paths: str, reserved: tuple[str, ...] = (), suffix: str = ".npy") -> list[str]:
     """Output names of "root:relative" sources."""
     sources = []
     for path in paths:
         root, _, relative = path.rpartition(":")
         sources.append(Source(Path("/data") / root / relative, PurePosixPath(relative)))
-    return [str(n) for n in output_names(sources, ".npy", reserved=reserved)]
+    return [str(n) for n in output_names(sources, suffix, reserved=reserved)]
 
 
 def test_names() -> None:
@@ -170,6 +170,13 @@ def test_names_are_unique_and_do_not_depend_on_the_order(pairs, random) -> None:
     assert not parents.intersection(keys)  # no file where a folder must be
     random.shuffle(paths)
     assert dict(zip(paths, named(*paths, reserved=("b.npy",)), strict=True)) == names
+
+
+@pytest.mark.parametrize("name", ["...mp4", "..jpg", "....jpg", "sub/...mp4"])
+@pytest.mark.parametrize("suffix", ["", ".npy"])
+def test_names_of_dots_stay_in_the_folder(name: str, suffix: str) -> None:
+    [made] = named(name, suffix=suffix)
+    assert ".." not in PurePosixPath(made).parts and str(made) == name + suffix
 
 
 # -- the manifest ---------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import os
 import random
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -197,7 +198,8 @@ class Apart:
         self._process = context.Process(
             target=_serve, args=(theirs, threads, settle, prepare, arguments), daemon=True
         )
-        self._process.start()
+        with _not_from_here():
+            self._process.start()
         theirs.close()
         try:
             self._answer()
@@ -241,6 +243,20 @@ class Apart:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.close(kill=kind is not None)
+
+
+@contextlib.contextmanager
+def _not_from_here() -> Iterator[None]:
+    """New Python processes do not import modules from the current folder."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _serve(

@@ -34,6 +34,25 @@ _DRAFT_MARGIN = 2
 _BAND_BYTES = 2**18
 
 
+def open_picture(path: Path) -> Image.Image:
+    """The file ``path`` as Pillow opens it, in a format that Pillow decodes by itself.
+
+    Raises:
+        ImageError: a folder, or no file at all (reading a pipe may wait for ever).
+        OSError, UnidentifiedImageError, ...: as ``PIL.Image.open``.
+    """
+    check_regular(path, "picture")
+    return Image.open(path, formats=_formats())
+
+
+def check_regular(path: Path, wanted: str) -> None:
+    """Raise an ImageError for what is there, but no regular file."""
+    if path.is_dir():
+        raise ImageError(f"{printable(path)} is a folder, not a {wanted}")
+    if path.exists() and not path.is_file():
+        raise ImageError(f"{printable(path)} is a pipe or device, not a {wanted}")
+
+
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
@@ -101,9 +120,7 @@ class _opened:
 
     def __enter__(self) -> Image.Image:
         try:
-            if self.path.is_dir():
-                raise ImageError(f"{self.shown} is a folder, not a picture")
-            self.image = Image.open(self.path, formats=_formats())
+            self.image = open_picture(self.path)
             if min(self.image.size) < 1:
                 raise ImageError(f"{self.shown}: the picture has no pixels")
         except Exception as error:

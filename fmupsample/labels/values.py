@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fmupsample.errors import ImageError, UsageError
 from fmupsample.images.find import printable
+from fmupsample.images.read import check_regular, open_picture
 from fmupsample.labels.classes import COLOUR, IGNORE, pack_colours
 
 # Modes whose pixels are numbers as they stand; P gives the index and not the colour.
@@ -33,7 +33,7 @@ def read_values(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     if path.suffix.lower() == ".npy":
         return _of_size(_read_array(path), path, size)
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             kind, mode = image.format, image.mode
             if mode in ("RGBA", "LA", "PA"):
                 if np.asarray(image.getchannel("A")).min() < 255:
@@ -71,6 +71,7 @@ def _of_size(values: np.ndarray, path: Path, size: tuple[int, int] | None) -> np
 
 def _read_array(path: Path) -> np.ndarray:
     """The integers of an npy file, int32 ``[H, W]``."""
+    check_regular(path, "file of labels")
     try:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -101,7 +102,7 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 def read_palette(path: Path) -> list[tuple[int, int, int]] | None:
     """The colours of an indexed PNG, by index; ``None`` where it has none."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             flat = image.getpalette("RGB") if image.mode == "P" else None
     except Exception:  # it is read again, and then the reason is said
         return None

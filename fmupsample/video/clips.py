@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmupsample.errors import ImageError
 from fmupsample.images.find import Source, is_video, printable
+from fmupsample.images.read import check_regular
 from fmupsample.prefetch import prefetch
 from fmupsample.progress import SILENT, Progress
 from fmupsample.video.span import Span, show_time
@@ -186,8 +187,7 @@ def open_capture(path: Path) -> cv2.VideoCapture:
     """The same, for the caller to release."""
     shown = printable(path)
     try:
-        if path.is_dir():
-            raise ImageError(f"{shown} is a folder, not a video")
+        check_regular(path, "video")
         with path.open("rb") as file:
             beginning = file.read(_PACKET + 1)
     except FileNotFoundError:

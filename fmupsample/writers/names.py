@@ -62,15 +62,15 @@ def output_names(
 def _bare(source: Source) -> PurePosixPath:
     """The first of :func:`_ladder`."""
     relative = PurePosixPath(_readable(str(source.relative)))
-    return relative.with_name(relative.stem)
+    # Dots alone name a folder, and not one of ours: "...mp4" keeps its extension.
+    return relative.with_name(relative.stem) if relative.stem.strip(".") else relative
 
 
 def _ladder(source: Source) -> list[PurePosixPath]:
     """Names without suffix, the nicest first."""
     above = Path(source.absolute).parts
     above = above[: len(above) - len(source.relative.parts)]
-    relative = PurePosixPath(_readable(str(source.relative)))
-    bare = relative.with_name(relative.stem)
+    relative, bare = PurePosixPath(_readable(str(source.relative))), _bare(source)
     names = [bare, relative]
     if len(above) > 1:  # not the root of the disk
         names += [PurePosixPath(_readable(above[-1])) / n for n in (bare, relative)]
