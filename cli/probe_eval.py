@@ -72,6 +72,7 @@ def evaluate(
     matches contours within --tolerance, per picture and class, as DAVIS does.
     """
     from fmupsample.errors import UsageError
+    from fmupsample.folders import refuse_others_files
     from fmupsample.labels import open_dataset, parse_ignore, survey
     from fmupsample.labels.depth import survey_depth
     from fmupsample.probing.probe import load_probe
@@ -81,6 +82,10 @@ def evaluate(
     refuse_several("probe eval")
     if output is not None:
         p.check_writable(output)
+        refuse_others_files(
+            output, ("metrics.json", "confusion.png"), ours="metrics.json",
+            keys=("probe", "pictures"), instead="choose another folder with --output",
+        )  # fmt: skip
     ignored = parse_ignore(ignore)
     fitted = load_probe(probe)
     depth = fitted.task == "depth"

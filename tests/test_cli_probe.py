@@ -243,6 +243,28 @@ def test_predict_writes_masks_with_everything_beside_them(tmp_path, fitted, caps
     assert "made with other options" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["areas.csv", "classes.json", "legend.png"])
+def test_files_of_others_are_not_replaced_by_predict(tmp_path, fitted, capsys, name):
+    photos, out = draw(tmp_path / "new", 1, first=50) / "images", tmp_path / "masks"
+    out.mkdir()
+    (out / name).write_text("mine")
+    assert call("predict", fitted, photos, "-o", out) == 2
+    assert f"{name}' exists and was not written by this command" in capsys.readouterr().err
+    assert (out / name).read_text() == "mine"
+    assert call("predict", fitted, photos, "-o", out, "--overwrite") == 0
+
+
+def test_files_of_others_are_not_replaced_by_eval(tmp_path, fitted, capsys):
+    val, report = draw(tmp_path / "new", 2, first=50), tmp_path / "report"
+    report.mkdir()
+    (report / "metrics.json").write_text('{"theirs": 1}')
+    assert call("eval", fitted, val, "-o", report) == 2
+    assert "metrics.json' exists and was not written by" in capsys.readouterr().err
+    (report / "metrics.json").unlink()
+    for _ in range(2):  # our own are
+        assert call("eval", fitted, val, "-o", report) == 0
+
+
 def test_masks_of_pictures_that_are_away_stay(tmp_path, fitted):
     photos, out = draw(tmp_path / "new", 3, first=50) / "images", tmp_path / "masks"
     links = tmp_path / "links"

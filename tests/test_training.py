@@ -495,3 +495,23 @@ def test_the_library_by_its_front(pictures, tmp_path) -> None:
     train(ToyBackbone(), find_images([pictures]), tmp_path / "h.safetensors", options(steps=1),
           device="cpu")  # fmt: skip
     assert (tmp_path / "h.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "curve.png"])
+def test_files_of_others_are_not_replaced(pictures, tmp_path, name) -> None:
+    work = tmp_path / "work"
+    (work / "previews").mkdir(parents=True)
+    (work / name).write_text('{"theirs": 1}')
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=f"{name}' exists and was not written by this"):
+            run(pictures, tmp_path / "head.safetensors", work=work, overwrite=overwrite)
+    assert (work / name).read_text() == '{"theirs": 1}'
+
+
+def test_overwriting_leaves_pictures_of_others(pictures, tmp_path) -> None:
+    work, output = tmp_path / "work", tmp_path / "head.safetensors"
+    run(pictures, output, work=work)
+    (work / "previews").mkdir(exist_ok=True)
+    (work / "previews/mine.png").write_bytes(b"mine")
+    run(pictures, output, work=work, overwrite=True)
+    assert (work / "previews/mine.png").read_bytes() == b"mine"

@@ -29,6 +29,7 @@ from fmupsample.extraction.run import ExtractReport, Run
 from fmupsample.extraction.sharing import help_out, shared
 from fmupsample.fingerprint import fingerprint
 from fmupsample.finite import check_finite
+from fmupsample.folders import refuse_others_files
 from fmupsample.images.find import Source, printable, storable
 from fmupsample.images.read import read_image
 from fmupsample.pipeline import Item, Pipeline
@@ -105,6 +106,11 @@ def predict_folder(
     _lie_elsewhere(sources, out)
     with FolderLock(out):
         manifest = Manifest(out)
+        if not overwrite and not manifest.records:
+            refuse_others_files(
+                out, (AREAS, LEGEND, CLASSES), ours=MANIFEST_NAME, keys=(),
+                instead="choose another folder, or --overwrite",
+            )  # fmt: skip
         described = describe(probe, pipeline, options)
         plan = Plan(options, described, options_hash(described))  # type: ignore[arg-type]
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +21,7 @@ from fmupsample.atomic import replacing
 from fmupsample.backbones import Backbone
 from fmupsample.backbones.views import title
 from fmupsample.errors import OutputError, UsageError
+from fmupsample.folders import refuse_others_files
 from fmupsample.images.find import Source, printable
 from fmupsample.labels import count_classes
 from fmupsample.labels.layouts.folders import find_labels
@@ -222,10 +222,17 @@ def _find_label_files(
 def _clear_the_way(output: Path, work: Path, *, resume: bool, overwrite: bool) -> None:
     if overwrite and resume:
         raise UsageError("--resume and --overwrite exclude each other; give one of them")
+    refuse_others_files(
+        work, (CONFIG, LOG, CURVE), ours=CONFIG, keys=("objective", "steps"),
+        instead="choose another folder with --work",
+    )  # fmt: skip
     if overwrite:
         for name in (CHECKPOINT, LOG, CURVE, CONFIG):
             (work / name).unlink(missing_ok=True)
-        shutil.rmtree(work / PREVIEWS, ignore_errors=True)
+        for path in (work / PREVIEWS).glob("step-*-*.png"):
+            path.unlink()
+        with contextlib.suppress(OSError):  # not there, or with files of others
+            (work / PREVIEWS).rmdir()
         return
     if resume:
         return
