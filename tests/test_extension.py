@@ -364,6 +364,34 @@ def test_a_damaged_library_is_not_used(make) -> None:
     assert make(Compiler()).load().path.read_text() == "a whole library"
 
 
+@pytest.mark.parametrize("place", ["cache", "folder", "library"])
+def test_a_library_that_others_can_write_is_not_loaded(make, place: str) -> None:
+    built = make(Compiler()).build(())
+    {"library": built.path, "folder": built.path.parent, "cache": built.path.parents[1]}[
+        place
+    ].chmod(0o777)
+    assert make().find() is None
+    again = make(Compiler()).build(())
+    # What is inside a cache that was open, and is our own, is still ours once it is closed.
+    assert again.fresh or place == "cache"
+    assert make().find().path == again.path
+    assert again.path.parents[1].stat().st_mode & 0o777 == 0o700
+
+
+def test_the_log_of_a_build_into_the_package_cannot_be_planted(make, tmp_path, monkeypatch) -> None:
+    logs = []
+
+    def compiler(_sources, target: Path, *_arguments, log: Path, **_options) -> None:
+        logs.append(log)
+        assert log.parent.stat().st_mode & 0o777 == 0o700
+        target.write_text("a whole library")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for _ in range(2):
+        make(compiler).build_into(tmp_path / "package/_cuda.so", ())
+    assert logs[0] != logs[1] and not logs[0].parent.exists()
+
+
 def test_what_a_killed_build_left_is_not_used_and_goes(make, tmp_path: Path) -> None:
     left = tmp_path / "cache/.build-abc/objects"
     left.mkdir(parents=True)

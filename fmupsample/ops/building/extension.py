@@ -56,6 +56,7 @@ TIMEOUT = 30 * 60.0
 
 WAITING = "waiting for another process that compiles the CUDA extension"
 _LIBRARY = "fmupsample_cuda.so"
+_OURS_ALONE = 0o700
 _FACTS = "build.json"
 
 
@@ -200,7 +201,8 @@ class Extension:
         found = [
             library
             for folder in self.cache.glob(f"{self.key()}-*")
-            if (library := read_library(folder / _LIBRARY, folder / _FACTS))
+            if _is_private(self.cache, folder, folder / _LIBRARY)
+            and (library := read_library(folder / _LIBRARY, folder / _FACTS))
             and _serves(library, gpus)
         ]
         return max(found, key=lambda library: len(library.targets), default=None)
@@ -250,6 +252,7 @@ class Extension:
         toolchain = self.toolchain()
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
+            self.cache.chmod(_OURS_ALONE)
             with _locked(self.cache / ".lock", progress) as alone:
                 # Another process may have been here while this one waited.
                 library = None if force else self._exact(targets)
@@ -286,6 +289,8 @@ class Extension:
             seconds = time.monotonic() - began
             made = Library(whole / _LIBRARY, tuple(targets), self.key(), torch.__version__, seconds)
             made.save_facts(whole / _FACTS)
+            for path in (whole, whole / _LIBRARY):
+                path.chmod(_OURS_ALONE)
             folder = self._place(targets)
             if folder.exists():
                 folder.rename(work / "before")
@@ -312,7 +317,7 @@ class Extension:
         self.check()
         toolchain = self.toolchain()
         began = time.monotonic()
-        log = Path(tempfile.gettempdir(), f"fmupsample-{self.key()}.log")
+        log = Path(tempfile.mkdtemp(prefix="fmupsample-"), "build.log")  # nobody else's to plant
         with tempfile.TemporaryDirectory(prefix="fmupsample-") as work:
             made = Path(work, _LIBRARY)
             self.compiler(
@@ -322,7 +327,7 @@ class Extension:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 shutil.copyfile(made, temporary)
-        log.unlink(missing_ok=True)
+        shutil.rmtree(log.parent, ignore_errors=True)
         seconds = time.monotonic() - began
         library = Library(path, tuple(targets), self.key(), torch.__version__, seconds, fresh=True)
         library.save_facts(path.with_suffix(".json"))
@@ -349,6 +354,8 @@ class Extension:
 
     def _exact(self, targets: Sequence[str]) -> Library | None:
         folder = self._place(targets)
+        if not _is_private(self.cache, folder, folder / _LIBRARY):
+            return None
         return read_library(folder / _LIBRARY, folder / _FACTS)
 
     def _place(self, targets: Sequence[str]) -> Path:
@@ -374,6 +381,20 @@ def capabilities() -> list[Capability]:
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+
+
+def _is_private(*paths: Path) -> bool:
+    """Whether all are there, and nobody but this user, or root, could have written them.
+
+    What is loaded runs: a library that others can replace is not loaded.
+    """
+    if os.name != "posix":
+        return all(path.exists() for path in paths)
+    try:
+        found = [path.stat() for path in paths]
+    except OSError:
+        return False
+    return all(s.st_uid in (os.geteuid(), 0) and not s.st_mode & 0o022 for s in found)
 
 
 def _serves(library: Library, gpus: Sequence[Capability]) -> bool:
