@@ -109,6 +109,7 @@ def test_dysample(style, ratio, groups, scope):
     expected = dysample(up, x)
     torch.testing.assert_close(up(x), expected, **EXACT)
     state = renamed(up, {"offset": "offset", "scope": "scope"}, {"init_pos": torch.zeros(1)})
+    assert "scope.bias" not in state  # as in the official module
     again = load_official("dysample", state, scale=ratio, style=style, groups=groups)
     torch.testing.assert_close(again(x), expected, **EXACT)
 

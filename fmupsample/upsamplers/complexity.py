@@ -257,7 +257,7 @@ def _dysample(c: DySampleConfig, lr: int, hr: int) -> Cost:
         inputs, outputs, places = c.channels // c.ratio**2, 2 * c.groups, lr * c.ratio**2
     layers = 1 + int(c.dynamic_scope)
     return Cost(
-        layers * (inputs + 1) * outputs,
+        (layers * inputs + 1) * outputs,  # the scope has no bias
         layers * inputs * outputs * places,
         _BILINEAR * c.channels * hr,
     )

@@ -68,10 +68,9 @@ class DySample(Upsampler):
         self.offset = nn.Conv2d(*shape, 1)
         nn.init.normal_(self.offset.weight, std=0.001)
         nn.init.zeros_(self.offset.bias)
-        self.scope = nn.Conv2d(*shape, 1) if c.dynamic_scope else None
+        self.scope = nn.Conv2d(*shape, 1, bias=False) if c.dynamic_scope else None
         if self.scope is not None:
             nn.init.zeros_(self.scope.weight)
-            nn.init.zeros_(self.scope.bias)
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
