@@ -8,11 +8,32 @@ float32 floor is off by a whole cell at some non-integer ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def table(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Remember the last 256 results, but for compiled code.
+
+    There the function becomes part of the graph, in which sizes may be symbols; it must not look at
+    the numbers in its tensors.
+    """
+    remembered = lru_cache(maxsize=256)(function)
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return remembered(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +92,29 @@ class AxisPlan:
 @lru_cache(maxsize=256)
 def plan_axis(cells: int, pixels: int, fractional: bool) -> AxisPlan:
     """Plan an axis for fractional neighbours (bilinear samples) or integer ones (whole cells)."""
-    numerator = (2 * torch.arange(pixels, dtype=torch.int64) + 1) * cells
-    if fractional:
-        numerator = numerator - pixels
-    base = torch.div(numerator, 2 * pixels, rounding_mode="floor")
+    numerator = _numerator(torch.arange(pixels, dtype=torch.int64), cells, pixels, fractional)
+    base = numerator // (2 * pixels)
     remainder = numerator - base * (2 * pixels)
     fraction = remainder.double() / (2 * pixels) if fractional else torch.zeros(pixels).double()
     return _plan(cells, base, fraction)
+
+
+def base_cells(cells: int, pixels: int, fractional: bool) -> Tensor:
+    """int64 ``[N]``: :attr:`AxisPlan.base`, in compiled code too."""
+    if torch.compiler.is_compiling():
+        pixel = torch.arange(pixels, dtype=torch.int64)
+        return _numerator(pixel, cells, pixels, fractional) // (2 * pixels)
+    return plan_axis(cells, pixels, fractional).base
+
+
+def base_cell(pixel: int, cells: int, pixels: int, fractional: bool) -> int:
+    """:func:`base_cells` of one pixel."""
+    return _numerator(pixel, cells, pixels, fractional) // (2 * pixels)
+
+
+def _numerator(pixel, cells: int, pixels: int, fractional: bool):
+    """The LR coordinate of a pixel's centre, plus 1/2 for integer neighbours, times ``2N``."""
+    return (2 * pixel + 1) * cells - (pixels if fractional else 0)
 
 
 def _plan(cells: int, base: Tensor, fraction: Tensor) -> AxisPlan:
@@ -94,7 +131,7 @@ def _plan(cells: int, base: Tensor, fraction: Tensor) -> AxisPlan:
     )
 
 
-@lru_cache(maxsize=256)
+@table
 def neighbour_inside(cells: int, pixels: int, offset: int) -> Tensor:
     """Bool ``[N]``: does the neighbour ``offset`` LR cells away lie inside the picture?
 
@@ -104,36 +141,42 @@ def neighbour_inside(cells: int, pixels: int, offset: int) -> Tensor:
     return (centre > 0) & (centre < 2 * pixels * cells)
 
 
-@lru_cache(maxsize=256)
+@table
 def cell_inside(cells: int, pixels: int, offset: int) -> Tensor:
     """Bool ``[N]``: does the cell ``offset`` cells from the one that holds a pixel exist?"""
-    cell = plan_axis(cells, pixels, False).base + offset
+    cell = base_cells(cells, pixels, False) + offset
     return (cell >= 0) & (cell < cells)
 
 
-@lru_cache(maxsize=256)
+@table
 def cell_distance(cells: int, pixels: int, offset: int) -> Tensor:
     """float64 ``[N]``: from a pixel's centre to that of the cell ``offset`` cells from its own.
 
     In LR cells; positive where the cell's centre has the larger coordinate.
     """
     centre = (torch.arange(pixels, dtype=torch.float64) + 0.5) * cells / pixels - 0.5
-    return plan_axis(cells, pixels, False).base + offset - centre
+    return base_cells(cells, pixels, False) + offset - centre
 
 
-@lru_cache(maxsize=256)
+@table
 def squared_distance(cells: int, pixels: int, offset: int) -> Tensor:
     """float64 ``[N]``: :func:`cell_distance`, squared."""
     return cell_distance(cells, pixels, offset).square()
 
 
-@lru_cache(maxsize=256)
+@table
 def interpolation_matrix(cells: int, pixels: int, padding: int = 0) -> Tensor:
     """Bilinear interpolation as a float64 matrix ``U`` ``[N, n]``, rows summing to 1.
 
     With ``padding`` p the matrix is ``[N, n + 2p]`` and acts on an axis replicate-padded by p
     cells; with p >= 1 no row needs clamping.
     """
+    if torch.compiler.is_compiling():
+        pixel = torch.arange(pixels, dtype=torch.float64)
+        place = (pixel + 0.5) * cells / pixels - 0.5 + padding
+        last = cells + 2 * padding - 1
+        apart = place.clamp(0, last)[:, None] - torch.arange(last + 1, dtype=torch.float64)
+        return (1 - apart.abs()).clamp_min(0)
     whole = torch.zeros(pixels, cells + 2 * padding, dtype=torch.float64)
     read, matrix = interpolation_part(cells, pixels, torch.arange(pixels), padding)
     whole[:, read] = matrix
@@ -151,6 +194,8 @@ def interpolation_part(
     Returns:
         The cells of the (padded) axis that these pixels read, and the matrix that acts on them.
     """
+    if torch.compiler.is_compiling():
+        return slice(0, cells + 2 * padding), interpolation_matrix(cells, pixels, padding)[wanted]
     plan, last = plan_axis(cells, pixels, True), cells + 2 * padding - 1
     low, high = ((plan.base[wanted] + padding + i).clamp(0, last) for i in (0, 1))
     first, share = int(low[0]), plan.fraction[wanted]

@@ -45,6 +45,8 @@ def on_huge_pages(fresh: Tensor) -> Tensor:
     takes as long as computing it. Linux gives pages of 2 MB to those who ask, in its usual setting.
     Only a hint: elsewhere, and where it is refused, nothing happens.
     """
+    if torch.compiler.is_compiling() or not _has_memory(fresh):
+        return fresh
     advise = _madvise()
     size = fresh.numel() * fresh.element_size()
     if advise is None or fresh.device.type != "cpu" or size < _LARGE_BYTES:
@@ -53,6 +55,11 @@ def on_huge_pages(fresh: Tensor) -> Tensor:
     last = (fresh.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
     advise(first, last - first, mmap.MADV_HUGEPAGE)
     return fresh
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether there are numbers behind ``x``: not in what only stands for a tensor in tracing."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmupsample.ops.grid import plan_axis
+from fmupsample.ops.grid import base_cell, base_cells
 
 Window = tuple[slice, slice]  # rows and columns of a map
 WHOLE: Window = (slice(None), slice(None))
@@ -51,8 +51,9 @@ def near_cells(x: Tensor, kernel_size: int, size: tuple[int, int], window: Windo
     if window == WHOLE:
         return F.pad(x, (reach,) * 4, mode="replicate")
     for dim, (pixels, part) in enumerate(zip(size, window, strict=True), -2):
-        own = plan_axis(x.shape[dim], pixels, False).base[part]
-        first, last = int(own[0]) - reach, int(own[-1]) + reach + 1
+        cells, (start, stop, _) = x.shape[dim], part.indices(pixels)
+        first = base_cell(start, cells, pixels, False) - reach
+        last = base_cell(stop - 1, cells, pixels, False) + reach + 1
         inside = max(0, first), min(x.shape[dim], last)
         pad = [inside[0] - first, last - inside[1], *pad]
         x = x.narrow(dim, inside[0], inside[1] - inside[0])
@@ -71,7 +72,8 @@ def near_products(
     """:func:`cell_products` of :func:`near_cells` of keys and offsets ``[B, E + 1, ...]``."""
     whole = tuple(query.shape[-2:]) == tuple(size)
     if not whole or any(n % m for n, m in zip(size, cells, strict=True)):
-        found = _by_row(query, near, kernel_size, cells, size, window)
+        by_row = _by_neighbour if torch.compiler.is_compiling() else _by_row
+        found = by_row(query, near, kernel_size, cells, size, window)
     elif _in_bands(query, near, onto):
         return _by_band(query, near, kernel_size, cells, onto)
     else:
@@ -137,11 +139,7 @@ def _by_row(
     window: Window,
 ) -> Tensor:
     """Any ratio: the pixels of a column in a row of cells have, one product each."""
-    bases = (
-        plan_axis(n, pixels, False).base[part]
-        for n, pixels, part in zip(cells, size, window, strict=True)
-    )
-    rows, columns = (base - base[0] for base in bases)  # in the padded part
+    rows, columns = _in_near_cells(cells, size, window)
     across = (columns + torch.arange(kernel_size)[:, None]).to(query.device)  # [K, W], padded
     cuts = [0, *(torch.diff(rows).nonzero().flatten() + 1).tolist(), len(rows)]
     bands = []
@@ -154,3 +152,33 @@ def _by_row(
         found = torch.bmm(near.contiguous(), pixels.contiguous()).unflatten(0, (len(query), -1))
         bands.append(found.permute(0, 2, 3, 1) + offset)
     return torch.cat(bands, 2)
+
+
+def _by_neighbour(
+    query: Tensor,
+    padded: Tensor,
+    kernel_size: int,
+    cells: tuple[int, int],
+    size: tuple[int, int],
+    window: Window,
+) -> Tensor:
+    """Any ratio, sizes that may be symbols: the compiler makes one loop of it."""
+    rows, columns = (at.to(query.device) for at in _in_near_cells(cells, size, window))
+    found = []
+    for i in range(kernel_size):
+        band = padded.index_select(2, rows + i)
+        for j in range(kernel_size):
+            near = band.index_select(3, columns + j)  # [B, E + 1, H, W]
+            found.append((query * near[:, :-1]).sum(1) + near[:, -1])
+    return torch.stack(found, 1)
+
+
+def _in_near_cells(
+    cells: tuple[int, int], size: tuple[int, int], window: Window
+) -> tuple[Tensor, Tensor]:
+    """For each row and column of the window, the first of its K cells in :func:`near_cells`."""
+    found = []
+    for n, pixels, part in zip(cells, size, window, strict=True):
+        first = base_cell(part.indices(pixels)[0], n, pixels, False)
+        found.append(base_cells(n, pixels, False)[part] - first)
+    return found[0], found[1]

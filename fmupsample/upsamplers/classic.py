@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmupsample.ops import reassemble_at
-from fmupsample.ops.grid import plan_axis
+from fmupsample.ops.grid import base_cells
 from fmupsample.upsamplers.base import Upsampler
 
 
@@ -35,8 +35,8 @@ class Nearest(_Interpolation):
     neighbours: str = "coarse"
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        rows = plan_axis(value.shape[2], weights.shape[2], False).base.to(value.device)
-        columns = plan_axis(value.shape[3], weights.shape[3], False).base.to(value.device)
+        rows = base_cells(value.shape[2], weights.shape[2], False).to(value.device)
+        columns = base_cells(value.shape[3], weights.shape[3], False).to(value.device)
         return value.index_select(2, rows).index_select(3, columns)
 
     def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:

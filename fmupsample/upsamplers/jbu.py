@@ -12,7 +12,7 @@ from torch import Tensor
 from fmupsample.errors import UsageError
 from fmupsample.layers.parts import InParts, cell_means, in_parts
 from fmupsample.ops import reassemble, reassemble_at
-from fmupsample.ops.grid import cell_inside, plan_axis, squared_distance
+from fmupsample.ops.grid import base_cells, cell_inside, squared_distance
 from fmupsample.upsamplers.base import Upsampler
 
 _Axis = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -112,7 +112,7 @@ class JointBilateral(Upsampler):
 
     def _axis(self, cells: int, pixels: int, like: Tensor) -> _Axis:
         """Per offset, for every pixel of an axis: the cell, its spatial logit, is it inside."""
-        base = plan_axis(cells, pixels, False).base
+        base = base_cells(cells, pixels, False)
         found: _Axis = ([], [], [])
         reach = self.kernel_size // 2
         for offset in range(-reach, reach + 1):

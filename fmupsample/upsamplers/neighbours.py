@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmupsample.ops import reassemble, reassemble_at
-from fmupsample.ops.grid import cell_inside, plan_axis
+from fmupsample.ops.grid import base_cells, cell_inside
 
 BORDERS = ("masked", "zeros")
 
@@ -51,8 +51,8 @@ def neighbour_softmax(
 
 def in_cell(x: Tensor, size: tuple[int, int]) -> Tensor:
     """``x`` ``[B, C, h, w]`` at the cell that holds each pixel: nearest, exact at every ratio."""
-    rows = plan_axis(x.shape[2], size[0], False).base.to(x.device)
-    columns = plan_axis(x.shape[3], size[1], False).base.to(x.device)
+    rows = base_cells(x.shape[2], size[0], False).to(x.device)
+    columns = base_cells(x.shape[3], size[1], False).to(x.device)
     return x.index_select(2, rows).index_select(3, columns)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fmupsample.layers.norms import convolved
 from fmupsample.layers.parts import InParts, in_parts
-from fmupsample.ops.grid import cell_shares, plan_axis
+from fmupsample.ops.grid import base_cell, cell_shares
 from fmupsample.ops.memory import on_huge_pages
 from fmupsample.upsamplers.affinity.config import AffinityConfig
 from fmupsample.upsamplers.affinity.encoder import ALIGNMENT, REACH, Encoder
@@ -173,8 +173,8 @@ class _Axis:
     """
 
     def __init__(self, cells: int, pixels: int, own: slice, reach: int) -> None:
-        base = plan_axis(cells, pixels, False).base[own]
-        first, last = max(0, int(base[0]) - reach), min(cells, int(base[-1]) + reach + 1)
+        first = max(0, base_cell(own.start, cells, pixels, False) - reach)
+        last = min(cells, base_cell(own.stop - 1, cells, pixels, False) + reach + 1)
         self.cells = slice(first, last)
         known = slice(max(0, first - _KEY_REACH), min(cells, last + _KEY_REACH))
         self.inner = slice(first - known.start, last - known.start)

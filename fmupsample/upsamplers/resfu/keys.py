@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmupsample.ops.grid import interpolation_part, plan_axis
+from fmupsample.ops.grid import base_cell, interpolation_part
 
 # (first row, last row + 1, where to put it if anywhere) -> [B M, rows, W].
 KeyTerm = Callable[[int, int, Tensor | None], Tensor]
@@ -48,18 +48,19 @@ class UpsampledKeys:
         low, (height, width) = self.low, self.size
         h, w = (n - 2 for n in low.shape[2:])
         rows, columns = self.window or (slice(0, height), slice(0, width))
-        base = plan_axis(h, height, True).base[rows] + 1
-        top, bottom = int(base[0]), int(base[-1]) + 2
-        base = base - top
+        start, stop, _ = rows.indices(height)
+        top = base_cell(start, h, height, True) + 1
+        bottom = base_cell(stop - 1, h, height, True) + 3
         # Rows of interpolation matrices sum to 1: what is added here is added to every pixel.
         cells, ux = interpolation_part(w, width, torch.arange(width)[columns], 1)
         across = (low[:, :, top:bottom, cells] + constant[:, :, None, None]) @ ux.to(low).T
         across = across.flatten(0, 1).to(dtype)
-        _, down = interpolation_part(h, height, torch.arange(height)[rows], 1)
-        down = down.to(across)
+        known, down = interpolation_part(h, height, torch.arange(height)[rows], 1)
+        down = down[:, top - known.start : bottom - known.start].to(across)
 
         def term(y0: int, y1: int, out: Tensor | None) -> Tensor:
-            first, last = int(base[y0]), int(base[y1 - 1]) + 2
+            first = base_cell(start + y0, h, height, True) + 1 - top
+            last = base_cell(start + y1 - 1, h, height, True) + 3 - top
             some = down[y0:y1, first:last].expand(len(across), -1, -1)
             return torch.bmm(some, across[:, first:last], out=out)
 

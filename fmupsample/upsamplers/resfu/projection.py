@@ -51,6 +51,8 @@ class Projection(nn.Module):
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """Standardise the channels of each picture, then project: ``[B, C, h, w]`` and ``[E, C]``."""
     flat = x.flatten(2)
+    if torch.compiler.is_compiling():
+        return _project(flat, weight).unflatten(2, x.shape[2:])
     # All at once, but for features so large that copies of them matter.
     step = max(1, _CHUNK_BYTES // max(1, flat[:, :1].nbytes))
     parts = zip(flat.split(step, 1), weight.split(step, 1), strict=True)
@@ -79,6 +81,11 @@ def random_projection(channels: int, embedding: int, seed: int) -> Tensor:
     return torch.from_numpy(q.T if channels >= embedding else q).contiguous()
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def _fixed_projection(channels: int, embedding: int) -> Tensor:
+    return _remembered_projection(channels, embedding)
+
+
+@lru_cache(maxsize=64)
+def _remembered_projection(channels: int, embedding: int) -> Tensor:
     return random_projection(channels, embedding, _SEED)
