@@ -47,6 +47,11 @@ class Exported:
     difference: float
     shapes: dict[str, list[int]]
 
+    @property
+    def script(self) -> Path:
+        """The script that stands beside it in a folder."""
+        return self.path.with_name(f"use_{self.path.stem}_{self.path.suffix[1:]}.py")
+
 
 def export_part(
     part: Part,

@@ -86,6 +86,7 @@ def make_part(
         )
     values = channels or backbone.channels
 
+    @torch.no_grad()
     def inputs(batch: int, pixels: tuple[int, int]) -> dict[str, Tensor]:
         image = _drawn(3, pixels, batch)
         if name in ("backbone", "fused"):

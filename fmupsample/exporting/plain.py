@@ -56,7 +56,10 @@ class PlainMode(TorchFunctionMode):
 
 
 def reassemble(value: Tensor, weights: Tensor, fractional: bool) -> Tensor:
-    """:func:`fmupsample.ops.reassemble`: ``[B, V, h, w]``, ``[B, K*K, H, W]`` -> ``[B, V, H, W]``."""
+    """:func:`fmupsample.ops.reassemble`.
+
+    ``[B, V, h, w]`` and ``[B, K*K, H, W]`` -> ``[B, V, H, W]``.
+    """
     ratio = _whole_ratio(value, weights)
     if ratio is None:
         return _reassemble_by_offset(value, weights, fractional)
@@ -96,7 +99,7 @@ def grid_sample(
     """Bilinear ``F.grid_sample``: ``[B, V, h, w]`` at ``[B, H, W, 2]`` -> ``[B, V, H, W]``."""
     if mode != "bilinear" or align_corners or padding_mode not in ("zeros", "border"):
         raise UsageError(f"grid_sample with {mode}, {padding_mode} padding cannot be exported")
-    batch, channels, h, w = value.shape
+    batch, _, h, w = value.shape
     size = grid.shape[1:3]
     axes = []
     for at, n in ((grid[..., 1], h), (grid[..., 0], w)):
@@ -138,16 +141,16 @@ def pool(x: Tensor, output_size: tuple[int, int]) -> Tensor:
 def resize(x: Tensor, size: tuple[int, int], mode: str, antialias: bool, **options: Any) -> Tensor:
     """Antialiased ``F.interpolate``, which treats rows and columns alike and apart."""
     down, across = (
-        F.interpolate(
-            torch.eye(n)[None, None], (m, n), mode=mode, antialias=antialias, **options
-        )[0, 0].to(x.dtype)
+        F.interpolate(torch.eye(n)[None, None], (m, n), mode=mode, antialias=antialias, **options)[
+            0, 0
+        ].to(x.dtype)
         for n, m in zip(x.shape[2:], size, strict=True)
     )  # [m, n]
     return down @ x @ across.T
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """``torch.linalg.solve`` of symmetric positive matrices, ``[..., G, G]`` and ``[..., G, V]``."""
+    """``torch.linalg.solve`` of positive definite ``[..., G, G]`` and ``[..., G, V]``."""
     count = matrix.shape[-1]
     rows = [matrix[..., i : i + 1, :] for i in range(count)]
     wanted = [right[..., i : i + 1, :] for i in range(count)]
@@ -185,7 +188,10 @@ def _whole_ratio(
 
 
 def _neighbours(x: Tensor, k: int) -> Tensor:
-    """K x K cells around each cell, ``[B, E, h, w]`` -> ``[B, E, K*K, h, w]``; at the border its own."""
+    """K x K cells around each cell, ``[B, E, h, w]`` -> ``[B, E, K*K, h, w]``.
+
+    Beyond the border they are the border's.
+    """
     return _windows(F.pad(x, (k // 2,) * 4, mode="replicate"), k)
 
 
@@ -209,9 +215,10 @@ def _by_pixel(x: Tensor, cells: tuple[int, int], ratio: tuple[int, int]) -> Tens
 
 
 def _on_whole_cells(weights: Tensor, k: int, ratio: tuple[int, int]) -> Tensor:
-    """Weights of bilinear samples -> of ``(K + 2)^2`` cells around the pixel's own, ``[B, ., H, W]``.
+    """Weights ``[B, K*K, H, W]`` of bilinear samples -> ``[B, (K+2)^2, H, W]`` of whole cells.
 
-    What a pixel's samples read depends on where in its cell it lies, and on nothing else.
+    The cells are those around the pixel's own. What a pixel's samples read depends on where in its
+    cell it lies, and on nothing else.
     """
     (ry, rx), (height, width) = ratio, weights.shape[2:]
     down, across = (_spread(k, r).to(weights.dtype) for r in ratio)  # [r, K + 2, K]
