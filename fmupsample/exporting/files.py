@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,7 +16,7 @@ from fmupsample.atomic import replacing
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.exporting.onnx_graph import check_graph, to_opset_17
 from fmupsample.exporting.parts import Part
-from fmupsample.exporting.programs import record
+from fmupsample.exporting.programs import quiet, record
 
 TOLERANCE = 1e-3  # of the range of the result
 OPSETS = (17, 18)
@@ -80,7 +77,8 @@ def export_part(
         if kind is Format.onnx:
             _write_onnx(program, part, temporary, opset, dynamic)
         else:
-            torch.export.save(program, temporary)
+            with quiet():
+                torch.export.save(program, temporary)
         difference = _difference(part, temporary, kind, dynamic)
         if not difference <= TOLERANCE:
             raise OutputError(
@@ -114,7 +112,7 @@ def _write_onnx(
             f"{part.name} has {size / 1e9:.1f} GB of weights, more than an ONNX file holds; "
             "--format pt2 has no such limit"
         )
-    with _quiet():
+    with quiet():
         written = torch.onnx.export(
             program,
             dynamo=True,
@@ -167,18 +165,6 @@ def _onnx_runner(path: Path) -> Callable[[dict[str, Tensor]], Tensor]:
 
 
 def _pt2_runner(path: Path) -> Callable[[dict[str, Tensor]], Tensor]:
-    module = torch.export.load(path).module()
+    with quiet():
+        module = torch.export.load(path).module()
     return torch.no_grad()(lambda inputs: module(*inputs.values()))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what PyTorch's exporter tells its own developers."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import logging
+import warnings
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -31,8 +34,10 @@ def record(part: Part, dynamic: Collection[str] = ()) -> ExportedProgram:
     # PyTorch takes a size of 1 for one that never changes.
     inputs = part.inputs(2 if "batch" in dynamic else 1, part.size)
     shapes = _dynamic_shapes(part, inputs, dynamic)
+    # PyTorch cannot record how NumPy makes constants: now they are made, and kept in caches.
+    part.expected(*inputs.values())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             program = torch.export.export(
                 part.module, tuple(inputs.values()), dynamic_shapes=shapes, strict=False
             )
@@ -47,6 +52,19 @@ def record(part: Part, dynamic: Collection[str] = ()) -> ExportedProgram:
             "exported"
         )
     return program
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what PyTorch's exporters tell their own developers, which is pages."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _check_dynamic(part: Part, dynamic: Collection[str]) -> None:

@@ -52,7 +52,9 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     """Standardise the channels of each picture, then project: ``[B, C, h, w]`` and ``[E, C]``."""
     flat = x.flatten(2)
     # All at once, but for features so large that copies of them matter.
-    step = max(1, _CHUNK_BYTES // max(1, flat[:, :1].nbytes))
+    step = flat.shape[1]
+    if not torch.compiler.is_compiling():
+        step = max(1, _CHUNK_BYTES // max(1, flat[:, :1].nbytes))
     parts = zip(flat.split(step, 1), weight.split(step, 1), strict=True)
     return reduce(torch.add, (_project(*part) for part in parts)).unflatten(2, x.shape[2:])
 
