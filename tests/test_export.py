@@ -32,9 +32,7 @@ SMALL = {
     "resfu": lambda: u.ReSFU(u.ReSFUConfig(C, embedding=8, middle=16, groups=2, norm_groups=4)),
     "sapa": lambda: u.SAPA(u.SAPAConfig(C, guidance_channels=4, embedding=4, kernel_size=3)),
     "lda-aqu": lambda: u.LDAAQU(u.LDAAQUConfig(C, reduction=8, kernel_size=1)),
-    "carafe": lambda: u.CARAFEStack(
-        u.StackConfig(C, operator={"compressed": 4, "kernel_size": 3})
-    ),
+    "carafe": lambda: u.CARAFEStack(u.StackConfig(C, operator={"compressed": 4, "kernel_size": 3})),
     "dysample": lambda: u.DySampleStack(u.StackConfig(C)),
 }
 

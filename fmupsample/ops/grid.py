@@ -8,11 +8,27 @@ float32 floor is off by a whole cell at some non-integer ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def _cached(function: _Function) -> _Function:
+    """``lru_cache``, but for sizes that an exported program leaves open, which are not kept."""
+    kept = lru_cache(maxsize=256)(function)
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        open_size = any(isinstance(arg, torch.SymInt) for arg in args)
+        return (function if open_size else kept)(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,18 +45,32 @@ class AxisPlan:
         base: int64 ``[N]``, the first LR cell of a pixel before any offset; may be -1.
         fraction: float64 ``[N]`` in [0, 1), the share of cell ``base + 1``; zeros for integer
             neighbours.
-        first: base cell of the first group; group ``g`` has base ``first + g``.
-        starts: first pixel of each group, and N at the end: ``groups + 1`` numbers.
-        slots: slots per group.
     """
 
     cells: int
     pixels: int
     base: Tensor
     fraction: Tensor
-    first: int
-    starts: tuple[int, ...]
-    slots: int
+
+    @cached_property
+    def first(self) -> int:
+        """Base cell of the first group; group ``g`` has base ``first + g``."""
+        return int(self.base[0])
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First pixel of each group, and N at the end: ``groups + 1`` numbers."""
+        counts = self._counts
+        return (*(torch.cumsum(counts, 0) - counts).tolist(), self.pixels)
+
+    @cached_property
+    def slots(self) -> int:
+        """Slots per group."""
+        return int(self._counts.max())
+
+    @property
+    def _counts(self) -> Tensor:
+        return torch.bincount(self.base - self.base[0])
 
     @property
     def groups(self) -> int:
@@ -48,7 +78,8 @@ class AxisPlan:
 
     def part(self, first: int, last: int) -> AxisPlan:
         """The plan of pixels ``first .. last`` alone, on the same cells."""
-        return _plan(self.cells, self.base[first:last], self.fraction[first:last])
+        base = self.base[first:last]
+        return AxisPlan(self.cells, len(base), base, self.fraction[first:last])
 
     def runs(self, g0: int, g1: int) -> list[tuple[int, int, int]]:
         """The groups ``g0 .. g1`` as runs of equally long ones: ``(first, last + 1, length)``."""
@@ -68,7 +99,7 @@ class AxisPlan:
         return (group - g0) * self.slots + pixels - torch.tensor(self.starts)[group]
 
 
-@lru_cache(maxsize=256)
+@_cached
 def plan_axis(cells: int, pixels: int, fractional: bool) -> AxisPlan:
     """Plan an axis for fractional neighbours (bilinear samples) or integer ones (whole cells)."""
     numerator = (2 * torch.arange(pixels, dtype=torch.int64) + 1) * cells
@@ -77,24 +108,10 @@ def plan_axis(cells: int, pixels: int, fractional: bool) -> AxisPlan:
     base = torch.div(numerator, 2 * pixels, rounding_mode="floor")
     remainder = numerator - base * (2 * pixels)
     fraction = remainder.double() / (2 * pixels) if fractional else torch.zeros(pixels).double()
-    return _plan(cells, base, fraction)
+    return AxisPlan(cells, pixels, base, fraction)
 
 
-def _plan(cells: int, base: Tensor, fraction: Tensor) -> AxisPlan:
-    counts = torch.bincount(base - base[0])
-    starts = torch.cumsum(counts, 0) - counts
-    return AxisPlan(
-        cells=cells,
-        pixels=len(base),
-        base=base,
-        fraction=fraction,
-        first=int(base[0]),
-        starts=(*starts.tolist(), len(base)),
-        slots=int(counts.max()),
-    )
-
-
-@lru_cache(maxsize=256)
+@_cached
 def neighbour_inside(cells: int, pixels: int, offset: int) -> Tensor:
     """Bool ``[N]``: does the neighbour ``offset`` LR cells away lie inside the picture?
 
@@ -104,14 +121,14 @@ def neighbour_inside(cells: int, pixels: int, offset: int) -> Tensor:
     return (centre > 0) & (centre < 2 * pixels * cells)
 
 
-@lru_cache(maxsize=256)
+@_cached
 def cell_inside(cells: int, pixels: int, offset: int) -> Tensor:
     """Bool ``[N]``: does the cell ``offset`` cells from the one that holds a pixel exist?"""
     cell = plan_axis(cells, pixels, False).base + offset
     return (cell >= 0) & (cell < cells)
 
 
-@lru_cache(maxsize=256)
+@_cached
 def cell_distance(cells: int, pixels: int, offset: int) -> Tensor:
     """float64 ``[N]``: from a pixel's centre to that of the cell ``offset`` cells from its own.
 
@@ -121,13 +138,13 @@ def cell_distance(cells: int, pixels: int, offset: int) -> Tensor:
     return plan_axis(cells, pixels, False).base + offset - centre
 
 
-@lru_cache(maxsize=256)
+@_cached
 def squared_distance(cells: int, pixels: int, offset: int) -> Tensor:
     """float64 ``[N]``: :func:`cell_distance`, squared."""
     return cell_distance(cells, pixels, offset).square()
 
 
-@lru_cache(maxsize=256)
+@_cached
 def interpolation_matrix(cells: int, pixels: int, padding: int = 0) -> Tensor:
     """Bilinear interpolation as a float64 matrix ``U`` ``[N, n]``, rows summing to 1.
 
