@@ -54,42 +54,40 @@ def made(tiny_backbone):
     return make
 
 
+def check_program(part, path) -> None:
+    """The part as a program gives the right numbers, by PyTorch's common operators."""
+    assert export_part(part, path, Format.pt2).difference < 1e-4
+    graph = torch.export.load(path).graph
+    names = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    unwanted = ("fmupsample", "grid_sampler", "im2col", "bicubic")  # positions are resized
+    assert not [name for name in names if any(word in name for word in unwanted)]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_programs_are_plain_and_right(name, made, tiny_backbone, tmp_path):
-    part = make_part("fused", tiny_backbone, made(name), SIZE)
-    found = export_part(part, tmp_path / "fused.pt2", Format.pt2)
-    assert found.difference < 1e-4
-    assert found.shapes == {"image": [1, 3, *SIZE], "upsampled": [1, C, *SIZE]}
-    program = torch.export.load(tmp_path / "fused.pt2")
-    names = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
-    assert not [n for n in names if "fmupsample" in n or "grid_sampler" in n or "im2col" in n]
-    assert not [n for n in names if "bicubic" in n]  # positions are resized
+    up = made(name)
+    for part in ("kernels", "reassemble") if up.linear_in_value else ("fused",):
+        check_program(make_part(part, tiny_backbone, up, SIZE), tmp_path / "x.pt2")
+
+
+def test_backbone_and_upsampler_in_one(made, tiny_backbone, tmp_path):
+    check_program(make_part("fused", tiny_backbone, made("bilinear"), SIZE), tmp_path / "x.pt2")
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["jbu", "affinity"])
-def test_onnx_holds_its_own_operators_only(name, made, tiny_backbone, tmp_path):
+@pytest.mark.parametrize("opset", [17, 18])
+def test_onnx_holds_its_own_operators_only(opset, made, tiny_backbone, tmp_path):
     import onnx
 
-    part = make_part("kernels", tiny_backbone, made(name), SIZE)
-    assert export_part(part, tmp_path / "k.onnx").difference < 1e-4
+    part = make_part("kernels", tiny_backbone, made("jbu"), SIZE)
+    assert export_part(part, tmp_path / "k.onnx", opset=opset).difference < 1e-4
     model = onnx.load(tmp_path / "k.onnx")
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
     assert "GridSample" not in {node.op_type for node in model.graph.node}
     assert [i.name for i in model.graph.input] == ["image", "features"]
-    assert [imported.version for imported in model.opset_import if not imported.domain] == [18]
-
-
-@needs_onnx
-def test_opset_17_has_its_own_forms(made, tiny_backbone, tmp_path):
-    import onnx
-
-    part = make_part("kernels", tiny_backbone, made("resfu-universal"), SIZE)
-    assert export_part(part, tmp_path / "k.onnx", opset=17).difference < 1e-4
-    model = onnx.load(tmp_path / "k.onnx")
-    assert [imported.version for imported in model.opset_import if not imported.domain] == [17]
+    assert [imported.version for imported in model.opset_import if not imported.domain] == [opset]
     means = [node for node in model.graph.node if node.op_type == "ReduceMean"]
-    assert means and all(len(node.input) == 1 for node in means)
+    assert means and all(len(node.input) == (1 if opset == 17 else 2) for node in means)
 
 
 @needs_onnx
@@ -97,7 +95,7 @@ def test_opset_17_has_its_own_forms(made, tiny_backbone, tmp_path):
 def test_onnx_with_a_batch_that_may_change(part, made, tiny_backbone, tmp_path):
     import onnxruntime
 
-    wanted = make_part(part, tiny_backbone, made("jbu"), SIZE, channels=5)
+    wanted = make_part(part, tiny_backbone, made("bilinear"), SIZE, channels=5)
     assert export_part(wanted, tmp_path / "x.onnx", dynamic=["batch"]).difference < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
     inputs = wanted.inputs(4, SIZE)
@@ -105,11 +103,19 @@ def test_onnx_with_a_batch_that_may_change(part, made, tiny_backbone, tmp_path):
     assert len(found) == 4 and found.shape[1] == (C if part == "backbone" else 5)
 
 
-@pytest.mark.parametrize("name", ["nearest", "affinity", "resfu-universal", "guided"])
+@pytest.mark.parametrize("name", ["nearest", "affinity", "resfu-universal"])
 def test_programs_with_a_batch_that_may_change(name, made, tiny_backbone, tmp_path):
-    part = make_part("fused", tiny_backbone, made(name), SIZE)
+    part = make_part("kernels", tiny_backbone, made(name), SIZE)
     found = export_part(part, tmp_path / "x.pt2", Format.pt2, dynamic=["batch"])
     assert found.difference < 1e-4  # of a batch of three, too
+
+
+@pytest.mark.parametrize("part", ["kernels", "reassemble"])
+@pytest.mark.parametrize("name", ["nearest", "bilinear"])
+def test_programs_with_sizes_that_may_change(name, part, made, tiny_backbone, tmp_path):
+    wanted = make_part(part, tiny_backbone, made(name), SIZE)
+    found = export_part(wanted, tmp_path / "x.pt2", Format.pt2, dynamic=["batch", "size"])
+    assert found.difference < 1e-4  # of another size, too
 
 
 @pytest.mark.parametrize("size", [(12, 20), (14, 17)], ids=["whole ratios", "others"])
@@ -160,7 +166,7 @@ def test_a_file_that_differs_is_not_kept(made, tiny_backbone, tmp_path, monkeypa
     assert not folder.exists()
 
 
-def test_what_cannot_be_exported_is_refused_in_a_sentence(made, tiny_backbone):
+def test_what_cannot_be_exported_is_refused_in_a_sentence(made, tiny_backbone, capfd):
     with pytest.raises(UsageError, match="bicubic cannot be exported; nearest, "):
         make_part("fused", tiny_backbone, made("bicubic"), SIZE)
     with pytest.raises(UsageError, match="carafe is not linear in its values"):
@@ -168,9 +174,11 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(made, tiny_backbone):
     part = make_part("fused", tiny_backbone, made("nearest"), SIZE)
     with pytest.raises(UsageError, match="positional embeddings are resized at export"):
         record(part, ["size"])
-    part = make_part("kernels", tiny_backbone, made("affinity"), SIZE)
+    part = make_part("reassemble", tiny_backbone, made("resfu"), SIZE)
     with pytest.raises(UsageError, match="cannot be exported with dynamic size"):
         record(part, ["size"])
+    # PyTorch prints the graph that it gave up on.
+    assert capfd.readouterr() == ("", "")
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -194,7 +202,16 @@ def shipped(backbone_file, monkeypatch):
 
 def test_the_command_writes_a_file_and_a_script_that_runs(shipped, pictures, tmp_path):
     out = tmp_path / "model"
-    options = ["--format", "pt2", "--upsampler", "jbu", "--image-size", "32x48", "--json", "-q"]
+    options = [
+        "--format",
+        "pt2",
+        "--upsampler",
+        "bilinear",
+        "--image-size",
+        "32x48",
+        "--json",
+        "-q",
+    ]
     code, text = run("-o", str(out), *options)
     assert code == 0
     (file,) = json.loads(text)["files"]
