@@ -25,6 +25,7 @@ COMMANDS = (
     ("extract", "extract", FEATURES),
     ("train", "train", FEATURES),
     ("probe", "probe", FEATURES),
+    ("export", "export", FEATURES),
     ("bench", "bench", TOOLS),
     ("models", "models", TOOLS),
     ("build", "build", TOOLS),

@@ -32,8 +32,10 @@ def over_channels(function: Callable[..., Tensor], like: Tensor, *others: Tensor
         like: ``[B, C, H, W]``, of the size of the result.
     """
     channels = like.shape[1]
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        return function(like, *others)
     step = max(1, _CHUNK_BYTES // max(1, like[:, :1].numel() * like.element_size()))
-    if like.device.type != "cpu" or step >= channels or torch.compiler.is_compiling():
+    if step >= channels:
         return function(like, *others)
     parts = (
         function(*(t[:, c : c + step] for t in (like, *others))) for c in range(0, channels, step)

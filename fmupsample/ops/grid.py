@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ _P, _R = ParamSpec("_P"), TypeVar("_R")
 
 
 def table(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Remember the last 256 results, but for compiled code.
+    """Remember the last 256 results, but for code that is compiled or exported.
 
     There the function becomes part of the graph, in which sizes may be symbols; it must not look at
     the numbers in its tensors.
@@ -29,7 +29,8 @@ def table(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for n in args)
+        if traced:
             return function(*args, **kwargs)
         return remembered(*args, **kwargs)
 
@@ -50,18 +51,32 @@ class AxisPlan:
         base: int64 ``[N]``, the first LR cell of a pixel before any offset; may be -1.
         fraction: float64 ``[N]`` in [0, 1), the share of cell ``base + 1``; zeros for integer
             neighbours.
-        first: base cell of the first group; group ``g`` has base ``first + g``.
-        starts: first pixel of each group, and N at the end: ``groups + 1`` numbers.
-        slots: slots per group.
     """
 
     cells: int
     pixels: int
     base: Tensor
     fraction: Tensor
-    first: int
-    starts: tuple[int, ...]
-    slots: int
+
+    @cached_property
+    def first(self) -> int:
+        """Base cell of the first group; group ``g`` has base ``first + g``."""
+        return int(self.base[0])
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First pixel of each group, and N at the end: ``groups + 1`` numbers."""
+        counts = self._counts
+        return (*(torch.cumsum(counts, 0) - counts).tolist(), self.pixels)
+
+    @cached_property
+    def slots(self) -> int:
+        """Slots per group."""
+        return int(self._counts.max())
+
+    @property
+    def _counts(self) -> Tensor:
+        return torch.bincount(self.base - self.base[0])
 
     @property
     def groups(self) -> int:
@@ -69,7 +84,8 @@ class AxisPlan:
 
     def part(self, first: int, last: int) -> AxisPlan:
         """The plan of pixels ``first .. last`` alone, on the same cells."""
-        return _plan(self.cells, self.base[first:last], self.fraction[first:last])
+        base = self.base[first:last]
+        return AxisPlan(self.cells, len(base), base, self.fraction[first:last])
 
     def runs(self, g0: int, g1: int) -> list[tuple[int, int, int]]:
         """The groups ``g0 .. g1`` as runs of equally long ones: ``(first, last + 1, length)``."""
@@ -89,19 +105,19 @@ class AxisPlan:
         return (group - g0) * self.slots + pixels - torch.tensor(self.starts)[group]
 
 
-@lru_cache(maxsize=256)
+@table
 def plan_axis(cells: int, pixels: int, fractional: bool) -> AxisPlan:
     """Plan an axis for fractional neighbours (bilinear samples) or integer ones (whole cells)."""
     numerator = _numerator(torch.arange(pixels, dtype=torch.int64), cells, pixels, fractional)
     base = numerator // (2 * pixels)
     remainder = numerator - base * (2 * pixels)
     fraction = remainder.double() / (2 * pixels) if fractional else torch.zeros(pixels).double()
-    return _plan(cells, base, fraction)
+    return AxisPlan(cells, pixels, base, fraction)
 
 
 def base_cells(cells: int, pixels: int, fractional: bool) -> Tensor:
     """int64 ``[N]``: :attr:`AxisPlan.base`, in compiled code too."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which cannot make objects of tables
         pixel = torch.arange(pixels, dtype=torch.int64)
         return _numerator(pixel, cells, pixels, fractional) // (2 * pixels)
     return plan_axis(cells, pixels, fractional).base
@@ -115,20 +131,6 @@ def base_cell(pixel: int, cells: int, pixels: int, fractional: bool) -> int:
 def _numerator(pixel, cells: int, pixels: int, fractional: bool):
     """The LR coordinate of a pixel's centre, plus 1/2 for integer neighbours, times ``2N``."""
     return (2 * pixel + 1) * cells - (pixels if fractional else 0)
-
-
-def _plan(cells: int, base: Tensor, fraction: Tensor) -> AxisPlan:
-    counts = torch.bincount(base - base[0])
-    starts = torch.cumsum(counts, 0) - counts
-    return AxisPlan(
-        cells=cells,
-        pixels=len(base),
-        base=base,
-        fraction=fraction,
-        first=int(base[0]),
-        starts=(*starts.tolist(), len(base)),
-        slots=int(counts.max()),
-    )
 
 
 @table

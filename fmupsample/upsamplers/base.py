@@ -157,7 +157,10 @@ class Upsampler(nn.Module):
                     f"{self.name}: guidance {list(guidance.shape)} is smaller than the features "
                     f"{list(x.shape)}; the call is up(features, guidance) - are they swapped?"
                 )
-        height, width = (int(n) for n in (size or guidance.shape[-2:]))
+        # A size that an exported program leaves open is none to turn into a number.
+        height, width = (
+            n if isinstance(n, torch.SymInt) else int(n) for n in (size or guidance.shape[-2:])
+        )
         if height < h or width < w:
             raise ShapeError(
                 f"{self.name}: output size {height}x{width} is smaller than the features {h}x{w}; "

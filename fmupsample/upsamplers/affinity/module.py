@@ -141,8 +141,8 @@ class Affinity(UniversalUpsampler):
         spread = (square - mean.square()).clamp_min(0).add(_SMALLEST_SPREAD).sqrt()
         padding = [n for axis in axes[::-1] for n in axis.missing]
         found = self.keys(F.pad(torch.cat([mean, spread], 1), padding, mode="replicate"))
-        keys = part.new_zeros(len(part), found.shape[1], *cells)
-        means = part.new_zeros(len(part), 3, *cells)
+        keys = part.new_zeros(part.shape[0], found.shape[1], *cells)
+        means = part.new_zeros(part.shape[0], 3, *cells)
         rows, columns = (axis.cells for axis in axes)
         inner = tuple(axis.inner for axis in axes)
         keys[..., rows, columns] = found
