@@ -1,4 +1,4 @@
-"""What files, lists and terminals of others must not do: each is refused, or shown, in a sentence."""
+"""What files, lists and terminals of others lead to: a sentence, and nothing else."""
 
 from __future__ import annotations
 

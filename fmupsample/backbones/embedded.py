@@ -143,9 +143,7 @@ def load_backbone_file(path: str | Path) -> tuple[nn.Module, BackboneHeader]:
         )
     odd = [v.dtype for v in state.values() if v.is_floating_point() and v.dtype not in _FLOATS]
     if odd:
-        raise BackboneError(
-            f"{path} holds numbers of {odd[0]}, which are not read; save as float16"
-        )
+        raise BackboneError(f"{path} holds {odd[0]}; save its weights as torch.float16")
     if not all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point()):
         raise BackboneError(f"{path} holds weights that are not finite; get it again")
     model.load_state_dict(state)
