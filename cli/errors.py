@@ -14,7 +14,7 @@ import traceback
 import typer
 
 from fmupsample.distributed import leads
-from fmupsample.errors import FmupsampleError, ProcessError
+from fmupsample.errors import FmupsampleError, ProcessError, one_line
 
 INTERRUPTED = 130
 
@@ -38,6 +38,9 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     Prints one line ``error: ...`` on stderr instead of a traceback; with FMUPSAMPLE_DEBUG=1 the
     traceback stands above it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that knows few characters is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         result = app(args=arguments, prog_name="fmupsample", standalone_mode=False)
     except SystemExit as stop:  # raised by Typer on a broken pipe, and by rich
@@ -54,8 +57,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
         code = result if isinstance(result, int) else 0
     if code == INTERRUPTED and leads():
         _say("interrupted", None, prefix="")
-    _close_quietly()
-    return code
+    return _close(code)
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -104,17 +106,26 @@ def _say(message: str, error: Exception | None, prefix: str = "error: ") -> None
     try:
         if error is not None and debugging():
             traceback.print_exception(error)
-        print(f"{prefix}{message}", file=sys.stderr)
-    except BrokenPipeError:
+        print(f"{prefix}{one_line(message)}", file=sys.stderr)
+    except OSError:  # nobody reads it, or the disk that it goes to is full
         pass
 
 
-def _close_quietly() -> None:
-    """Flush stdout; a reader that went away (``| head``) is no error worth a message."""
+def _close(code: int) -> int:
+    """Flush stdout and return the exit code: ``code``, or 1 if stdout could not be written.
+
+    A reader that went away (``| head``) is no error worth a message.
+    """
+    if sys.stdout is None:  # the process was started without one
+        return code
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes again at exit: give it a place where that works.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError:  # closed already
         pass
+    except OSError as error:
+        # Python flushes again at exit: give it a place where that works.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _say(f"standard output cannot be written: {error.strerror}", error)
+            return code or 1
+    return code

@@ -99,6 +99,8 @@ def _fit_head(
             progress=progress,
             say=lambda message: note(message, quiet=quiet),
         )
+    if report is None:  # another run has trained it meanwhile
+        return
     note(f"the head is kept in {report.output} for later runs", quiet=quiet)
     if report.score is not None and not report.score.better:
         warn(

@@ -17,6 +17,8 @@ from rich.progress import Progress as RichBar
 from rich.status import Status
 from rich.text import Text
 
+from fmupsample.errors import one_line
+
 # Everything for people goes through this console; standard output is kept for results.
 console = Console(stderr=True, highlight=False)
 
@@ -24,12 +26,12 @@ console = Console(stderr=True, highlight=False)
 def note(message: str, *, quiet: bool = False) -> None:
     """One dim line on standard error about what is being done."""
     if not quiet:
-        console.print(Text(message, style="dim"), soft_wrap=True)
+        console.print(Text(one_line(message), style="dim"), soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """One line ``warning: ...`` on standard error."""
-    console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+    console.print(Text.assemble(("warning: ", "yellow"), one_line(message)), soft_wrap=True)
 
 
 class BuildLine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from fmupsample.errors import one_line
 
 
 def print_summary(
@@ -24,7 +27,9 @@ def print_summary(
     if as_json:
         print_json(payload)
         return
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, show_header=False)
+    table = Table(
+        title=Text(one_line(title)), title_justify="left", box=box.SIMPLE, show_header=False
+    )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in rows.items():
@@ -40,7 +45,9 @@ def print_table(
     right: Sequence[str] = (),
 ) -> None:
     """A table of several columns; those named in ``right`` are right-aligned."""
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE)
+    table = Table(
+        title=Text(one_line(title)) if title else None, title_justify="left", box=box.SIMPLE
+    )
     for place, column in enumerate(columns):
         table.add_column(
             column,
@@ -55,7 +62,10 @@ def print_table(
 
 def print_json(payload: Any) -> None:
     """``payload`` as indented JSON on standard output; numbers JSON cannot hold become null."""
-    print(json_text(payload))
+    text = json_text(payload)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    # JSON has escapes of its own for characters that the encoding lacks.
+    print(text if encoding.lower().startswith("utf") else json.dumps(json.loads(text), indent=2))
 
 
 def json_text(payload: Any) -> str:
@@ -110,7 +120,7 @@ def _text(value: Any) -> str:
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if abs(value) >= 10000 else str(value)
-    return str(value)
+    return one_line(str(value))
 
 
 def _finite(value: Any) -> Any:

@@ -10,11 +10,13 @@ import contextlib
 import errno
 import itertools
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _PREFIX, _SUFFIX = ".fmupsample-", ".part"
 _numbers = itertools.count()
+_TOKEN = secrets.token_hex(4)  # of this process
 
 
 def temporary_for(path: Path, extension: str = "") -> Path:
@@ -23,8 +25,9 @@ def temporary_for(path: Path, extension: str = "") -> Path:
     Args:
         extension: at its end, for who goes by that.
     """
-    rank = os.environ.get("RANK", "0")  # processes of two machines may have the same number
-    return path.with_name(f"{_PREFIX}{rank}-{os.getpid()}-{next(_numbers)}{_SUFFIX}{extension}")
+    # Processes of two machines or containers may have the same number.
+    own = f"{os.getpid()}-{_TOKEN}-{next(_numbers)}"
+    return path.with_name(f"{_PREFIX}{own}{_SUFFIX}{extension}")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,14 @@ with ``exit_code``.
 from __future__ import annotations
 
 
+def one_line(text: str) -> str:
+    """``text`` as a terminal may show it: control characters become ``\\n``, ``\\x1b``, ...
+
+    What a message quotes may come from the header of any file.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class FmupsampleError(Exception):
     """Base of all errors raised on purpose; ``str(error)`` is the message for the user."""
 

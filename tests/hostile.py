@@ -459,6 +459,10 @@ HEADS = [
          "the head file FILE is damaged: ... has shape ..., its configuration asks for ...", 1),
     Case("a configuration that cannot be", changed(write_head, _option("groups", 0)),
          "the configuration in the head file FILE is unusable: ...", 1),
+    Case("a radius of -5, or of 1.5, in its configuration",
+         changed(write_head, _option("guided_radius", 1.5)),
+         "the configuration in the head file FILE is unusable: ReSFUConfig: guided_radius is of "
+         "type int, not '1.5'", 1),
     Case("a header nested 100,000 deep", changed(write_head, _header("card", "[" * 100_000)),
          "the header of the head file FILE is damaged: ...", 1),
 ]  # fmt: skip
@@ -493,6 +497,16 @@ WEIGHTS = [
          "FILE: the header cannot be understood (model_args may not hold 'checkpoint_path')", 1),
 ]  # fmt: skip
 
+
+def _npy_of_brackets() -> bytes:
+    return b"\x93NUMPY\x01\x00\x05\x00((((\n"
+
+
+def _endless(folder: Path) -> Path:
+    header = b'{"features": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 0]}}'
+    return file("x.safetensors", struct.pack("<Q", len(header)) + header)(folder)
+
+
 FEATURES = [
     Case("an empty file", file("x.safetensors", b""),
          "FILE is not a readable safetensors file (damaged or cut off?): ...", None),
@@ -512,6 +526,13 @@ FEATURES = [
              {"neighbours": "fine", "kernel_size": 3, "full": [1, 10**12], "crop": [1, 1],
               "size": [1, 1]}))),
          "the compact file FILE is damaged: its layout is not readable (...)", None),
+    Case("a layout of infinite size",
+         changed(write_compact, _header("layout", json.dumps(
+             {"neighbours": "fine", "kernel_size": 3, "full": [1, 1e999], "crop": [1, 1],
+              "size": [1, 1]}))),
+         "the compact file FILE is damaged: its layout is not readable (...)", None),
+    Case("an npy file whose header is `((((`", file("x.npy", _npy_of_brackets),
+         "FILE is not a readable feature file: ...", None),
     Case("a later version", changed(write_compact, _header("format", "fmupsample-compact/9")),
          "FILE has the format 'fmupsample-compact/9'; this version reads 'fmupsample-compact/1'",
          None),
@@ -555,6 +576,8 @@ SHARDS = [
          "FILE is not a readable shard (damaged or cut off?): ...", None),
     Case("cut off", _half_a_shard, "FILE is not a readable shard (damaged or cut off?): ...", None),
     Case("a sample cut off", _shard_of(cut(write_compact)), "FILE, sample sub/a is damaged: ...",
+         None),
+    Case("a sample of infinite size", _shard_of(_endless), "FILE, sample sub/a is damaged: ...",
          None),
     Case("a sample that is a pickle in disguise", _shard_of(_PICKLE),
          "FILE, sample sub/a is damaged: ...", None),

@@ -6,7 +6,7 @@ renamed, and writes down the states that a failure at that moment may leave:
 
 * names ahead: every rename took place, of the bytes only what was flushed, the rest is missing;
 * zeros: the same, with zeros in place of the bytes that are missing;
-* names behind: only names that were there when their folder was last flushed.
+* names behind: the names that were there when their folder was last flushed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Disk:
         self.folder = folder
         self.states: list[State] = []
         self._flushed: dict[int, bytes] = {}  # by inode
-        self._named: dict[Path, dict[str, int]] = {}  # inodes at the last flush of a folder
+        # At the last flush of a folder: of each name the inode, and what was flushed of it since.
+        self._named: dict[Path, dict[str, tuple[int, bytes]]] = {}
         self._lock = threading.RLock()
         fsync = os.fsync
 
@@ -53,9 +54,13 @@ class Disk:
     def _flush(self, handle: int) -> None:
         what, path = os.fstat(handle), Path(f"/proc/self/fd/{handle}").readlink()
         if stat.S_ISDIR(what.st_mode):
-            self._named[path] = {p.name: p.stat().st_ino for p in path.iterdir() if p.is_file()}
+            inodes = {p.name: p.stat().st_ino for p in path.iterdir() if p.is_file()}
+            self._named[path] = {n: (i, self._flushed.get(i, b"")) for n, i in inodes.items()}
         else:
-            self._flushed[what.st_ino] = path.read_bytes()
+            content = self._flushed[what.st_ino] = path.read_bytes()
+            for name, (inode, _) in self._named.get(path.parent, {}).items():
+                if inode == what.st_ino:
+                    self._named[path.parent][name] = (inode, content)
 
     def _look(self) -> None:
         there = {}
@@ -67,14 +72,17 @@ class Disk:
                 continue
         inodes = {inode for inode, _ in there.values()}
         self._flushed = {i: content for i, content in self._flushed.items() if i in inodes}
-        ahead, zeros, behind = {}, {}, {}
+        ahead, zeros = {}, {}
         for path, (inode, content) in there.items():
             name = str(path.relative_to(self.folder))
             kept = self._flushed.get(inode, b"")
             ahead[name] = kept
             zeros[name] = kept + bytes(len(content) - len(kept))
-            if self._named.get(path.parent, {}).get(path.name) == inode:
-                behind[name] = kept
+        behind = {
+            str((folder / name).relative_to(self.folder)): content
+            for folder, named in self._named.items()
+            for name, (_, content) in named.items()
+        }
         self.states += [ahead, zeros, behind]
 
 

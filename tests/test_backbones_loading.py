@@ -11,7 +11,8 @@ from urllib.error import HTTPError
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg
 
 from fmupsample.backbones import hub, load_backbone
@@ -117,6 +118,22 @@ def test_a_wrong_header_is_explained(backbone_file, changes, message):
     path = backbone_file(**changes)
     with pytest.raises(BackboneError, match=message):
         load_backbone("embedded", weights=path)
+
+
+def test_numbers_that_torch_cannot_check_are_refused(backbone_file):
+    path = backbone_file()
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = {name: v.to(torch.float8_e4m3fn) for name, v in load_file(path).items()}
+    save_file(state, path, metadata)
+    with pytest.raises(BackboneError, match=r"holds torch.float8_e4m3fn; save its weights"):
+        load_backbone("embedded", weights=path)
+
+
+@pytest.mark.parametrize("change", [{"mean": "[0, 0, 1e999]"}, {"std": "[1, 1, 0]"}])
+def test_means_that_cannot_be(backbone_file, change):
+    with pytest.raises(BackboneError, match="header cannot be understood"):
+        load_backbone("embedded", weights=backbone_file(**change))
 
 
 def test_a_cut_backbone_file_is_damaged(backbone_file):

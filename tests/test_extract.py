@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -487,3 +488,23 @@ def test_nan_is_never_written(photos: Path, tmp_path: Path, format: str) -> None
     assert len(report.failed) == 4 and not report.done
     assert all("holds NaN or infinity" in record["error"] for record in report.failed)
     assert files(tmp_path / "out") == set()
+
+
+def test_names_too_long_for_the_disk_are_failures(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "in" / "/".join(["d" * 200] * 12)
+    draw(folder / "a.png")
+    draw(tmp_path / "in/b.png")
+    out = tmp_path / "/".join(["o" * 200] * 8)
+    report = run(tmp_path / "in", out)
+    assert [r["relative"] for r in report.done] == ["b.png"] and len(report.failed) == 1
+    assert "cannot be written: File name too long" in report.failed[0]["error"]
+
+
+def test_the_estimate_leaves_unreadable_pictures_out(photos: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    run(photos, tmp_path / "a", say=said.append)
+    for i in range(4):
+        (photos / f"bad{i}.png").write_text("no picture")
+    run(photos, tmp_path / "b", say=said.append)
+    need = [re.search(r"pictures, (?:about )?(\S+ \S+) in", text)[1] for text in said]
+    assert need[0] == need[1]

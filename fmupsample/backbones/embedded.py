@@ -24,6 +24,7 @@ from fmupsample.backbones.model_args import check_architecture, check_model_args
 from fmupsample.errors import BackboneError
 
 FORMAT = "fmupsample-backbone/1"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIELDS = ("architecture", "model_args", "tag", "mean", "std", "image_size", "card")
 
 
@@ -95,6 +96,8 @@ def read_header(path: str | Path) -> BackboneHeader:
         mean, std = (tuple(float(v) for v in json.loads(metadata[k])) for k in ("mean", "std"))
         if len(mean) != 3 or len(std) != 3:
             raise ValueError("mean and std must have three numbers each")
+        if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise ValueError("mean and std must be finite, and std positive")
         return BackboneHeader(
             architecture=check_architecture(metadata["architecture"]),
             model_args=check_model_args(
@@ -106,7 +109,7 @@ def read_header(path: str | Path) -> BackboneHeader:
             image_size=int(metadata["image_size"]),
             card=dict(json.loads(metadata["card"])),
         )
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise BackboneError(f"{path}: the header cannot be understood ({error})") from error
 
 
@@ -138,6 +141,9 @@ def load_backbone_file(path: str | Path) -> tuple[nn.Module, BackboneHeader]:
             f"{path} does not hold the weights of {header.architecture}: "
             f"{'; '.join(filter(None, parts))}"
         )
+    odd = [v.dtype for v in state.values() if v.is_floating_point() and v.dtype not in _FLOATS]
+    if odd:
+        raise BackboneError(f"{path} holds {odd[0]}; save its weights as torch.float16")
     if not all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point()):
         raise BackboneError(f"{path} holds weights that are not finite; get it again")
     model.load_state_dict(state)

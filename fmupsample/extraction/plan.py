@@ -286,7 +286,7 @@ def sort_out(
             if record["output"] == name:
                 plan.skipped.append(record)
                 continue
-            if not (out / output).exists():
+            if not _exists(out / output):
                 plan.moves.append((PurePosixPath(record["output"]), {**record, "output": name}))
                 continue
         if not overwrite:
@@ -342,10 +342,18 @@ def check_options(out: Path, manifest: Manifest, plan: Plan) -> None:
         )
 
 
+def _exists(path: Path) -> bool:
+    """Whether it is there; a name that is too long for the disk is not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _check_free(out: Path, output: PurePosixPath, key: str, owner: dict[str, str]) -> None:
     """Whether the file at ``output`` may be written: not there, or this picture's own."""
     mine = owner.get(str(output))
-    if mine == key or not (out / output).exists():
+    if mine == key or not _exists(out / output):
         return
     if mine is None:
         raise UsageError(
@@ -371,15 +379,14 @@ def _estimate(plan: Plan, pipeline: Pipeline, out: Path, replaced: int) -> None:
         except ImageError:
             continue  # it will be reported when its turn comes
 
+    looked_at = len(plan.tasks[::step])
+
     def needed(options: ExtractOptions) -> int:
-        total, count = 0, 0
+        total = 0
         for size in sizes:
-            try:
+            with contextlib.suppress(ImageError):
                 total += options.file_bytes(pipeline, size)
-                count += 1
-            except ImageError:
-                continue
-        return round(total / count * len(plan.tasks)) if count else 0
+        return round(total / max(1, looked_at) * len(plan.tasks))  # unreadable ones take nothing
 
     plan.bytes_needed = needed(plan.options)
     if not plan.tasks:

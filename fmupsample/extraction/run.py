@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fmupsample._version import __version__
-from fmupsample.atomic import remove_leftovers
+from fmupsample.atomic import remove_leftovers, sync
 from fmupsample.device import is_out_of_memory
 from fmupsample.distributed import Team
 from fmupsample.errors import FmupsampleError, OutputError
@@ -213,7 +214,7 @@ class Run:
     def tidy(self) -> None:
         """Remove what killed runs left, and rename results whose name is another one now."""
         folders = {self.out} | {(self.out / task.output).parent for task in self.plan.tasks}
-        remove_leftovers(folder for folder in folders if folder.is_dir())
+        remove_leftovers(folder for folder in folders if os.path.isdir(folder))  # noqa: PTH112
         self.manifest.foresee(record for _, record in self.plan.moves)
         for old, record in self.plan.moves:
             new = self.out / record["output"]
@@ -236,6 +237,9 @@ class Run:
                 last = time.perf_counter()
                 self.collect(writer.finished())
             self.collect(writer.close())
+            for folder in {path.parent for path in map(self.path, self.tasks)}:
+                if os.path.isdir(folder):  # noqa: PTH112 - a name may be too long
+                    sync(folder)
         except BaseException:
             items.close()
             with contextlib.suppress(Exception):

@@ -81,7 +81,7 @@ def open_part(
         found, meta = _safetensors_inside(data)
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError,
-        SyntaxError, TokenError,
+        SyntaxError, TokenError, OverflowError, MemoryError,
     ) as error:  # fmt: skip
         raise FeaturesError(f"{shown} is damaged: {str(error).partition(chr(10))[0]}") from error
     return _array(shown, found, meta, device)
@@ -145,7 +145,9 @@ def _compact(
 
     try:
         layout = Layout.from_json(meta["layout"])
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (
+        KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise damaged(f"its layout is not readable ({error})") from error
     values, weights = found.get("values"), found.get("weights")
     if values is None or values.ndim != 3 or values.dtype not in _FLOATS or not values.numel():
@@ -168,7 +170,10 @@ def _numpy(path: Path) -> Tensor:
             raise ValueError(f"it holds {array.dtype} {list(array.shape)}, not features [C, H, W]")
         return torch.from_numpy(array)
     # numpy reads the header as Python does.
-    except (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError) as error:
+    except (
+        OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, OverflowError,
+        RecursionError, MemoryError,
+    ) as error:  # fmt: skip
         reason = str(error).partition("\n")[0]
         raise FeaturesError(
             f"{printable(path)} is not a readable feature file: {reason}"

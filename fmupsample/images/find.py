@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fmupsample.errors import UsageError
+from fmupsample.errors import UsageError, one_line
 
 # What a folder is searched for: formats that Pillow decodes by itself. Left out are those for which
 # it starts another program (EPS), or only recognises the file (HDF5, GRIB, MPEG).
@@ -22,6 +22,7 @@ EXTENSIONS = frozenset(
 # Where frames are wanted as well.
 VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 _MAGIC = frozenset("*?[")
+_LONGEST_LIST = 256 << 20  # bytes; a device such as /dev/zero never ends
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def storable(path: str | os.PathLike[str]) -> str:
 
 def printable(path: str | os.PathLike[str]) -> str:
     """``path`` for a message of one line: control characters become ``\\n``, ``\\x1b``, ..."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in storable(path))
+    return one_line(storable(path))
 
 
 def find_images(
@@ -142,7 +143,7 @@ def _named(
     if list_file is None:
         return
     base, text = _read_list(list_file)
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for number, raw in enumerate(text.split("\n"), start=1):
         line = raw.strip()
         if not line or line.startswith("#"):
             continue
@@ -153,18 +154,23 @@ def _named(
 
 
 def _read_list(list_file: str | Path) -> tuple[Path, str]:
-    if str(list_file) == "-":
-        return Path(), sys.stdin.read()
-    path = Path(list_file)
+    base, shown = Path(list_file).parent, printable(list_file)
     try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        if str(list_file) == "-":
+            # The bytes: paths are not in the encoding that Python guesses for the terminal.
+            content = getattr(sys.stdin, "buffer", sys.stdin).read(_LONGEST_LIST + 1)
+        else:
+            with Path(list_file).open("rb") as file:
+                content = file.read(_LONGEST_LIST + 1)
     except OSError as error:
-        raise UsageError(
-            f"the list {printable(path)} cannot be read: {error.strerror or error}"
-        ) from error
-    if "\0" in text:
-        raise UsageError(f"the list {printable(path)} is not text: it must hold one path a line")
-    return path.parent, text
+        raise UsageError(f"the list {shown} cannot be read: {error.strerror or error}") from error
+    if len(content) > _LONGEST_LIST:
+        raise UsageError(f"the list {shown} is longer than {_LONGEST_LIST >> 20} MB: cut it up")
+    if isinstance(content, bytes):
+        content = content.decode("utf-8-sig", "surrogateescape")
+    if "\0" in content:
+        raise UsageError(f"the list {shown} is not text: it must hold one path a line")
+    return base, content
 
 
 class _Search:

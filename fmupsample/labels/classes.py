@@ -119,6 +119,9 @@ class ClassTable:
         twice = [v for v in set(self.values) if self.values.count(v) > 1]
         if twice:
             raise UsageError(f"two classes have the value {value_text(min(twice))}")
+        odd = [v for v in (*self.values, *self.ignored) if not -(2**31) <= v < 2 * COLOUR]
+        if odd:
+            raise UsageError(f"{str(odd[0])[:20]} is no value of a label file")
         both = sorted(set(self.values) & set(self.ignored))
         if both:
             raise UsageError(
@@ -240,7 +243,10 @@ def parse_classes(text: str) -> list[Given]:
             raise UsageError(f"--classes: {printable(path)} cannot be read: {error}") from error
         try:
             given = _from_text(content, path.suffix.lower())
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError,
+            csv.Error,
+        ) as error:  # fmt: skip
             raise UsageError(f"--classes: {printable(path)} is not understood: {error}") from error
     if len(given) < 2 or not all(g.name for g in given):
         raise UsageError(
@@ -348,7 +354,7 @@ def parse_ignore(texts: Sequence[str] | None) -> tuple[int, ...] | None:
                 continue
             except ValueError as error:
                 raise UsageError(f"--ignore {word}: {error}") from error
-        if not word.isdigit():
+        if not re.fullmatch("[0-9]{1,8}", word) or int(word) >= COLOUR:
             raise UsageError(
                 f"--ignore {word!r} is not understood: give numbers (0,255), colours (#000000) or "
                 "none"

@@ -14,7 +14,7 @@ from fmupsample.images.find import printable
 from fmupsample.images.read import read_size
 from fmupsample.labels.classes import COLOUR
 from fmupsample.labels.layouts import Pair
-from fmupsample.labels.values import read_values
+from fmupsample.labels.values import UNREADABLE_ARRAY, read_values
 
 SCALE = 1000.0  # units a metre: millimetres, as NYU's and most cameras' files
 MOST_UNITS = 65535
@@ -33,7 +33,7 @@ def read_depth(path: Path, scale: float = SCALE, size: tuple[int, int] | None = 
     if path.suffix.lower() == ".npy":
         try:
             values = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except UNREADABLE_ARRAY as error:
             raise ImageError(f"the depths {shown} cannot be read: {error}") from error
         if values.ndim != 2 or values.dtype.kind not in "fui":
             raise ImageError(

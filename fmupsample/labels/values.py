@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from fmupsample.labels.classes import COLOUR, IGNORE, pack_colours
 
 # Modes whose pixels are numbers as they stand; P gives the index and not the colour.
 _NUMBERS = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N")
+# What np.load raises on damaged files: it reads the header of one as Python does.
+UNREADABLE_ARRAY = (
+    OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, RecursionError, MemoryError,
+)  # fmt: skip
 _LOSSY = ("JPEG", "MPO")
 
 
@@ -74,7 +79,7 @@ def _read_array(path: Path) -> np.ndarray:
     check_regular(path, "file of labels")
     try:
         values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE_ARRAY as error:
         raise ImageError(f"the labels {printable(path)} cannot be read: {error}") from error
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "uib":
         kind = f"{values.dtype} {list(values.shape)}" if hasattr(values, "dtype") else "an archive"

@@ -24,7 +24,7 @@ from fmupsample.errors import UsageError
 from fmupsample.images.find import Source, printable
 from fmupsample.images.read import read_size
 from fmupsample.images.size import Frame
-from fmupsample.labels.classes import IGNORE, ClassTable, class_colours
+from fmupsample.labels.classes import IGNORE, MOST, ClassTable, class_colours
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def _names(data: Any, listed: list[Any], shown: str) -> list[str]:
         return names
     labels = [e.get("class") for e in listed if isinstance(e, dict)]
     if labels and all(isinstance(v, int) for v in labels):
+        if max(labels) >= MOST:
+            raise UsageError(f"{shown}: class {max(labels)} is too large: there can be {MOST}")
         return [str(n) for n in range(max(labels) + 1)]
     return list(dict.fromkeys(str(v) for v in labels))
 

@@ -230,7 +230,9 @@ def load_probe(path: str | Path) -> Probe:
     try:
         facts = {k: json.loads(metadata[k]) for k in _KEYS}
         probe = _from_facts(linear, facts)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError,
+    ) as error:  # fmt: skip
         raise ProbeError(f"the header of the probe file {shown} is damaged: {error!r}") from error
     except FmupsampleError as error:
         raise ProbeError(f"the header of the probe file {shown} is damaged: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fmupsample.training.run import Say, TrainReport, train
 from fmupsample.upsamplers.loading import find_head
 from fmupsample.upsamplers.resfu import ReSFU
 from fmupsample.upsamplers.resfu.module import UNIVERSAL
+from fmupsample.writers.lock import FolderLock
 
 # A few minutes: enough to be sharper than bilinear interpolation, not all that a head can learn.
 _STEPS, _STEPS_GPU = 150, 600
@@ -38,8 +40,10 @@ def fit_head(
     config: TrainConfig | None = None,
     progress: Progress = SILENT,
     say: Say = lambda _: None,
-) -> TrainReport:
+) -> TrainReport | None:
     """Train a head for ``backbone`` on ``sources`` with a short budget, into the cache.
+
+    Another process that trains the same head is waited for; ``None``: it has made the head.
 
     Args:
         config: instead of the short budget.
@@ -47,6 +51,25 @@ def fit_head(
     Raises:
         UsageError: too few or too small pictures.
     """
+    path = fitted_head_path(backbone, upsampler)
+    there = path.exists()
+    waiting = partial(say, f"another run trains the {upsampler} head: waiting for it")
+    with FolderLock(path.with_suffix(".fitting"), wait=waiting):
+        if path.exists() and not there:
+            return None
+        return _fit(backbone, sources, upsampler, path, device, config, progress, say)
+
+
+def _fit(
+    backbone: Backbone,
+    sources: Sequence[Source],
+    upsampler: str,
+    path: Path,
+    device: torch.device,
+    config: TrainConfig | None,
+    progress: Progress,
+    say: Say,
+) -> TrainReport:
     say(f"there is no {upsampler} head for {backbone.name}: training one on these pictures")
     # A head for any backbone, where there is one, knows most of what is to be learned.
     start = find_head(backbone, UNIVERSAL) if upsampler == ReSFU.name else None
@@ -57,7 +80,7 @@ def fit_head(
     return train(
         backbone,
         sources,
-        fitted_head_path(backbone, upsampler),
+        path,
         config,
         start_from=start,
         device=device,

@@ -29,7 +29,12 @@ from fmupsample.progress import SILENT, Progress
 from fmupsample.threads import cores
 from fmupsample.training.cache import plan_crops
 from fmupsample.training.checkpoint import NAME as CHECKPOINT
-from fmupsample.training.checkpoint import load_checkpoint, save_checkpoint
+from fmupsample.training.checkpoint import (
+    content_mark,
+    damaged,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.data import (
     LabelFile,
@@ -169,26 +174,26 @@ def train(
         KeyboardInterrupt: after Ctrl-C, with a checkpoint written.
     """
     output = Path(output)
-    work = work_folder(output) if work is None else Path(work)
+    beside = work_folder(output)
+    work = beside if work is None else Path(work)
     if output.suffix != ".safetensors":
         raise UsageError(f"the head {printable(output)} must be named *.safetensors")
-    with world(device) as here, _own_randomness(here.device):
-        lock = FolderLock(work) if here.leads else contextlib.nullcontext()
-        with lock:
-            if here.leads:
-                _clear_the_way(output, work, resume=resume, overwrite=overwrite)
-            here.wait()
-            backbones = list(backbone) if isinstance(backbone, Sequence) else [backbone]
-            run = _Run(
-                backbones, here, output, work, progress, say if here.leads else lambda _: None
-            )
-            run.prepare(
-                config or TrainConfig(), sources, validation, labels, masks, start_from, keep_bytes,
-                _default_workers(here.device) if workers is None else workers,
-            )  # fmt: skip
-            if resume:
-                run.go_on()
-            return run.run(data, recipe)
+    with world(device) as here, _own_randomness(here.device), contextlib.ExitStack() as locks:
+        if here.leads:
+            # The folder beside the head too: runs with other work folders may write that head.
+            for folder in {os.path.realpath(each): each for each in (work, beside)}.values():
+                locks.enter_context(FolderLock(folder))
+            _clear_the_way(output, work, resume=resume, overwrite=overwrite)
+        here.wait()
+        backbones = list(backbone) if isinstance(backbone, Sequence) else [backbone]
+        run = _Run(backbones, here, output, work, progress, say if here.leads else lambda _: None)
+        run.prepare(
+            config or TrainConfig(), sources, validation, labels, masks, start_from, keep_bytes,
+            _default_workers(here.device) if workers is None else workers,
+        )  # fmt: skip
+        if resume:
+            run.go_on()
+        return run.run(data, recipe)
 
 
 def _find_label_files(
@@ -425,10 +430,12 @@ class _Run:
 
     def _identify(self, squares: Sequence[Square]) -> str:
         """What a checkpoint must agree with besides the options."""
+        paths = {path for s in squares for path in (s.source.path, s.labels) if path}
+        marks = {path: content_mark(path) for path in paths}
         what = [
             self.here.size, [[each.fingerprint, each.layer] for each in self.backbones],
-            [[str(s.source.relative), s.size, s.part, bool(s.labels), s.label_weight]
-             for s in squares],
+            [[str(s.source.relative), s.size, s.part, marks[s.source.path],
+              s.labels and marks[s.labels], s.label_weight] for s in squares],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
@@ -457,7 +464,10 @@ class _Run:
             self.say(f"nothing to go on from in {printable(self.work)}: beginning")
             return
         state = load_checkpoint(path, self.config, self.identity)
-        self.trainer.load(state)
+        try:
+            self.trainer.load(state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UsageError(damaged(path)) from error
         self.resumed_at = self.trainer.step
         self.say(f"going on after step {self.trainer.step} of {self.config.steps}")
 

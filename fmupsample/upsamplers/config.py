@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from fmupsample.errors import UsageError
+
+# What a file may hold for a field, by how the field is annotated.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "str": (str,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+}
+
+
+def _check_kind(owner: str, name: str, annotation: str, value: Any) -> None:
+    kinds = _KINDS.get(annotation, (type(value),))
+    if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
+        raise UsageError(f"{owner}: {name} is of type {annotation}, not {str(value)[:40]!r}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,9 @@ class Config:
             raise UsageError(
                 f"{cls.__name__} has no option {', '.join(unknown)}; it has {sorted(known)}"
             )
+        for field in fields(cls):
+            if field.name in values:
+                _check_kind(cls.__name__, field.name, str(field.type), values[field.name])
         return cls(**values)
 
     def require_odd(self, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from fmupsample.errors import OutputError
@@ -23,12 +24,15 @@ class FolderLock:
     The lock belongs to the process: it is gone when the process is, however that ends. On systems
     and network disks without locks, runs are not protected from each other.
 
+    Args:
+        wait: wait for the other run to end, and be told so, instead of giving up.
+
     Raises:
         OutputError: the folder cannot be made or written, or another run holds the lock.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, wait: Callable[[], None] | None = None) -> None:
+        self.folder, self.wait = folder, wait
         self._created: list[Path] = []
         self._handle: int | None = None
 
@@ -37,7 +41,8 @@ class FolderLock:
         missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._created = missing
+            # Who waits is the last: the run before could not remove what is still in use.
+            self._created = missing or [self.folder] * (self.wait is not None)
             self._lock()
         except FileExistsError as error:
             raise OutputError(f"{shown} is a file; the output must be a folder") from error
@@ -52,10 +57,17 @@ class FolderLock:
     def _lock(self) -> None:
         path = self.folder / _LOCK
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                if self.wait is None:
+                    raise
+                # The run that was waited for has removed the folder.
+                self.folder.mkdir(parents=True, exist_ok=True)
+                continue
             try:
                 if fcntl is not None:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._take(handle)
                 # Between open and lock, a run that ended may have removed the file.
                 current = path.exists() and os.path.samestat(path.stat(), os.fstat(handle))
             except BlockingIOError:
@@ -67,6 +79,15 @@ class FolderLock:
                 self._handle = handle
                 return
             os.close(handle)
+
+    def _take(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if self.wait is None:
+                raise
+            self.wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):

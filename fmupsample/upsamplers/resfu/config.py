@@ -48,6 +48,11 @@ class ReSFUConfig(Config):
         if not (self.semantic or self.detail):
             raise UsageError("ReSFU needs the semantic pair, the detail pair, or both")
         self.require_odd("kernel_size")
+        if not 0 <= self.guided_radius <= 1024 or not 0 <= self.guided_eps < float("inf"):
+            raise UsageError(
+                f"ReSFU: guided_radius={self.guided_radius} must be from 0 to 1024 and guided_eps="
+                f"{self.guided_eps} at least 0"
+            )
         self.require_one_of("similarity", ("pcdc", "inner", "distance"))
         self.require_one_of("neighbours", ("fine", "coarse"))
         self.require_one_of("keys", ("learned", "projected"))
