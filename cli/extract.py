@@ -144,6 +144,7 @@ def extract(
     max_memory: o.MaxMemory = None,
     ray: Ray = None,
     overwrite: o.Overwrite = False,
+    prune: o.Prune = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -234,6 +235,7 @@ def extract(
                 output,
                 wanted,
                 overwrite=overwrite,
+                prune=prune,
                 progress=progress,
                 say=lambda message: note(message, quiet=quiet),
                 team=team,

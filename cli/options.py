@@ -281,6 +281,14 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Redo results that exist already.", rich_help_panel=RESULTS),
 ]
+Prune = Annotated[
+    bool,
+    typer.Option(
+        "--prune",
+        help="Delete results of pictures that are no longer there. Without it they stay.",
+        rich_help_panel=RESULTS,
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option(

@@ -51,6 +51,7 @@ def predict(
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
     overwrite: o.Overwrite = False,
+    prune: o.Prune = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -104,6 +105,7 @@ def predict(
                 output,
                 PredictOptions(overlay, npy),
                 overwrite=overwrite,
+                prune=prune,
                 progress=progress,
                 say=lambda message: note(message, quiet=quiet),
                 team=team,

@@ -209,6 +209,18 @@ def test_results_of_sources_that_are_away_stay(links: Path, tmp_path: Path) -> N
     assert len(run(links, out).skipped) == 3
 
 
+def test_prune_deletes_results_of_sources_that_are_gone(links: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(links, out)
+    (tmp_path / "disk/a.png").unlink()
+    (links / "b.png").unlink()
+    assert len(run(links, out).failed) == 1 and len(files(out)) == 3
+    report = run(links, out, prune=True)
+    assert len(report.failed) == 1 and len(report.skipped) == 1
+    assert files(out) == {"c.safetensors"}
+    assert {r["status"] for r in manifest(out).values()} == {"ok", "failed"}
+
+
 def test_nothing_is_lost_by_overwriting_from_sources_that_are_away(
     links: Path, tmp_path: Path
 ) -> None:

@@ -235,3 +235,15 @@ def test_samples_of_a_lost_manifest_are_recognised(photos: Path, tmp_path: Path)
     (out / "manifest.jsonl").unlink()
     with pytest.raises(UsageError, match="made with other options"):
         run(photos, out, ExtractOptions(shard_size=3, dtype="fp32"))
+
+
+def test_prune_drops_samples_of_sources_that_are_gone(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(photos, out, SHARDS)
+    (photos / "c.png").unlink()
+    run(photos, out, SHARDS)
+    assert len(fmupsample.open_shards(out)) == 7
+    run(photos, out, SHARDS, prune=True)
+    found = fmupsample.open_shards(out)
+    assert len(found) == 6 and "c" not in found
+    assert all((out / record["output"]).is_file() for record in manifest(out).values())

@@ -78,6 +78,7 @@ def extract(
     options: ExtractOptions | None = None,
     *,
     overwrite: bool = False,
+    prune: bool = False,
     progress: Progress = SILENT,
     say: Callable[[str], None] = lambda message: None,
     team: Team | None = None,
@@ -92,6 +93,7 @@ def extract(
 
     Args:
         overwrite: redo everything, also over results made with other options.
+        prune: delete the results of pictures that are no longer there.
         say: is told the estimate of the disk space, before anything is computed.
         team: processes that share the work, see :mod:`.sharing`. The first is given all
             pictures; the others none, and their report is empty.
@@ -124,6 +126,8 @@ def extract(
         kind = run_kind(options)
         run = kind(pipeline, out, plan, manifest, report, progress)
         try:
+            if prune:
+                run.prune()
             run.tidy()
             if options.pca is not None:
                 if basis is None and plan.tasks:
@@ -223,6 +227,29 @@ class Run:
             (self.out / old).replace(new)
             self.manifest.append(record)
             self.report.skipped.append(record)
+
+    def prune(self) -> None:
+        """Delete the results of pictures that are no longer there."""
+        of_others = {record["output"] for record in self.plan.skipped}
+        for record in self.gone():
+            for name in (result_of(record), *record.get("beside", ())):
+                if name and name not in of_others:
+                    with contextlib.suppress(OSError):
+                        (self.out / name).unlink()
+            self.earlier.pop(record["source"], None)
+            self.manifest.forget(record["source"])
+
+    def gone(self) -> list[Record]:
+        """Records of pictures that are no longer there.
+
+        Names that are not in UTF-8 cannot be looked for by what the manifest says: they stay.
+        """
+        return [
+            record
+            for record in self.manifest.records.values()
+            if "\\udc" not in record["source"]
+            and not os.path.exists(record.get("video", record["source"]))  # noqa: PTH110
+        ]
 
     def all(self, basis: Projection | None) -> None:
         """Every task of the plan."""

@@ -72,6 +72,13 @@ def sort_out_shards(
 class ShardRun(Run):
     """Puts each result into a shard."""
 
+    def prune(self) -> None:
+        gone = {record["source"] for record in self.gone()}
+        plan = self.plan
+        plan.kept_samples = [r for r in plan.kept_samples if r["source"] not in gone]
+        for source in gone:
+            self.manifest.forget(source)
+
     def tidy(self) -> None:
         super().tidy()
         self.earlier = {}  # replaced samples go with their shard, here

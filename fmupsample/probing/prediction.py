@@ -82,6 +82,7 @@ def predict_folder(
     options: PredictOptions | None = None,
     *,
     overwrite: bool = False,
+    prune: bool = False,
     progress: Progress = SILENT,
     say: Callable[[str], None] = lambda message: None,
     team: Team | None = None,
@@ -91,7 +92,7 @@ def predict_folder(
     Masks are indexed PNGs whose values are the classes' own numbers; depths are 16-bit PNGs. Each
     record of ``manifest.jsonl`` holds the share of the picture that each class takes, and so does
     ``areas.csv`` at the end. Finished pictures are skipped when the run is repeated. A ``team``
-    shares the work as in :func:`fmupsample.extraction.extract`.
+    shares the work, and ``prune`` deletes, as in :func:`fmupsample.extraction.extract`.
 
     Raises:
         ProbeError: the probe was fitted on other features.
@@ -135,6 +136,8 @@ def predict_folder(
         if not overwrite:
             run.check_beside()
         try:
+            if prune:
+                run.prune()
             run.tidy()
             with shared(run, team):
                 run.all(None)

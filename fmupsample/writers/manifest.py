@@ -138,6 +138,16 @@ class Manifest:
         for record in records:
             self._take(record)
 
+    def forget(self, source: str) -> None:
+        """The picture and its result are no longer there.
+
+        Raises:
+            OSError: the manifest cannot be written.
+        """
+        with self._lock:
+            self._open()
+            self.records.pop(source, None)
+
     def foresee(self, records: Iterable[Record]) -> None:
         """Results that this run will write, in about this order: see :meth:`expect`."""
         self._ahead = iter(records)
