@@ -81,6 +81,13 @@ def _devices() -> list[dict[str, Any]]:
     ]
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} processors"
     rows = [_check("cpu", ", ".join([threads, *features]))]
+    load, processors = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count() or 1
+    if load > processors:
+        said = (
+            f"{load:.1f} on {processors} processors: other programs take turns with this one. In "
+            "your own scripts set GOMP_SPINCOUNT=3000 before PyTorch is imported; the command does"
+        )
+        rows.append(_check("load", said, NOTE))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(index)

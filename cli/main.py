@@ -14,6 +14,7 @@ import typer
 
 from fmupsample._version import __version__
 from fmupsample.heap import keep_freed_memory
+from fmupsample.waiting import spin_briefly
 from fmupsample_cli.errors import run
 
 FEATURES = "Features"
@@ -79,4 +80,5 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code (see :mod:`fmupsample_cli.errors`)."""
     if arguments is None:  # the process is this command's own
         keep_freed_memory()
+        spin_briefly()
     return run(build_app(), arguments)

@@ -15,6 +15,8 @@ from hypothesis import settings
 settings.register_profile("fmupsample", deadline=None, derandomize=True)
 settings.load_profile("fmupsample")
 
+# Before anything imports torch: tests run beside other programs.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # Before anything imports huggingface_hub or torch.hub, which read these once.
 _HOME = tempfile.TemporaryDirectory(prefix="fmupsample-tests-")
 os.environ["HF_HOME"] = str(Path(_HOME.name, "huggingface"))

@@ -19,6 +19,7 @@ from fmupsample._version import __version__
 from fmupsample.errors import BackboneError, ImageError, UsageError
 from fmupsample.progress import Progress
 from fmupsample.threads import compute_alone
+from fmupsample.waiting import spin_briefly
 from fmupsample_cli.errors import run
 from fmupsample_cli.main import main
 from fmupsample_cli.progress import RichProgress
@@ -122,7 +123,7 @@ def test_python_dash_m_is_the_command():
 
 
 @pytest.mark.parametrize(
-    "command", ["visualize", "extract", "train", "bench", "models", "build", "doctor"]
+    "command", ["visualize", "extract", "train", "export", "bench", "models", "build", "doctor"]
 )
 def test_every_command_has_a_help_page(command, capsys):
     assert main([command, "--help"]) == 0
@@ -222,3 +223,27 @@ def test_quiet_progress_still_warns(capsys):
         progress.advance()
         progress.warn("careful")
     assert capsys.readouterr().err == "warning: careful\n"
+
+
+def test_waiting_threads_sleep_soon_unless_the_user_said_how(monkeypatch):
+    for given, expected in (
+        ({}, "3000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        spin_briefly()
+        assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_the_command_says_so_before_torch_is_there():
+    code = (
+        "import os, sys; sys.argv[1:] = ['--version']; from fmupsample_cli.main import main\n"
+        "try: main()\nfinally: assert os.environ['GOMP_SPINCOUNT'] == '3000', 'not set'\n"
+        "assert 'torch' not in sys.modules"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    subprocess.run([sys.executable, "-c", code], env=clean, check=True, timeout=60)
