@@ -31,8 +31,8 @@ from fmupsample.upsamplers.normalisation import MEAN, STD
 
 # Pixels a cell, cells that shares are taken over, and how often: patches of 14 and 16, and the
 # finer grids of shifted views, whose patches are two cells wide.
-GRIDS = ((14, 1.0, 0.28), (14, 1.5, 0.17), (14, 2.0, 0.05), (16, 1.0, 0.08), (7, 2.0, 0.26),
-         (8, 1.0, 0.08), (8, 2.0, 0.08))  # fmt: skip
+GRIDS = ((14, 1.0, 0.3), (14, 1.5, 0.2), (14, 2.0, 0.05), (16, 1.0, 0.1), (7, 2.0, 0.2),
+         (8, 1.0, 0.1), (8, 2.0, 0.05))  # fmt: skip
 HELD_OUT = 12  # batches
 
 
