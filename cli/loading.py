@@ -82,11 +82,11 @@ def _fit_head(
     """Train a head for ``model`` and keep it, unless there is one."""
     from fmupsample.training.fit import fit_head
     from fmupsample.upsamplers import ReSFU
-    from fmupsample.upsamplers.learned import LEARNED
     from fmupsample.upsamplers.loading import find_head
+    from fmupsample.upsamplers.registry import learned_names
     from fmupsample_cli.progress import RichProgress, warn
 
-    if upsampler is not None and upsampler not in LEARNED:
+    if upsampler is not None and upsampler not in learned_names():
         raise UsageError(f"--fit-head trains a head; --upsampler {upsampler} has none")
     if find_head(model, upsampler) is not None:
         return

@@ -86,7 +86,6 @@ def models(
 
 # Costs are given for a small ViT: its channels, patches of 14 pixels, a picture of 224.
 _CHANNELS, _CELLS, _PIXELS = 384, (16, 16), (224, 224)
-_KINDS = {"free": "none", "head": "per backbone", "universal": "for any", "decoder": "in a decoder"}
 
 
 def _list_upsamplers(pattern: str | None, as_json: bool) -> None:
@@ -94,17 +93,18 @@ def _list_upsamplers(pattern: str | None, as_json: bool) -> None:
 
     rows = [
         {
-            "name": entry.name,
-            "kind": entry.kind,
+            "name": entry.method.name,
+            "kind": entry.method.needs,
+            "needs": entry.needs,
             "guidance": entry.guidance,
             "ratio": entry.ratio,
             "linear_in_value": entry.linear,
             "parameters": entry.cost.parameters,
             "macs": entry.cost.macs,
-            "description": entry.description,
+            "description": entry.method.summary,
             "channels": _CHANNELS,
             "cells": _CELLS,
-            "pixels": [2 * n for n in _CELLS] if entry.kind == "decoder" else _PIXELS,
+            "pixels": [2 * n for n in _CELLS] if entry.method.needs == "decoder" else _PIXELS,
         }
         for entry in catalogue(_CHANNELS, _CELLS, _PIXELS)
     ]
@@ -115,14 +115,14 @@ def _list_upsamplers(pattern: str | None, as_json: bool) -> None:
     if not rows:
         note(f"no upsampler matches {pattern!r}")
         raise typer.Exit(1)
-    columns = ["name", "training", "guidance", "ratio", "params", "GMACs", "what it is"]
+    columns = ["name", "needs", "guidance", "ratio", "params", "GMACs", "what it is"]
     table = [
         [
             row["name"],
-            _KINDS[row["kind"]],
+            row["needs"],
             row["guidance"] or "none",
             row["ratio"],
-            f"{row['parameters'] / 1e6:.3f}M" if row["parameters"] else "0",
+            f"{row['parameters']:,}",
             f"{row['macs'] / 1e9:.3f}",
             row["description"],
         ]

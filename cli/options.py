@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from fmupsample.upsamplers.registry import upsampler_names
+
 MODEL = "Model"
 PICTURES = "Pictures"
 COMPUTE = "Compute"
@@ -42,14 +44,6 @@ class BackendName(StrEnum):
     torch = "torch"
 
 
-# As in fmupsample.upsamplers.UPSAMPLERS, which imports torch.
-UPSAMPLER_NAMES = (
-    "nearest", "bilinear", "bicubic", "jbu", "guided", "affinity", "anyup", "resfu",
-    "resfu-universal", "sapa", "lda-aqu", "fade", "carafe", "dysample", "featup", "deconvolution",
-    "pixel-shuffle",
-)  # fmt: skip
-
-
 def _complete_backbone(incomplete: str) -> list[str]:
     from fmupsample.backbones.aliases import ALIASES
 
@@ -57,7 +51,7 @@ def _complete_backbone(incomplete: str) -> list[str]:
 
 
 def complete_upsampler(incomplete: str) -> list[str]:
-    return [name for name in UPSAMPLER_NAMES if name.startswith(incomplete)]
+    return [name for name in upsampler_names() if name.startswith(incomplete)]
 
 
 # --- what goes in ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmupsample.upsamplers.registry import Needs, any_backbone_names, either, learned_names
 from fmupsample_cli import options as o
 
 if TYPE_CHECKING:
@@ -33,9 +34,8 @@ Upsampler = Annotated[
     typer.Option(
         "--upsampler",
         metavar="NAME",
-        help="Which upsampler to train: affinity, anyup or resfu-universal (for any backbone), "
-        "resfu, sapa, lda-aqu, fade, carafe, dysample, featup, deconvolution or pixel-shuffle. "
-        "Default: resfu.",
+        help=f"Which upsampler to train: {either(any_backbone_names())} (for any backbone), "
+        f"{either(learned_names(Needs.OWN_HEAD))}. Default: resfu.",
         autocompletion=o.complete_upsampler,
         show_default=False,
         rich_help_panel=o.MODEL,
@@ -46,8 +46,8 @@ Also = Annotated[
     typer.Option(
         "--also",
         metavar="NAME[,layer=N][,weights=FILE]",
-        help="A further backbone, for --upsampler affinity, anyup or resfu-universal; they "
-        "take turns. May be repeated.",
+        help=f"A further backbone, for --upsampler {either(any_backbone_names())}; they take "
+        "turns. May be repeated.",
         show_default=False,
         rich_help_panel=o.MODEL,
     ),
@@ -377,10 +377,9 @@ def _parse_backbone(text: str) -> dict[str, Any]:
 def _known_head(start_from: Path | None, backbone: Backbone) -> Path | None:
     """The file that ``--from`` means, which may be a name."""
     from fmupsample.errors import HeadError
-    from fmupsample.upsamplers.learned import UNIVERSALS
     from fmupsample.upsamplers.loading import find_head
 
-    if start_from is None or str(start_from) not in UNIVERSALS or start_from.exists():
+    if start_from is None or str(start_from) not in any_backbone_names() or start_from.exists():
         return start_from
     found = find_head(backbone, str(start_from))
     if found is None:

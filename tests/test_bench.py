@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fmupsample.backbones import load_backbone
 from fmupsample.bench import chart, run, tables
-from fmupsample.bench.methods import choose, cost_of
+from fmupsample.bench.methods import choose
 from fmupsample.bench.quality import split, spread
 from fmupsample.bench.run import BenchReport
 from fmupsample.errors import UsageError
@@ -25,7 +25,7 @@ from fmupsample.labels import open_dataset, survey
 from fmupsample.pipeline import Pipeline
 from fmupsample.probing.sampled import Comparison, features_at
 from fmupsample.upsamplers import Bilinear, Upsampler, save_head
-from fmupsample.upsamplers.learned import build_learned
+from fmupsample.upsamplers.registry import METHODS
 from fmupsample_cli.main import build_app, main
 
 SMALL = ("--device", "cpu", "--sizes", "56", "--rounds", "1")
@@ -56,7 +56,7 @@ def test_a_small_bench_writes_everything(tmp_path):
     head = tmp_path / "mine.safetensors"
     backbone = load_backbone("embedded")
     torch.manual_seed(0)
-    save_head(head, build_learned("sapa", {"channels": backbone.channels}), backbone)
+    save_head(head, METHODS["sapa"].build({"channels": backbone.channels}), backbone)
     arguments = ["bench", str(tmp_path / "images"), "--labels", str(tmp_path / "labels"), *SMALL]
     names = ["--upsamplers", "bilinear, dysample,a2u", "--head", str(head)]
     result = CliRunner().invoke(build_app(), [*arguments, *names, "-o", str(out), "--json"])
@@ -183,9 +183,7 @@ def test_methods_and_costs():
     assert all(torch.equal(first[k], again[k]) for k in first)
     for name in ("bilinear", "resfu", "carafe"):
         upsampler = methods[name].build()
-        price = cost_of(upsampler, backbone.channels, (4, 4), (56, 56))
-        assert price.macs > 0
-        assert price.parameters == sum(p.numel() for p in upsampler.parameters())
+        assert upsampler.cost(backbone.channels, (4, 4), (56, 56)).macs > 0
 
 
 def test_pictures_are_drawn_where_there_are_none(monkeypatch, tmp_path):

@@ -35,11 +35,10 @@ from fmupsample.upsamplers import (
     ReSFUConfig,
     SAPAConfig,
     StackConfig,
+    Upsampler,
 )
 from fmupsample.upsamplers.catalogue import catalogue
-from fmupsample.upsamplers.complexity import cost, stack_cost
-from fmupsample.upsamplers.learned import LEARNED, build_learned, config_for
-from fmupsample.upsamplers.stack import Stack
+from fmupsample.upsamplers.registry import METHODS, resolve
 from fmupsample_cli.main import main
 
 # Module, configuration, channels of the guidance.
@@ -78,11 +77,6 @@ def parameters(module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize(("kind", "config", "guidance"), OPERATORS, ids=IDS)
-def test_parameters_are_those_of_the_module(kind, config, guidance):
-    assert cost(config, (4, 4), (8, 8)).parameters == parameters(kind(config))
-
-
 @pytest.mark.parametrize(
     ("kind", "config", "guidance"),
     # ReSFU's shortcuts do less than its formula says.
@@ -97,7 +91,7 @@ def test_multiply_adds_of_layers_are_what_a_counter_sees(kind, config, guidance)
     with counter, torch.no_grad():
         up(torch.randn(1, 24, 6, 8), image, size=size)
     seen = counter.get_total_flops() / 2
-    expected = cost(config, (6, 8), size).convolution
+    expected = up.cost(24, (6, 8), size).convolution
     # Borders are extended by some pixels in a few places (the stem, convolutions by replication).
     assert expected <= seen <= 1.75 * expected
     if kind in (LDAAQU, CARAFE, DySample, LearnedBilateral, IndexNet, A2U):
@@ -114,22 +108,24 @@ def test_multiply_adds_of_anyup():
     x, image = torch.randn(1, 24, 6, 8), torch.randn(1, 3, 42, 56)
     with counter:
         up(x, image)
-    price = cost(config, (6, 8), (42, 56), 24)
-    assert price.parameters == parameters(up)
+    price = up.cost(24, (6, 8), (42, 56))
     assert counter.get_total_flops() / 2 == price.macs - 9 * 24 * 42 * 56  # reassembly is no layer
 
 
-@pytest.mark.parametrize("name", [n for n, (kind, _) in LEARNED.items() if issubclass(kind, Stack)])
-def test_stacks(name):
-    kind, config_class = LEARNED[name]
-    config = config_class(24, stages=3)
-    assert isinstance(config, StackConfig)
-    whole = stack_cost(kind, config, (4, 4), (32, 32))
-    assert whole.parameters == parameters(kind(config))
-    less = stack_cost(kind, config, (4, 4), (16, 16))
-    assert less.parameters == whole.parameters and less.macs < whole.macs / 2
-    with pytest.raises(UsageError, match="no formula for StackConfig"):
-        cost(config, (4, 4), (8, 8))
+STACKS = [row for row in METHODS.values() if row.config == "stack:StackConfig"]
+
+
+@pytest.mark.parametrize("row", STACKS, ids=lambda row: row.name)
+def test_stacks(row):
+    up = resolve(row.kind)(StackConfig(24, stages=3))
+    whole, less = (up.cost(24, (4, 4), size) for size in ((32, 32), (16, 16)))
+    assert less.parameters == whole.parameters == parameters(up)
+    assert less.macs < whole.macs / 2
+
+
+def test_a_method_without_a_formula_says_so():
+    with pytest.raises(UsageError, match="no formula for what nameless costs"):
+        type("Nameless", (Upsampler,), {"name": "nameless"})().cost(8, (4, 4), (8, 8))
 
 
 # The table in the README of the SAPA repository: what upsamplers add to a SegFormer-B1 at 512 x
@@ -137,46 +133,40 @@ def test_stacks(name):
 # one upsamplers of ratio 2; d is 32, K is 5 (A2U: 3).
 SEGFORMER = [16, 32, 64, 32, 64, 64]
 PUBLISHED = [
-    (SAPAConfig(256, stem=False, similarity="inner"), 0.75, 0.00),
-    (SAPAConfig(256, 256, stem=False, similarity="bilinear"), 1.02, 0.10),
-    (CARAFEConfig(256), 1.45, 0.44),
-    (IndexNetConfig(256), 30.65, 12.60),
+    (SAPA, SAPAConfig(256, stem=False, similarity="inner"), 0.75, 0.00),
+    (SAPA, SAPAConfig(256, 256, stem=False, similarity="bilinear"), 1.02, 0.10),
+    (CARAFE, CARAFEConfig(256), 1.45, 0.44),
+    (IndexNet, IndexNetConfig(256), 30.65, 12.60),
 ]
 
 
-@pytest.mark.parametrize(("config", "gmacs", "millions"), PUBLISHED)
-def test_published_costs(config, gmacs, millions):
-    total = sum((cost(config, (n, n), (2 * n, 2 * n)).macs for n in SEGFORMER), 0)
-    assert total / 1e9 == pytest.approx(gmacs, abs=0.0051)
-    count = len(SEGFORMER) * cost(config, (1, 1), (2, 2)).parameters
-    assert count / 1e6 == pytest.approx(millions, abs=0.0051)
+def all_six(up: Upsampler) -> tuple[float, float]:
+    """Millions of parameters and 10^9 multiply-adds of the six upsamplers."""
+    costs = [up.cost(256, (n, n), (2 * n, 2 * n)) for n in SEGFORMER]
+    return sum(c.parameters for c in costs) / 1e6, sum(c.macs for c in costs) / 1e9
+
+
+@pytest.mark.parametrize(("kind", "config", "gmacs", "millions"), PUBLISHED)
+def test_published_costs(kind, config, gmacs, millions):
+    assert all_six(kind(config)) == pytest.approx((millions, gmacs), abs=0.0051)
 
 
 def test_published_costs_that_differ():
     """SAPA-G and A2U are given with less than their published code has."""
-
-    def all_six(config):
-        one = cost(config, (1, 1), (2, 2)).parameters
-        return 6 * one / 1e6, sum(cost(config, (n, n), (2 * n,) * 2).macs for n in SEGFORMER) / 1e9
-
     # 0.10 M and 1.02 G there, as SAPA-B: the decoder's own query is not counted.
-    millions, gmacs = all_six(SAPAConfig(256, 256, stem=False, similarity="gated"))
+    millions, gmacs = all_six(SAPA(SAPAConfig(256, 256, stem=False, similarity="gated")))
     assert (round(millions, 2), round(gmacs, 2)) == (0.16, 1.15)
     # 0.06 M there: the vector of downsampling is not counted.
-    millions, _ = all_six(A2UConfig(256))
+    millions, _ = all_six(A2U(A2UConfig(256)))
     assert round(millions - 6 * 257 * 36 / 1e6, 2) == 0.06
 
 
 def test_the_catalogue_is_whole():
-    entries = {entry.name: entry for entry in catalogue(384, (16, 16), (224, 224))}
-    assert set(LEARNED) < set(entries)
-    for name in LEARNED:
-        module = build_learned(name, config_for(name, 384, {}))
-        assert entries[name].cost.parameters == parameters(module)
-        assert entries[name].linear == module.linear_in_value
+    entries = {entry.method.name: entry for entry in catalogue(384, (16, 16), (224, 224))}
+    assert list(entries) == list(METHODS)
     assert entries["bilinear"].cost.parameters == 0 and entries["nearest"].cost.macs == 0
     assert [entries[n].guidance for n in ("sapa", "a2u", "carafe")] == ["picture", "encoder", ""]
-    assert entries["indexnet"].kind == "decoder" and entries["indexnet"].ratio == "2"
+    assert entries["indexnet"].method.needs == "decoder" and entries["indexnet"].ratio == "2"
 
 
 def test_models_lists_upsamplers(capsys):

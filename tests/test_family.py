@@ -10,10 +10,8 @@ from family import ANY_RATIO, CHANNELS, DOUBLING, Member
 from small_training import draw_pictures, options, run
 
 from fmupsample.errors import HeadError, ShapeError, UsageError
-from fmupsample.upsamplers import UPSAMPLERS, load_head, save_head
-from fmupsample.upsamplers.learned import LEARNED, UNIVERSALS, build_learned, config_for
-from fmupsample.upsamplers.loading import TRAINING_FREE
-from fmupsample_cli.options import UPSAMPLER_NAMES
+from fmupsample.upsamplers import load_head, save_head
+from fmupsample.upsamplers.registry import METHODS, any_backbone_names, learned_names
 
 CASES = [
     *((name, member, cells, size) for name, member in ANY_RATIO.items() for cells, size in [
@@ -171,7 +169,7 @@ SMALL = {
 
 
 def _channels(name: str) -> int:
-    return 0 if name in UNIVERSALS else 16
+    return 0 if name in any_backbone_names() else 16
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +177,7 @@ def pictures(tmp_path_factory):
     return draw_pictures(tmp_path_factory.mktemp("family"), 6)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", learned_names())
 def test_every_learned_one_is_trained_saved_and_loaded(name, pictures, tmp_path):
     path = tmp_path / "head.safetensors"
     config = options(upsampler=name, upsampler_config=SMALL[name], steps=4, validate_every=2)
@@ -189,16 +187,16 @@ def test_every_learned_one_is_trained_saved_and_loaded(name, pictures, tmp_path)
     assert head.name == name and head.config.channels == _channels(name)
     x, image = torch.randn(1, 16, 4, 4), torch.randn(1, 3, 30, 33)
     assert head(x, image).shape == (1, 16, 30, 33)
-    untrained = build_learned(name, head.config.to_dict())
+    untrained = METHODS[name].build(head.config.to_dict())
     torch.manual_seed(config.seed)
     assert [n for n, _ in untrained.named_parameters()] == [n for n, _ in head.named_parameters()]
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", learned_names())
 def test_configurations_are_checked(name, tmp_path):
     with pytest.raises(UsageError, match="nonsense"):
-        build_learned(name, {"channels": 16, "nonsense": 1})
-    up = build_learned(name, config_for(name, 16, SMALL[name]))
+        METHODS[name].build({"channels": 16, "nonsense": 1})
+    up = METHODS[name].build(METHODS[name].options(16, SMALL[name]))
     backbone = SimpleNamespace(
         name="toy", layer=0, channels=16, stride=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3,
         fingerprint="0",
@@ -216,10 +214,3 @@ def test_configurations_are_checked(name, tmp_path):
         return
     with pytest.raises(HeadError, match="another backbone"):
         load_head(path, backbone)
-
-
-def test_the_names_of_the_command_line():
-    assert UPSAMPLERS == UPSAMPLER_NAMES == (*TRAINING_FREE, *LEARNED)
-    assert {"bicubic", "guided"} <= set(TRAINING_FREE)
-    for name, (kind, config) in LEARNED.items():
-        assert kind(config(_channels(name))).name == name

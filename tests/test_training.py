@@ -30,7 +30,7 @@ from fmupsample.training.model import Model, learning_rate, make_optimizer
 from fmupsample.training.run import train
 from fmupsample.upsamplers import ReSFUConfig, load_head
 from fmupsample.upsamplers.heads import read_head_metadata
-from fmupsample.upsamplers.learned import LEARNED, build_learned
+from fmupsample.upsamplers.registry import METHODS, Method, Needs
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ def test_what_is_trained_where_nothing_is_asked_for(pictures, tmp_path) -> None:
 def test_a_head_learns_edges(tmp_path, monkeypatch) -> None:
     """Drawn edges, features that are colours: a short run must be well ahead of bilinear."""
     pictures = draw_pictures(tmp_path / "pictures", 16)
-    monkeypatch.setitem(LEARNED, ToyLearned.name, (ToyLearned, ToyConfig))
+    monkeypatch.setitem(METHODS, ToyLearned.name, row_of(ToyLearned))
     config = options(
         upsampler=ToyLearned.name, upsampler_config={"sharpness": 0.05}, objective={"crops": 1},
         steps=60, batch_size=4, lr=0.05, held_out=0.3, validate_every=60,
@@ -430,9 +430,13 @@ class ToyLearnedWhole(ToyLearned):
         raise AssertionError("not for this one")
 
 
+def row_of(kind: type[ToyLearned]) -> Method:
+    return Method(kind.name, kind, ToyConfig, Needs.OWN_HEAD, "Toy", "for tests")
+
+
 @pytest.mark.parametrize("kind", [ToyLearned, ToyLearnedWhole])
 def test_any_upsampler_with_parameters(kind, pictures, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(LEARNED, kind.name, (kind, ToyConfig))
+    monkeypatch.setitem(METHODS, kind.name, row_of(kind))
     output = tmp_path / "head.safetensors"
     config = options(upsampler=kind.name, upsampler_config={"sharpness": 0.5}, lr=0.05)
     config = TrainConfig.from_dict({**config.to_dict(), "objective": {"crops": 1, "augment": 1}})
@@ -449,7 +453,7 @@ def test_upsamplers_that_cannot_be_trained(pictures, tmp_path, monkeypatch) -> N
         run(pictures, output, options(upsampler_config={**HEAD, "stem": False}))
     with pytest.raises(UsageError, match="channels must be 16"):
         run(pictures, output, options(upsampler_config={**HEAD, "channels": 32}))
-    monkeypatch.setitem(LEARNED, ToyLearned.name, (ToyLearned, ToyConfig))
+    monkeypatch.setitem(METHODS, ToyLearned.name, row_of(ToyLearned))
     monkeypatch.setattr(ToyLearned, "fixed_ratio", 4)
     with pytest.raises(UsageError, match="exactly 4 times, but this backbone has 8x8"):
         run(pictures, output, options(upsampler=ToyLearned.name, upsampler_config={}))
@@ -460,7 +464,7 @@ def test_upsamplers_that_cannot_be_trained(pictures, tmp_path, monkeypatch) -> N
 
 def test_parameter_groups() -> None:
     torch.manual_seed(0)
-    model = Model(build_learned("resfu", {"channels": 16, **HEAD}), 16, classes=3)
+    model = Model(METHODS["resfu"].build({"channels": 16, **HEAD}), 16, classes=3)
     config = options(lr_multipliers={"detail_scores": 3.0, "detail_scores.norm": 0.5})
     groups = make_optimizer(model, config).param_groups
     found = {id(p): (g["weight_decay"], g["multiplier"]) for g in groups for p in g["params"]}

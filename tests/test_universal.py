@@ -13,8 +13,9 @@ from fmupsample.errors import HeadError, UsageError
 from fmupsample.training import loop
 from fmupsample.upsamplers import load_head, load_upsampler
 from fmupsample.upsamplers.heads import ANY, read_head_metadata
-from fmupsample.upsamplers.learned import build_learned, recommended
+from fmupsample.upsamplers.learned import recommended
 from fmupsample.upsamplers.normalisation import MEAN, STD
+from fmupsample.upsamplers.registry import METHODS
 from fmupsample.upsamplers.resfu.module import UNIVERSAL
 from fmupsample.upsamplers.resfu.projection import Projection, project, random_projection
 
@@ -25,7 +26,7 @@ def universal(seed: int = 0, **changes) -> torch.nn.Module:
     """A small one with scores that say something."""
     torch.manual_seed(seed)
     config = {"channels": 0, **recommended(UNIVERSAL, {}), **_SMALL, **changes}
-    head = build_learned(UNIVERSAL, config)
+    head = METHODS[UNIVERSAL].build(config)
     for pair in (head.semantic_scores, head.detail_scores):
         torch.nn.init.uniform_(pair.weight, 0.1, 0.5)
     return head.double().eval().requires_grad_(False)
@@ -148,9 +149,9 @@ def test_specialised_it_starts_as_it_was():
 
 def test_what_it_cannot_be():
     with pytest.raises(UsageError, match="channels must be 0"):
-        build_learned(UNIVERSAL, {"channels": 16})
+        METHODS[UNIVERSAL].build({"channels": 16})
     with pytest.raises(UsageError, match="keys='projected'"):
-        build_learned("resfu", {"channels": 0})
+        METHODS["resfu"].build({"channels": 0})
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ from fmupsample.upsamplers import (
     save_head,
 )
 from fmupsample.upsamplers.heads import read_head_metadata
-from fmupsample.upsamplers.learned import LEARNED
 from fmupsample.upsamplers.loading import find_head
+from fmupsample.upsamplers.registry import learned_names
 from fmupsample.writers.manifest import Manifest
 from fmupsample_cli.main import build_app, main
 
@@ -347,7 +347,7 @@ def test_a_run_with_the_shifts_term_goes_on_to_the_same_head(views, tmp_path, mo
     assert_same(output, whole)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", learned_names())
 def test_every_upsampler_trains_by_shifts(name, tmp_path) -> None:
     config = options(
         objective={"shifts": 1.0}, upsampler=name, upsampler_config={}, steps=1, validate_every=1,

@@ -9,13 +9,10 @@ from pathlib import Path
 import torch
 
 from fmupsample.errors import UsageError
+from fmupsample.upsamplers import registry
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.catalogue import DESCRIPTIONS
-from fmupsample.upsamplers.complexity import Cost, cost, stack_cost, training_free_cost
 from fmupsample.upsamplers.heads import BackboneLike, load_head, read_head_metadata
-from fmupsample.upsamplers.learned import LEARNED, build_learned, config_for
-from fmupsample.upsamplers.loading import TRAINING_FREE, UPSAMPLERS, find_head
-from fmupsample.upsamplers.stack import Stack
+from fmupsample.upsamplers.loading import find_head
 
 _IN_DECODERS = "a part of an encoder-decoder: its kernels come from the encoder's own map"
 
@@ -26,14 +23,14 @@ class Method:
 
     Attributes:
         name: in the table: the method's, or that of the head file.
-        method: the word for ``--upsampler``.
+        row: the method, as it is registered.
         channels: of the features.
         head: the file with its trained parameters.
         reason: why it cannot be measured.
     """
 
     name: str
-    method: str
+    row: registry.Method
     channels: int
     head: Path | None = None
     reason: str | None = None
@@ -41,7 +38,7 @@ class Method:
     @property
     def weights(self) -> str:
         """``"none"`` (it has no parameters), ``"trained"`` or ``"random"``."""
-        if self.method not in LEARNED:
+        if not self.row.learned:
             return "none"
         return "random" if self.head is None else "trained"
 
@@ -54,11 +51,10 @@ class Method:
         """
         if self.head is not None:
             return load_head(self.head)
-        if self.method in TRAINING_FREE:
-            return TRAINING_FREE[self.method]().eval()
+        options = self.row.options(self.channels) if self.row.learned else {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made = build_learned(self.method, config_for(self.method, self.channels, {}))
+            made = self.row.build(options)
         return made.eval().requires_grad_(False)
 
 
@@ -83,31 +79,22 @@ def choose(
             )
         found[method.name] = method
 
-    for name in UPSAMPLERS if names is None else names:
-        if name in UPSAMPLERS:
-            head = find_head(backbone, name) if name in LEARNED else None
-            add(Method(name, name, backbone.channels, head))
-        elif name in DESCRIPTIONS:
-            add(Method(name, name, backbone.channels, reason=_IN_DECODERS))
-        else:
+    known = registry.upsampler_names()
+    for name in known if names is None else names:
+        if name not in registry.METHODS:
             raise UsageError(
-                f"{name!r} is no upsampler: there are {', '.join(UPSAMPLERS)}; files go to --head"
+                f"{name!r} is no upsampler: there are {', '.join(known)}; files go to --head"
             )
+        row = registry.METHODS[name]
+        if name in known:
+            head = find_head(backbone, name) if row.learned else None
+            add(Method(name, row, backbone.channels, head))
+        else:
+            add(Method(name, row, backbone.channels, reason=_IN_DECODERS))
     for path in heads:
         load_head(path, backbone)
-        kind = read_head_metadata(path)["upsampler"]
-        add(Method(path.stem, kind, backbone.channels, path))
+        row = registry.METHODS[read_head_metadata(path)["upsampler"]]
+        add(Method(path.stem, row, backbone.channels, path))
     if not found:
         raise UsageError("nothing to measure: name --upsamplers, or give a --head")
     return list(found.values())
-
-
-def cost_of(
-    upsampler: Upsampler, channels: int, cells: tuple[int, int], pixels: tuple[int, int]
-) -> Cost:
-    """Parameters and multiply-adds by formula, for one picture of this size."""
-    if isinstance(upsampler, Stack):
-        return stack_cost(type(upsampler), upsampler.config, cells, pixels)
-    if upsampler.name in LEARNED:
-        return cost(upsampler.config, cells, pixels, channels)
-    return training_free_cost(upsampler.name, channels, cells, pixels)

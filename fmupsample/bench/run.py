@@ -21,7 +21,7 @@ from torch import Tensor
 from fmupsample.backbones import Backbone, load_backbone
 from fmupsample.bench.machine import describe, free_bytes
 from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory, Runner, summary, time_cases
-from fmupsample.bench.methods import Method, cost_of
+from fmupsample.bench.methods import Method
 from fmupsample.device import is_out_of_memory
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images.find import Source, find_images, storable
@@ -334,16 +334,16 @@ class Bench:
     ) -> dict[str, Any]:
         """What is known of a method without measuring it."""
         if method.reason:
-            return _facts(method.method, method.weights, None, None, None)
+            return _facts(method.row.name, method.weights, None, None, None)
         try:
             upsampler = method.build()
-            price = cost_of(upsampler, self.backbone.channels, inputs.cells, inputs.pixels)
+            price = upsampler.cost(self.backbone.channels, inputs.cells, inputs.pixels)
         except FmupsampleError as error:
             reasons.setdefault(method.name, str(error))
-            return _facts(method.method, method.weights, None, None, None)
+            return _facts(method.row.name, method.weights, None, None, None)
         count = sum(p.numel() for p in upsampler.parameters())
         output = self._output_bytes(inputs)
-        return _facts(method.method, method.weights, count, price.macs, output)
+        return _facts(method.row.name, method.weights, count, price.macs, output)
 
 
 def _facts(

@@ -14,14 +14,9 @@ from fmupsample.backbones import Backbone
 from fmupsample.errors import UsageError
 from fmupsample.exporting.plain import PlainMode
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.registry import METHODS
 
 PARTS = ("backbone", "kernels", "reassemble", "fused")
-
-# The methods whose every step has a plain form, each of them tried in the tests.
-METHODS = (
-    "nearest", "bilinear", "jbu", "guided", "affinity", "resfu", "resfu-universal", "sapa",
-    "lda-aqu", "carafe", "dysample",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,11 @@ class Part:
     size: tuple[int, int]
     stride: tuple[int, int]
     upsampler: str = ""
+
+
+def exportable_methods() -> list[str]:
+    """The methods whose every step has a plain form, each of them tried in the tests."""
+    return [name for name, row in METHODS.items() if row.exportable]
 
 
 def make_part(
@@ -75,9 +75,10 @@ def make_part(
     """
     if name not in PARTS:
         raise UsageError(f"{name!r} is no part to export: {', '.join(PARTS)}")
-    if name != "backbone" and upsampler.name not in METHODS:
+    if name != "backbone" and upsampler.name not in exportable_methods():
         raise UsageError(
-            f"{upsampler.name} cannot be exported; {', '.join(METHODS)} can, and the backbone alone"
+            f"{upsampler.name} cannot be exported; {', '.join(exportable_methods())} can, and the "
+            "backbone alone"
         )
     if name in ("kernels", "reassemble") and not upsampler.linear_in_value:
         raise UsageError(

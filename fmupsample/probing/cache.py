@@ -35,6 +35,7 @@ from fmupsample.pipeline import Pipeline
 from fmupsample.prefetch import prefetch
 from fmupsample.progress import SILENT, Progress
 from fmupsample.threads import compute_alone
+from fmupsample.upsamplers.base import Upsampler
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
@@ -339,6 +340,6 @@ def _keys(pipeline: Pipeline, picture: str, flipped: bool) -> tuple[str, str]:
     return f"features-{view}", f"{kernels_prefix(pipeline)}{view}"
 
 
-def _print_of(upsampler) -> str:
+def _print_of(upsampler: Upsampler) -> str:
     """Its fingerprint; an upsampler without one must not share entries with another."""
-    return getattr(upsampler, "fingerprint", None) or f"unnamed{id(upsampler):x}"
+    return upsampler.fingerprint or f"unnamed{id(upsampler):x}"

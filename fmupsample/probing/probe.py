@@ -104,7 +104,7 @@ class Probe:
             )
         method = pipeline.upsampler
         assert method is not None
-        print_ = getattr(method, "fingerprint", None)
+        print_ = method.fingerprint
         if (method.name, print_) != (self.upsampler["name"], self.upsampler["fingerprint"]):
             raise ProbeError(
                 f"this probe was fitted on upsampler {self.upsampler['name']} "
@@ -154,7 +154,7 @@ def make_probe(
     return Probe(
         linear,
         describe_backbone(backbone),
-        {"name": method.name, "fingerprint": getattr(method, "fingerprint", None)},
+        {"name": method.name, "fingerprint": method.fingerprint},
         {
             "image_size": str(pipeline.image_size or _default_size(backbone)),
             "fit": pipeline.fit,

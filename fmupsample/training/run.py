@@ -63,13 +63,8 @@ from fmupsample.training.report import (
 from fmupsample.training.validate import Score, Validator
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.heads import load_head, save_head
-from fmupsample.upsamplers.learned import (
-    LATE,
-    UNIVERSALS,
-    build_learned,
-    config_for,
-    recommended,
-)
+from fmupsample.upsamplers.learned import LATE, recommended
+from fmupsample.upsamplers.registry import any_backbone_names, either, learned_method
 from fmupsample.upsamplers.resfu.module import UNIVERSAL
 from fmupsample.writers.lock import FolderLock
 
@@ -364,10 +359,11 @@ class _Run:
         """The head to train, and the options with what it is."""
         backbone, several = self.backbone, len(self.backbones) > 1
         torch.manual_seed(config.seed)
-        universal = several or config.upsampler in UNIVERSALS
+        universals = any_backbone_names()
+        universal = several or config.upsampler in universals
         if start_from is not None:
             head = load_head(start_from, backbone).train().requires_grad_(True)
-            if config.upsampler not in (TrainConfig.upsampler, *UNIVERSALS, head.name):
+            if config.upsampler not in (TrainConfig.upsampler, *universals, head.name):
                 raise UsageError(
                     f"{printable(start_from)} holds a {head.name}, which cannot become a "
                     f"{config.upsampler}: leave --upsampler away"
@@ -379,22 +375,20 @@ class _Run:
                 raise UsageError("upsampler_config: a head to go on from keeps its own")
         else:
             options = recommended(config.upsampler, config.upsampler_config)
-            if several and config.upsampler not in UNIVERSALS:
-                *most, last = UNIVERSALS
+            if several and config.upsampler not in universals:
                 raise UsageError(
-                    f"several backbones are for --upsampler {', '.join(most)} or {last}; "
+                    f"several backbones are for --upsampler {either(universals)}; "
                     f"{config.upsampler} is trained for one"
                 )
-            head = build_learned(
-                config.upsampler, config_for(config.upsampler, backbone.channels, options)
-            )
+            method = learned_method(config.upsampler)
+            head = method.build(method.options(backbone.channels, options))
         for each in self.backbones:
             check_trainable(head, each.stride)
         if getattr(head.config, "channels", 0) not in (0, backbone.channels):
             raise UsageError(
                 f"upsampler_config: channels must be {backbone.channels}, as {backbone.name} has"
             )
-        if head.name in UNIVERSALS and "task" in config.terms:
+        if head.name in universals and "task" in config.terms:
             raise UsageError("--objective task is for a head of one backbone")
         if not head.linear_in_value and "masks" in config.terms:
             raise UsageError(
@@ -518,7 +512,7 @@ class _Run:
             "config": self.config.to_dict(),
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        universal = average.head.name in UNIVERSALS
+        universal = average.head.name in any_backbone_names()
         if universal:
             report.card["backbones"] = [
                 f"{title(each)}, layer {each.layer}" for each in self.backbones

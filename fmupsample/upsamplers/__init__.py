@@ -1,87 +1,31 @@
-"""Upsamplers: one interface (:mod:`~fmupsample.upsamplers.base`), many methods, head files."""
+"""Upsamplers: one interface (:mod:`~fmupsample.upsamplers.base`), many methods, head files.
 
-from fmupsample.upsamplers.a2u import A2U, A2UConfig
-from fmupsample.upsamplers.affinity import Affinity, AffinityConfig
-from fmupsample.upsamplers.anyup import AnyUp, AnyUpConfig
-from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.carafe import CARAFE, CARAFEConfig
-from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
-from fmupsample.upsamplers.convolution import (
-    Deconvolution,
-    DeconvolutionConfig,
-    PixelShuffle,
-    PixelShuffleConfig,
-)
-from fmupsample.upsamplers.decoders import DECODER_UPSAMPLERS, build_for_decoder
-from fmupsample.upsamplers.dysample import DySample, DySampleConfig
-from fmupsample.upsamplers.fade import FADE, FADEConfig
-from fmupsample.upsamplers.featup import LearnedBilateral, LearnedBilateralConfig
-from fmupsample.upsamplers.guided import GuidedFilter
-from fmupsample.upsamplers.heads import load_head, save_head
-from fmupsample.upsamplers.indexnet import IndexNet, IndexNetConfig
-from fmupsample.upsamplers.jbu import JointBilateral
-from fmupsample.upsamplers.lda_aqu import LDAAQU, LDAAQUConfig
-from fmupsample.upsamplers.loading import UPSAMPLERS, load_upsampler
-from fmupsample.upsamplers.official import load_official
-from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
-from fmupsample.upsamplers.sapa import SAPA, SAPAConfig
-from fmupsample.upsamplers.stack import (
-    CARAFEStack,
-    DeconvolutionStack,
-    DySampleStack,
-    LearnedBilateralStack,
-    PixelShuffleStack,
-    Stack,
-    StackConfig,
-)
-from fmupsample.upsamplers.unpooling import MaxUnpooling
+:mod:`~fmupsample.upsamplers.registry` lists the methods. Names resolve on first use, so that
+listing them does not import torch.
+"""
 
-__all__ = [
-    "A2U",
-    "CARAFE",
-    "DECODER_UPSAMPLERS",
-    "FADE",
-    "LDAAQU",
-    "SAPA",
-    "UPSAMPLERS",
-    "A2UConfig",
-    "Affinity",
-    "AffinityConfig",
-    "AnyUp",
-    "AnyUpConfig",
-    "Bicubic",
-    "Bilinear",
-    "CARAFEConfig",
-    "CARAFEStack",
-    "Deconvolution",
-    "DeconvolutionConfig",
-    "DeconvolutionStack",
-    "DySample",
-    "DySampleConfig",
-    "DySampleStack",
-    "FADEConfig",
-    "GuidedFilter",
-    "IndexNet",
-    "IndexNetConfig",
-    "JointBilateral",
-    "LDAAQUConfig",
-    "LearnedBilateral",
-    "LearnedBilateralConfig",
-    "LearnedBilateralStack",
-    "MaxUnpooling",
-    "Nearest",
-    "PixelShuffle",
-    "PixelShuffleConfig",
-    "PixelShuffleStack",
-    "ReSFU",
-    "ReSFUConfig",
-    "SAPAConfig",
-    "Stack",
-    "StackConfig",
-    "Upsampler",
-    "build_for_decoder",
-    "load_head",
-    "load_official",
-    "load_upsampler",
-    "save_head",
-]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fmupsample.upsamplers import registry
+
+if TYPE_CHECKING:
+    from fmupsample.upsamplers.api import *  # noqa: F403
+
+    UPSAMPLERS: tuple[str, ...]
+    DECODER_UPSAMPLERS: tuple[str, ...]
+
+_NAMES = {"UPSAMPLERS": "upsampler_names", "DECODER_UPSAMPLERS": "decoder_names"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(registry, _NAMES[name])()
+    api = import_module("fmupsample.upsamplers.api")
+    if name == "__all__":
+        return sorted([*api.__all__, *_NAMES])
+    if name in api.__all__:
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

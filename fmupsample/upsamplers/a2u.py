@@ -13,6 +13,7 @@ turns that number into a kernel for every pixel:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from fmupsample.errors import ShapeError
 from fmupsample.layers.moments import largest_group_count
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.indexnet import made_even, require_size
 from fmupsample.upsamplers.neighbours import (
@@ -73,6 +75,15 @@ class A2U(Upsampler):
         self.taps_v = nn.Conv2d(channels, maps, 1)
         self.up_vector = nn.Conv2d(channels, taps, 1)
         self.down_vector = nn.Conv2d(channels, taps, 1)
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """Two dynamic k x k convolutions and their product at LR, K^2 C HR of reassembly."""
+        c, lr, k = self.config, prod(cells), self.config.kernel_size**2
+        g, taps = c.guidance_channels, c.encoder_kernel_size**2
+        # What makes the taps and the vector does not grow with the map; the down vector is the
+        # encoder's.
+        convolution = per_place(self.taps_u, self.taps_v) * taps + per_place(self.up_vector)
+        return convolution + 2 * taps * g * lr, (g + 4 * k) * lr + k * channels * prod(pixels)
 
     def affinity(self, encoder: Tensor) -> Tensor:
         """``a``: ``[B, 1, ceil(H/2), ceil(W/2)]``."""

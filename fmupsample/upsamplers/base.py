@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fmupsample.errors import ShapeError, UsageError
 from fmupsample.layers.parts import InParts
+from fmupsample.upsamplers.complexity import Cost, Size
 
 
 class Upsampler(nn.Module):
@@ -40,6 +41,8 @@ class Upsampler(nn.Module):
         bytes_per_pixel: about what ``kernels`` takes on its way, per output pixel.
         uses_ops: whether the work is done by the operators of :mod:`fmupsample.ops`, and so
             whether the compiled extension is of use.
+        fingerprint: which numbers it holds, as results record it: the loader's word for a method
+            without parameters, 12 hex digits of a head's; ``None`` for a module made in memory.
     """
 
     name: ClassVar[str]
@@ -52,6 +55,7 @@ class Upsampler(nn.Module):
     bytes_per_pixel: ClassVar[int] = 1200
     uses_ops: ClassVar[bool] = True
     guidance_is_image: bool = True
+    fingerprint: str | None = None
 
     def forward(
         self, x: Tensor, guidance: Tensor | None = None, *, size: tuple[int, int] | None = None
@@ -123,6 +127,15 @@ class Upsampler(nn.Module):
         Args:
             mean, std: of a backbone, for RGB in 0..1.
         """
+
+    def cost(self, channels: int, cells: Size, pixels: Size) -> Cost:
+        """What one picture costs: features ``[channels, *cells]`` upsampled to ``pixels``."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return Cost(parameters, *self.macs(channels, cells, pixels))
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """Multiply-adds of :meth:`cost`: of layers with parameters, and of everything else."""
+        raise UsageError(f"there is no formula for what {self.name} costs")
 
     def check(
         self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None

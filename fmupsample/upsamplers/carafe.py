@@ -8,6 +8,7 @@ cell, and their softmax weighs the cells around it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fmupsample.errors import ShapeError
 from fmupsample.layers.norms import convolved
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.neighbours import (
     BORDERS,
@@ -86,3 +88,8 @@ class CARAFE(Upsampler):
 
     def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
         return reassemble_cropped_at(value, weights, pixels, self.config.ratio)
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """(C m + k^2 m r^2 K^2) LR + K^2 C HR."""
+        convolution = per_place(self.compress, self.encode) * prod(cells)
+        return convolution, self.config.kernel_size**2 * channels * prod(pixels)

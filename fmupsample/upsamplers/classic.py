@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fmupsample.ops import reassemble_at
 from fmupsample.ops.grid import base_cells
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import BICUBIC, BILINEAR, Size
 
 
 class _Interpolation(Upsampler):
@@ -18,6 +20,10 @@ class _Interpolation(Upsampler):
 
     kernel_size: int = 1
     uses_ops: ClassVar[bool] = False
+    macs_per_number: ClassVar[int] = 0
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        return 0, self.macs_per_number * channels * prod(pixels)
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
@@ -47,6 +53,7 @@ class Bilinear(_Interpolation):
     """Bilinear interpolation between cell centres (``align_corners=False``)."""
 
     name: ClassVar[str] = "bilinear"
+    macs_per_number: ClassVar[int] = BILINEAR
     neighbours: str = "fine"
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
@@ -63,6 +70,7 @@ class Bicubic(_Interpolation):
     """
 
     name: ClassVar[str] = "bicubic"
+    macs_per_number: ClassVar[int] = BICUBIC
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         return F.interpolate(value, size=weights.shape[2:], mode="bicubic", align_corners=False)

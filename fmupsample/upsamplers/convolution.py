@@ -9,6 +9,7 @@ Their kernels are the same everywhere. Both begin as an interpolation, from whic
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fmupsample.errors import ShapeError, UsageError
 from fmupsample.layers.norms import convolved
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
 
 
@@ -60,6 +62,10 @@ class _Convolution(Upsampler):
         if x.shape[1] != self.config.channels:
             raise ShapeError(f"this {self.name} was built for {self.config.channels} channels")
         return self._upsampled(x)[:, :, :height, :width]
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """C^2 / groups (2 r)^2 LR, or C^2 r^2 k^2 LR."""
+        return per_place(self.layer) * prod(cells), 0
 
     def _upsampled(self, x: Tensor) -> Tensor:
         raise NotImplementedError

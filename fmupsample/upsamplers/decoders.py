@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from math import ceil, log2
 from typing import Any
 
 from fmupsample.errors import UsageError
-from fmupsample.upsamplers.a2u import A2U, A2UConfig
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
-from fmupsample.upsamplers.fade import FADE, FADEConfig
-from fmupsample.upsamplers.indexnet import IndexNet, IndexNetConfig
-from fmupsample.upsamplers.lda_aqu import LDAAQU, LDAAQUConfig
-from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
-from fmupsample.upsamplers.sapa import SAPA, SAPAConfig
-from fmupsample.upsamplers.stack import (
-    CARAFEStack,
-    DeconvolutionStack,
-    DySampleStack,
-    LearnedBilateralStack,
-    PixelShuffleStack,
-    StackConfig,
-)
-from fmupsample.upsamplers.unpooling import MaxUnpooling
-
-_PLAIN = {kind.name: kind for kind in (Nearest, Bilinear, Bicubic, MaxUnpooling)}
-# With a guidance map of so many channels.
-_GUIDED = {
-    ReSFU.name: (ReSFU, ReSFUConfig),
-    SAPA.name: (SAPA, SAPAConfig),
-    FADE.name: (FADE, FADEConfig),
-}
-_ENCODERS = {IndexNet.name: (IndexNet, IndexNetConfig), A2U.name: (A2U, A2UConfig)}
-_STACKS = {
-    kind.name: kind
-    for kind in (
-        CARAFEStack,
-        DySampleStack,
-        LearnedBilateralStack,
-        DeconvolutionStack,
-        PixelShuffleStack,
-    )
-}
-DECODER_UPSAMPLERS = (*_PLAIN, *_GUIDED, LDAAQU.name, *_STACKS, *_ENCODERS)
+from fmupsample.upsamplers.registry import METHODS, Method, decoder_names, resolve
+from fmupsample.upsamplers.stack import StackConfig
 
 
 def build_for_decoder(
@@ -55,7 +22,7 @@ def build_for_decoder(
     it, so odd sizes fit.
 
     Args:
-        name: one of :data:`DECODER_UPSAMPLERS`.
+        name: one of ``fmupsample.upsamplers.DECODER_UPSAMPLERS``.
         channels: of the features, and of the result.
         guidance_channels: of the guidance.
         ratio: how many times, about: what stacks of doubling operators are built for. The others do
@@ -67,29 +34,27 @@ def build_for_decoder(
     """
     if ratio < 1:
         raise UsageError(f"build_for_decoder: the ratio must be 1 or more, not {ratio}")
-    try:
-        return _build(name, channels, guidance_channels, ratio, options)
-    except TypeError as error:
-        raise UsageError(f"the configuration of {name} is unusable: {error}") from error
+    if name not in decoder_names():
+        raise UsageError(f"{name!r} is none of {', '.join(decoder_names())}")
+    method = METHODS[name]
+    maps = {"channels": channels, "guidance_channels": guidance_channels, "stem": False}
+    return method.build(_options(method, maps, ratio, options))
 
 
-def _build(
-    name: str, channels: int, guidance_channels: int, ratio: int, options: dict[str, Any]
-) -> Upsampler:
-    if name in _PLAIN:
-        return _PLAIN[name](**options)
-    common = {"channels": channels, "guidance_channels": guidance_channels}
-    if name in _GUIDED:
-        kind, config = _GUIDED[name]
-        return kind(config.from_dict({**common, "stem": False, **options}))
-    if name in _ENCODERS:
-        kind, config = _ENCODERS[name]
-        return kind(config.from_dict({**common, **options}))
-    if name == LDAAQU.name:
-        return LDAAQU(LDAAQUConfig.from_dict({"channels": channels, **options}))
-    if name in _STACKS:
-        if name == LearnedBilateralStack.name:
-            options = {"guidance_channels": guidance_channels, **options}
-        stages = max(1, ceil(log2(ratio)))
-        return _STACKS[name](StackConfig(channels, stages=stages, operator=options))
-    raise UsageError(f"{name!r} is none of {', '.join(DECODER_UPSAMPLERS)}")
+def _options(
+    method: Method, maps: dict[str, Any], ratio: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of the method's configuration; of ``maps``, what it has a field for."""
+
+    def with_maps(config: type) -> dict[str, Any]:
+        known = {field.name for field in fields(config)}
+        return {**{name: value for name, value in maps.items() if name in known}, **options}
+
+    if method.config is None:
+        return options
+    config = resolve(method.config)
+    if config is not StackConfig:
+        return with_maps(config)
+    channels = maps.pop("channels")  # which the stack gives to its operators itself
+    operator = with_maps(resolve(method.kind).operator_config)
+    return {"channels": channels, "stages": max(1, ceil(log2(ratio))), "operator": operator}

@@ -2,6 +2,7 @@
 
 Liu et al., "Learning to Upsample by Learning to Sample" (ICCV 2023). Pixel P of the output is the
 bilinear sample of the features at ``P + o(P)``: where bilinear upsampling has it, plus an offset
+from math import prod
 from one linear layer, for each group of channels. Offsets are small (a quarter of a cell for each
 unit, or up to half with a dynamic *scope*, a second layer's sigmoid), so that they do not cross.
 
@@ -12,6 +13,7 @@ Styles: ``lp`` predicts the offsets of the r x r pixels of a cell from the cell,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -22,6 +24,7 @@ from fmupsample.errors import ShapeError, UsageError
 from fmupsample.layers.norms import convolved
 from fmupsample.layers.sampling import pixel_grid, sample
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import BILINEAR, Size, per_place
 from fmupsample.upsamplers.config import Config
 
 
@@ -111,3 +114,8 @@ class DySample(Upsampler):
         # The grid is that of the whole output, also where an odd size leaves its end out.
         grid = pixel_grid((h, w), (h * c.ratio, w * c.ratio), offset)[:height, :width]
         return sample(grouped, grid + offset).reshape(value.shape[0], -1, height, width)
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """2 g C HR of offsets (r^2 less in the pl style), and a sample of C channels."""
+        places = prod(cells) * (self.config.ratio**2 if self.config.style == "pl" else 1)
+        return per_place(self.offset, self.scope) * places, BILINEAR * channels * prod(pixels)

@@ -13,6 +13,7 @@ reassembled features: ``g guidance + (1 - g) up(x)``, ``g = sigmoid(nearest(line
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from fmupsample.errors import UsageError
 from fmupsample.layers.norms import convolved
 from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.guidance import check_channels, guidance_map
 from fmupsample.upsamplers.neighbours import BORDERS, in_cell, neighbour_softmax
@@ -119,3 +121,11 @@ class FADE(Upsampler):
 
     def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
         return reassemble_at(value, weights, pixels, fractional=False)
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """Both maps compressed and convolved; K^2 C HR of reassembly, and the gate."""
+        lr, hr, k = prod(cells), prod(pixels), self.config.kernel_size**2
+        convolution = per_place(self.stem, self.compress_guidance, self.encode) * hr
+        convolution += per_place(self.compress_features, self.encode, self.gate) * lr
+        gate = 0 if self.gate is None else 2 * channels * hr
+        return convolution, k * channels * hr + gate

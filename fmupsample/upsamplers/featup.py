@@ -13,6 +13,7 @@ with t, sigma, p and net learned, and d counted so that the K x K window spans -
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from fmupsample.layers.norms import convolved
 from fmupsample.ops import reassemble, similarity
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import BICUBIC, Size, per_place
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.guidance import check_channels
 from fmupsample.upsamplers.neighbours import resized
@@ -116,6 +118,12 @@ class LearnedBilateral(Upsampler):
         shares = F.pad(weights, (reach,) * 4)
         found = reassemble(around, shares, fractional=False)
         return found[:, :, reach : reach + height, reach : reach + width]
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """Everything at HR: projections, K^2 similarities, the correcting net, reassembly."""
+        k, hr = self.config.kernel_size**2, prod(pixels)
+        neighbours = k * (self.config.embedding + channels) + BICUBIC * channels
+        return per_place(self.project, self.correct) * hr, neighbours * hr
 
 
 def _extended(x: Tensor, reach: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fmupsample.errors import UsageError
 from fmupsample.layers.filters import box_mean
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import BILINEAR, Size
 
 
 class GuidedFilter(Upsampler):
@@ -37,6 +39,11 @@ class GuidedFilter(Upsampler):
             raise UsageError(f"guided: radius and eps must be positive, not {radius} and {eps}")
         self.radius = radius
         self.eps = eps
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """Three slopes and an offset are fitted per cell, enlarged, and applied."""
+        c, lr, hr = channels, prod(cells), prod(pixels)
+        return 0, (3 * c + 9 + 9 * c) * lr + (4 * BILINEAR * c + 3 * c) * hr
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None

@@ -25,7 +25,7 @@ from fmupsample.atomic import replacing
 from fmupsample.errors import HeadError, OutputError, UsageError
 from fmupsample.fingerprint import fingerprint
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.learned import LEARNED, build_learned
+from fmupsample.upsamplers.registry import learned_method, learned_names
 
 FORMAT = "fmupsample-head/1"
 ANY = "any"  # in the place of a backbone's name: a head for all of them
@@ -72,7 +72,7 @@ def save_head(
     """Write a head file; it appears under its name only when complete.
 
     Args:
-        head: one of :data:`~fmupsample.upsamplers.learned.LEARNED`.
+        head: of a method in :func:`~fmupsample.upsamplers.registry.learned_names`.
         backbone: ``None``: the head serves any.
 
     Raises:
@@ -135,14 +135,15 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
         HeadError: unreadable, damaged, or made for another backbone.
     """
     metadata = read_head_metadata(path)
-    if metadata["upsampler"] not in LEARNED:
+    if metadata["upsampler"] not in learned_names():
         raise HeadError(f"{path} holds an unknown upsampler {metadata['upsampler']!r}")
     if backbone is not None:
         check_fit(path, metadata["backbone"], backbone)
+    method = learned_method(metadata["upsampler"])
     try:
         # Without memory first: a damaged configuration may ask for any amount of it.
         with torch.device("meta"):
-            expected = build_learned(metadata["upsampler"], metadata["config"]).state_dict()
+            expected = method.build(metadata["config"]).state_dict()
     except UsageError as error:
         raise HeadError(
             f"the configuration in the head file {path} is unusable: {error}"
@@ -153,7 +154,7 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise HeadError(f"the head file {path} is damaged: {error}") from error
     _check_state(path, state, expected)
-    head = build_learned(metadata["upsampler"], metadata["config"])
+    head = method.build(metadata["config"])
     head.load_state_dict(state)
     head.fingerprint = fingerprint(state)
     if backbone is not None:

@@ -12,6 +12,7 @@ each channel has its own, predicted from all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from fmupsample.errors import ShapeError, UsageError
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.neighbours import in_cell
 
@@ -79,6 +81,10 @@ class IndexNet(Upsampler):
             nn.ReLU6(),
             nn.Conv2d(middle, out, 1, bias=False),
         )
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """The index network at LR, and a product per channel at HR."""
+        return per_place(self.blocks) * prod(cells), channels * prod(pixels)
 
     def indices(self, encoder: Tensor) -> tuple[Tensor, Tensor]:
         """For the encoder and for the decoder, each ``[B, 1 or C, H', W']``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from fmupsample.layers.parts import InParts, cell_means, in_parts
 from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import base_cells, cell_inside, squared_distance
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import Size
 
 _Axis = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -48,6 +50,9 @@ class JointBilateral(Upsampler):
         self.kernel_size = kernel_size
         self.sigma_space = sigma_space
         self.sigma_range = sigma_range
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        return 0, (3 + channels) * self.kernel_size**2 * prod(pixels)
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None

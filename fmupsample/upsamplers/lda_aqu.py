@@ -13,6 +13,7 @@ a learned bias on the keys; heads and groups split the channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from fmupsample.layers.chunks import recorded
 from fmupsample.layers.norms import ChannelNorm, convolved
 from fmupsample.layers.sampling import pixel_grid, sample, sample_with_zeros
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import BILINEAR, Size, per_place
 from fmupsample.upsamplers.config import Config
 
 MODES = ("fixed", "official")
@@ -114,6 +116,13 @@ class LDAAQU(Upsampler):
         # In the beginning the neighbours are where they would be without deformation.
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """Projections at LR; offsets, and K^2 samples of keys and features, at HR."""
+        c, hr, k = self.config, prod(pixels), self.config.kernel_size**2
+        convolution = per_place(self.query, self.key) * prod(cells)
+        convolution += c.groups * per_place(self.offset_depthwise, self.offset) * hr
+        return convolution, k * (1 + BILINEAR) * (c.hidden + channels) * hr
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None

@@ -7,8 +7,6 @@ from pathlib import Path
 from fmupsample.errors import HeadError, UsageError
 from fmupsample.folders import cache_folder
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
-from fmupsample.upsamplers.guided import GuidedFilter
 from fmupsample.upsamplers.heads import (
     ANY,
     BackboneLike,
@@ -16,19 +14,13 @@ from fmupsample.upsamplers.heads import (
     read_head_metadata,
     same_backbone,
 )
-from fmupsample.upsamplers.jbu import JointBilateral
-from fmupsample.upsamplers.learned import LEARNED, UNIVERSALS
 from fmupsample.upsamplers.official.checkpoints import (
     SUFFIXES,
     fetched,
     load_checkpoint,
     published,
 )
-
-TRAINING_FREE: dict[str, type[Upsampler]] = {
-    method.name: method for method in (Nearest, Bilinear, Bicubic, JointBilateral, GuidedFilter)
-}
-UPSAMPLERS = (*TRAINING_FREE, *LEARNED)
+from fmupsample.upsamplers.registry import METHODS, Needs, any_backbone_names, upsampler_names
 
 
 def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> Upsampler:
@@ -36,30 +28,31 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
 
     Args:
         source: ``None`` for the shipped or cached head of this backbone, or where there is none
-            the one that serves all; a method's name (one of :data:`TRAINING_FREE`, or of the
-            trained ones for its head, or its published checkpoint, which is downloaded at first
-            use); or a head file, or a checkpoint (.pth).
+            the one that serves all; a method's name (of one with parameters: its head, or its
+            published checkpoint, which is downloaded at first use); or a head file, or a checkpoint
+            (.pth).
 
     Raises:
         HeadError: the head does not exist, is damaged, or belongs to another backbone.
         UsageError: neither a method's name nor an existing file.
     """
-    if isinstance(source, str) and source in TRAINING_FREE:
-        method = TRAINING_FREE[source]()
-        method.fingerprint = source
+    named = METHODS.get(source) if isinstance(source, str) else None
+    if named is not None and named.needs == Needs.NOTHING:
+        method = named.build({})
+        method.fingerprint = named.name
         return method.eval()
-    if source is None or (isinstance(source, str) and source in LEARNED):
+    if source is None or (named is not None and named.learned):
         # One that serves all is found by its name alone.
-        names = (None, *UNIVERSALS) if source is None else (source,)
+        names = (None, *any_backbone_names()) if named is None else (named.name,)
         found = next(filter(None, (find_head(backbone, name) for name in names)), None)
-        checkpoint = None if source is None else published(str(source))
+        checkpoint = None if named is None else published(named.name)
         if found is None and checkpoint is not None:
             return _from_checkpoint(fetched(checkpoint), backbone)
         if found is None:
             raise HeadError(
                 f"there is no head for {backbone.name} (layer {backbone.layer}): use "
-                f"--upsampler {UNIVERSALS[0]} (serves any backbone) or jbu (needs no training), "
-                "give a head file with --head, or train one with `fmupsample train`"
+                f"--upsampler {any_backbone_names()[0]} (serves any backbone) or jbu (needs no "
+                "training), give a head file with --head, or train one with `fmupsample train`"
             )
         return load_head(found, backbone)
     path = Path(source)
@@ -67,7 +60,7 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         return _from_checkpoint(path, backbone)
     if isinstance(source, str) and not path.exists() and path.suffix != ".safetensors":
         raise UsageError(
-            f"{source!r} is neither an upsampler ({', '.join(UPSAMPLERS)}) nor a head file"
+            f"{source!r} is neither an upsampler ({', '.join(upsampler_names())}) nor a head file"
         )
     return load_head(path, backbone)
 

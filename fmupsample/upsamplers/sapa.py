@@ -17,6 +17,7 @@ With LayerNorm over the channels, y' = LN(y) and x' = LN(x), the similarity s is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from fmupsample.errors import UsageError
 from fmupsample.layers.norms import ChannelNorm, convolved
 from fmupsample.ops import reassemble, reassemble_at, similarity
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.guidance import check_channels, guidance_map
 from fmupsample.upsamplers.neighbours import BORDERS, in_cell, neighbour_softmax, outside
@@ -159,3 +161,12 @@ class SAPA(Upsampler):
         if c.border == "masked":
             weights = weights.masked_fill(mask, 0)
         return (weights / weights.sum(1, keepdim=True)).masked_fill(mask, 0)
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """inner: 2 K^2 C HR; else queries, keys and K^2 (E + C) HR; the cells' own part at LR."""
+        c, lr, hr, k = self.config, prod(cells), prod(pixels), self.config.kernel_size**2
+        convolution = per_place(self.stem, self.query) * hr
+        convolution += per_place(self.key, self.own_query, self.gate) * lr
+        compared = channels if self.query is None else c.embedding
+        own = 0 if self.own_query is None else k * c.embedding * lr
+        return convolution, k * (compared + channels) * hr + own

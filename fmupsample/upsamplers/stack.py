@@ -6,8 +6,9 @@ multiples) are the next larger stack's result, resized bilinearly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.carafe import CARAFE, CARAFEConfig
+from fmupsample.upsamplers.complexity import BILINEAR, Size, per_place
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.convolution import (
     Deconvolution,
@@ -67,14 +69,34 @@ class Stack(Upsampler):
     ) -> Tensor:
         size = self.check(x, guidance, size)
         out = x
-        for stage in self.stages:
-            if out.shape[2] >= size[0] and out.shape[3] >= size[1]:
-                break
-            ratio = stage.fixed_ratio
-            target = (out.shape[2] * ratio, out.shape[3] * ratio)
+        for stage, _, target in self._used((x.shape[2], x.shape[3]), size):
             shown = _averaged(guidance, target) if self.needs_guidance else None
             out = stage(out, shown, size=target)
         return resized(self.finished(out), size)
+
+    def _used(self, cells: Size, pixels: Size) -> Iterator[tuple[Upsampler, Size, Size]]:
+        """The stages that these sizes need, each with the size of its input and its output."""
+        for stage in self.stages:
+            if cells[0] >= pixels[0] and cells[1] >= pixels[1]:
+                break
+            larger = (cells[0] * stage.fixed_ratio, cells[1] * stage.fixed_ratio)
+            yield stage, cells, larger
+            cells = larger
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """The stages that these sizes need, and what is left of the ratio."""
+        convolution, neighbours, size = 0, 0, cells
+        for stage, here, size in self._used(cells, pixels):
+            more = stage.macs(channels, here, size)
+            convolution, neighbours = convolution + more[0], neighbours + more[1]
+        convolution += self.finishing_macs * prod(size)
+        left = 0 if size == pixels else BILINEAR * channels * prod(pixels)
+        return convolution, neighbours + left
+
+    @property
+    def finishing_macs(self) -> int:
+        """Multiply-adds of :meth:`finished` for each pixel."""
+        return 0
 
     def finished(self, x: Tensor) -> Tensor:
         """The last stage's result, before it is resized."""
@@ -129,6 +151,10 @@ class LearnedBilateralStack(Stack):
     def __init__(self, config: StackConfig) -> None:
         super().__init__(config)
         self.correct = nn.Conv2d(config.channels, config.channels, 1)
+
+    @property
+    def finishing_macs(self) -> int:
+        return per_place(self.correct)
 
     def finished(self, x: Tensor) -> Tensor:
         dropped = nn.functional.dropout2d(x, 0.2, self.training)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fmupsample.errors import ShapeError
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import Size
 from fmupsample.upsamplers.indexnet import require_size
 
 
@@ -51,3 +52,6 @@ class MaxUnpooling(Upsampler):
         assert guidance is not None  # checked above: needs_guidance
         require_size(self.name, guidance, size)
         return self.upsample(x, self.downsample(guidance)[1], size)
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        return 0, 0

@@ -32,28 +32,11 @@ from fmupsample.render.heat import colour_bar, heat_colours, mark_point
 from fmupsample.render.overlay import darken, grey, overlay, pca_overlay
 from fmupsample.render.panel import Box, Tile, draw_panel
 from fmupsample.render.tiles import blocks, tile_size
+from fmupsample.upsamplers.registry import METHODS
 
 Layout = Literal["panel", "single", "overlay"]
 LAYOUTS: tuple[Layout, ...] = ("panel", "single", "overlay")
 
-_TITLES = {
-    "resfu": "ReSFU",
-    "resfu-universal": "ReSFU, universal",
-    "anyup": "AnyUp",
-    "jbu": "Joint bilateral",
-    "bilinear": "Bilinear",
-    "nearest": "Nearest",
-    "bicubic": "Bicubic",
-    "guided": "Guided filter",
-    "sapa": "SAPA",
-    "lda-aqu": "LDA-AQU",
-    "fade": "FADE",
-    "carafe": "CARAFE",
-    "dysample": "DySample",
-    "featup": "FeatUp",
-    "deconvolution": "Deconvolution",
-    "pixel-shuffle": "Pixel shuffle",
-}
 HEAT_OPACITY = 0.72
 _SAME_SHAPE = 0.015  # by how much sides may differ: seven pixels of 448
 
@@ -139,7 +122,8 @@ class Artist:
 
     def __post_init__(self) -> None:
         name = self.pipeline.upsampler.name
-        object.__setattr__(self, "title", _TITLES.get(name, name))
+        title = METHODS[name].title if name in METHODS else name
+        object.__setattr__(self, "title", title)
 
     # -- what is computed ---------------------------------------------------------------------
 

@@ -340,7 +340,7 @@ class Run:
         options, upsampler = self.options, self.pipeline.upsampler
         what: dict[str, Any] = {
             **self._model(),
-            "upsampler": [upsampler.name, getattr(upsampler, "fingerprint", "")],
+            "upsampler": [upsampler.name, upsampler.fingerprint or ""],
             "format": options.image_format,
             "revision": _REVISION,
         }

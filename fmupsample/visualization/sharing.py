@@ -286,7 +286,7 @@ def help_out(pipeline: Pipeline, output: Path, options: VisualizeOptions, team: 
 def _digest(run: Run) -> str:
     """Of all that must be the same in all processes."""
     upsampler = run.pipeline.upsampler
-    method = [upsampler.name, getattr(upsampler, "fingerprint", "")]
+    method = [upsampler.name, upsampler.fingerprint or ""]
     what = json.dumps([run._model(), method, repr(run.options)], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 

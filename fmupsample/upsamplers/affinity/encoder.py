@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmupsample.layers.norms import convolved
+from fmupsample.upsamplers.complexity import per_place
 
 # Sides of what the encoder takes are multiples of this.
 ALIGNMENT = 16
@@ -133,6 +134,19 @@ class Encoder(nn.Module):
         padded = F.pad(image, (2, 2, 2, 2), mode="replicate")
         fine = convolved(F.gelu(convolved(padded, self.edges)), self.texture)
         return embedding + convolved(F.gelu(fine), self.from_fine)
+
+    def macs(self, pixels: int) -> int:
+        """Multiply-adds of an image of so many pixels."""
+        here = pixels / 4
+        total = per_place(self.stem) * here
+        for block in self.blocks:
+            total += per_place(block.expand) * here
+            here /= block.stage.stride**2
+            total += per_place(block.depthwise, block.project) * here
+        for level, (side, mix) in enumerate(zip(self.side, self.mix, strict=True), 1):
+            total += per_place(side, mix) * pixels / 4**level
+        total += per_place(self.from_coarse) * pixels / 4
+        return round(total + per_place(self.edges, self.texture, self.from_fine) * pixels)
 
     def _levels(self, image: Tensor) -> tuple[list[Tensor], list[nn.Module], list[nn.Module]]:
         """Maps of 1/16 to 1/2 and the modules that belong to them."""

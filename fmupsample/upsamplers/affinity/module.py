@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from math import isqrt
+from math import isqrt, prod
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from fmupsample.upsamplers.affinity.config import AffinityConfig
 from fmupsample.upsamplers.affinity.encoder import ALIGNMENT, REACH, Encoder
 from fmupsample.upsamplers.affinity.scores import EXTRAS, affinity_weights
 from fmupsample.upsamplers.cells import Window
+from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.neighbours import resized
 from fmupsample.upsamplers.universal import UniversalUpsampler
 
@@ -77,6 +78,12 @@ class Affinity(UniversalUpsampler):
         for layer in (self.encoder.from_coarse, self.encoder.from_fine):
             with torch.no_grad():
                 layer.weight[config.embedding :] *= 0.1
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """The encoder, keys of cells, K^2 (E + 4) HR of similarities, K^2 C HR of reassembly."""
+        c, hr = self.config, prod(pixels)
+        convolution = self.encoder.macs(hr) + per_place(self.keys) * prod(cells)
+        return convolution, c.kernel_size**2 * (c.embedding + 4 + channels) * hr
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None

@@ -40,6 +40,7 @@ from fmupsample.upsamplers.anyup.tiles import (
     linear,
 )
 from fmupsample.upsamplers.anyup.winograd import Convolution3x3
+from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.universal import UniversalUpsampler
 
 # A third map saves two convolutions of every pixel where it is not larger than this.
@@ -78,6 +79,16 @@ class AnyUp(UniversalUpsampler):
 
     def kernel_size_for(self, cells: tuple[int, int]) -> int:
         return 2 * reach_of(cells, self.config.window_ratio) + 1
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """Encoders and a 3x3 convolution at HR; keys at LR; K^2 (E + C) HR of attention."""
+        lr, hr = prod(cells), prod(pixels)
+        encoders = (self.image, self.query_image, self.key_image)
+        convolution = per_place(*encoders, self.query_around, self.query) * hr
+        filters = self.key_features.filters.numel() * channels
+        convolution += (filters + per_place(self.key_features, self.key_joint, self.key)) * lr
+        k = self.kernel_size_for(cells) ** 2
+        return convolution, k * (self.config.embedding + channels) * hr
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None

@@ -7,47 +7,21 @@ own parameter names and reproduce their outputs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.official.anyup import load_anyup
-from fmupsample.upsamplers.official.attention import load_lda_aqu, load_sapa
-from fmupsample.upsamplers.official.operators import (
-    load_a2u,
-    load_carafe,
-    load_dysample,
-    load_fade,
-    load_featup,
-    load_indexnet,
-)
-from fmupsample.upsamplers.official.resfu import load_resfu
-
-_BUILDERS: dict[str, Callable[..., Upsampler]] = {
-    "resfu": load_resfu,
-    "sapa": load_sapa,
-    "sapa-b": partial(load_sapa, similarity="bilinear"),
-    "sapa-g": partial(load_sapa, similarity="gated"),
-    "lda-aqu": load_lda_aqu,
-    "dysample": load_dysample,
-    "carafe": load_carafe,
-    "fade": load_fade,
-    "featup": load_featup,
-    "indexnet": load_indexnet,
-    "a2u": load_a2u,
-    "anyup": load_anyup,
-}
-KINDS = tuple(_BUILDERS)
+from fmupsample.upsamplers.registry import METHODS, resolve
 
 
 def load_official(kind: str, state_dict: Mapping[str, Tensor], **config) -> Upsampler:
     """Build an upsampler from an official implementation's parameters.
 
     Args:
-        kind: one of :data:`KINDS`.
+        kind: one of those below.
         state_dict: the official parameter names and tensors.
         config: the official configuration, by its names there; what follows from the parameters'
             shapes need not be given, and ``ratio`` is ignored where the method does any (it comes
@@ -72,9 +46,10 @@ def load_official(kind: str, state_dict: Mapping[str, Tensor], **config) -> Upsa
         UsageError: an unknown kind or configuration key.
         HeadError: parameters missing, left over, or of other shapes.
     """
-    if kind not in _BUILDERS:
-        raise UsageError(f"load_official knows {sorted(_BUILDERS)}, not {kind!r}")
-    builder = _BUILDERS[kind]
+    loaders = {name: place for row in METHODS.values() for name, place in row.official.items()}
+    if kind not in loaders:
+        raise UsageError(f"load_official knows {sorted(loaders)}, not {kind!r}")
+    builder = resolve(loaders[kind])
     bound = builder.keywords if isinstance(builder, partial) else {}
     known = [name for name in list(inspect.signature(builder).parameters)[1:] if name not in bound]
     unknown = sorted(set(config) - set(known))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from fmupsample.upsamplers.base import Upsampler
@@ -54,6 +56,10 @@ def load_sapa(
         border="zeros",
     )
     return fill(SAPA(config), state, what)
+
+
+load_sapa_b = partial(load_sapa, similarity="bilinear")
+load_sapa_g = partial(load_sapa, similarity="gated")
 
 
 def load_lda_aqu(

@@ -44,6 +44,11 @@ class Checkpoint:
     credit: str
 
     @property
+    def size(self) -> str:
+        """Of the file, such as ``"3.5 MB"``."""
+        return f"{self.bytes / 1e6:.1f} MB"
+
+    @property
     def path(self) -> Path:
         """Where it is kept in the cache."""
         return cache_folder() / "heads" / f"{self.name}.pth"

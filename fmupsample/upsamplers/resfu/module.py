@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,7 @@ from fmupsample.layers.parts import InParts, in_parts
 from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import interpolation_matrix
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.normalisation import Renormalisation
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
 from fmupsample.upsamplers.resfu.distance import CellDistance
@@ -95,6 +97,18 @@ class ReSFU(Upsampler):
             nn.init.zeros_(scores.score.weight)
             nn.init.zeros_(scores.score.bias)
         return scores
+
+    def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
+        """Queries and keys; per pair a K x K difference convolution, two 1x1; fine reassembly."""
+        c, hr, k = self.config, prod(pixels), self.config.kernel_size**2
+        pairs = [getattr(self, f"{p}_scores") for p in ("semantic", "detail") if getattr(c, p)]
+        convolution = per_place(self.stem, self.query, *pairs) * hr
+        if c.semantic:
+            convolution += channels * c.embedding * prod(cells)
+        neighbours = (c.kernel_size + 1) ** 2 * channels * hr
+        if c.similarity != "pcdc":
+            neighbours += len(pairs) * k * c.embedding * hr
+        return convolution, neighbours
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
