@@ -9,9 +9,11 @@ from typing import Any
 
 from fmupsample.backbones import Backbone
 from fmupsample.errors import UsageError
-from fmupsample.upsamplers import ReSFU, Upsampler, load_upsampler
+from fmupsample.upsamplers import Upsampler, load_upsampler
+from fmupsample.upsamplers.aligned.module import AlignedUpsampler
 
-# Each takes one part of ReSFU away and keeps the trained parameters of the others.
+# Each takes one part of ReSFU or of bilateral cells away, and keeps the trained parameters of the
+# others.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no-semantic": {"semantic": False},
     "no-detail": {"detail": False},
@@ -20,7 +22,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-colours": {"sigma_range": None},
     "no-prior": {"taper": False, "sigma_space": None, "sigma_range": None},
     "no-taper": {"taper": False},
-    "fine": {"neighbours": "fine", "taper": False, "sigma_space": None, "sigma_range": None},
+    "fine": {"neighbours": "fine"},
     "coarse": {"neighbours": "coarse"},
 }
 
@@ -35,7 +37,7 @@ class Contender:
     def describe(self) -> dict[str, Any]:
         """What identifies it, for the JSON."""
         described = {"method": self.upsampler.name, "fingerprint": self.fingerprint}
-        if isinstance(self.upsampler, ReSFU):
+        if isinstance(self.upsampler, AlignedUpsampler):
             described["config"] = self.upsampler.config.to_dict()
         return described
 
@@ -72,8 +74,8 @@ def gather(
         found[name] = Contender(name, load_upsampler(backbone, file))
     skipped: dict[str, str] = {}
     for name in ablated:
-        if name not in found or not isinstance(found[name].upsampler, ReSFU):
-            raise UsageError(f"--ablate {name}: that is none of the ReSFU heads compared here")
+        if name not in found or not isinstance(found[name].upsampler, AlignedUpsampler):
+            raise UsageError(f"--ablate {name}: that is no head of resfu or bilateral-cells")
         head = found[name].upsampler
         for part, changes in ABLATIONS.items():
             try:
@@ -83,7 +85,7 @@ def gather(
     return list(found.values()), skipped
 
 
-def ablate(head: ReSFU, part: str, changes: dict[str, Any]) -> ReSFU:
+def ablate(head: AlignedUpsampler, part: str, changes: dict[str, Any]) -> AlignedUpsampler:
     """``head`` with another configuration and the same parameters.
 
     Raises:
@@ -93,7 +95,7 @@ def ablate(head: ReSFU, part: str, changes: dict[str, Any]) -> ReSFU:
     missing = [key for key in changes if not hasattr(config, key)]
     if missing or all(getattr(config, key) == value for key, value in changes.items()):
         raise UsageError(f"the head has no {part} form: {changes} changes nothing in it")
-    other = ReSFU(replace(config, **changes))
+    other = type(head)(replace(config, **changes))
     state, wanted = head.state_dict(), other.state_dict()
     untrained = [k for k, v in wanted.items() if k not in state or state[k].shape != v.shape]
     if untrained:

@@ -50,6 +50,7 @@ from labelled import CAMVID, camvid
 
 # What is trained, the quick ones first: where time runs out, these are there.
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bilateral-cells": ("bilateral-cells", {}),
     "resfu": ("resfu", {}),
     "sapa-b": ("sapa", {"similarity": "bilinear"}),
     "sapa-g": ("sapa", {"similarity": "gated"}),

@@ -2,7 +2,7 @@
 
     python benchmarks/leave_one_out.py --sources DIR --photos DIR --camvid DIR -o FOLDER
 
-For each feature source, a universal ReSFU is trained on all the others, and one of its own on this
+For each feature source, a universal head is trained on all the others, and one of its own on this
 source alone, with equal steps; then linear probes on CamVid compare both with bilinear and joint
 bilateral upsampling (`quality.py`). Sources are the backbone files in DIR (see
 `weights/recipes/train_source.py`) and the embedded backbone; two layers of one file are left out
@@ -26,7 +26,6 @@ from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images.find import find_images
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.run import train
-from fmupsample.upsamplers.resfu.module import UNIVERSAL
 from fmupsample_cli.progress import RichProgress, note
 
 import quality
@@ -105,7 +104,7 @@ def find_sources(folder: Path, layers: Sequence[str]) -> list[Source]:
 
 
 def train_head(
-    path: Path, sources: Sequence[Source], upsampler: str, args: argparse.Namespace
+    path: Path, sources: Sequence[Source], args: argparse.Namespace, *, universal: bool
 ) -> None:
     """A head in ``path``, unless it is there; a run that was stopped goes on."""
     if path.exists():
@@ -114,7 +113,8 @@ def train_head(
     backbones = [source.load() for source in sources]
     size = args.cells * backbones[0].stride[0]
     config = TrainConfig(
-        upsampler=upsampler,
+        upsampler="bilateral-cells",
+        upsampler_config={"channels": 0} if universal else {},
         image_sizes=(size,),
         side=320,
         steps=args.steps,
@@ -206,8 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
             "specialised": args.output / "heads" / f"{source.name}.safetensors",
         }
         if args.only != "judge":
-            train_head(heads["universal"], others, UNIVERSAL, args)
-            train_head(heads["specialised"], [source], "resfu", args)
+            train_head(heads["universal"], others, args, universal=True)
+            train_head(heads["specialised"], [source], args, universal=False)
         if args.only != "train":
             found[source.name] = judge(source, heads, args)
     if found:

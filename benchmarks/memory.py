@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=list(SIZES), help="sides, multiples of 14")
-    add("--methods", nargs="+", default=["resfu", "resfu-universal", "jbu"])
+    add("--methods", nargs="+", default=["resfu", "bilateral-cells", "jbu"])
     add("--ways", nargs="+", default=["whole", "windows"])
     add("--max-memory", type=parse_memory, help="as of the command line")
     add("--threads", type=int, default=0)

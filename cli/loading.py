@@ -57,6 +57,9 @@ def load_models(
         backbone, layer=layer, weights=weights, image_size=image_size, views=views
     )
     from fmupsample.upsamplers import load_upsampler
+    from fmupsample.upsamplers.registry import current_name
+
+    upsampler = None if upsampler is None else current_name(upsampler)
 
     if fit_on is not None and head is None:
         _fit_head(model, upsampler, fit_on, place, quiet)
@@ -80,8 +83,8 @@ def _fit_head(
     quiet: bool,
 ) -> None:
     """Train a head for ``model`` and keep it, unless there is one."""
+    from fmupsample.training.config import TrainConfig
     from fmupsample.training.fit import fit_head
-    from fmupsample.upsamplers import ReSFU
     from fmupsample.upsamplers.loading import find_head
     from fmupsample.upsamplers.registry import learned_names
     from fmupsample_cli.progress import RichProgress, warn
@@ -94,7 +97,7 @@ def _fit_head(
         report = fit_head(
             model,
             pictures,
-            upsampler or ReSFU.name,
+            upsampler or TrainConfig.upsampler,
             device=place,
             progress=progress,
             say=lambda message: note(message, quiet=quiet),

@@ -16,6 +16,7 @@ from fmupsample._version import __version__
 from fmupsample.heap import keep_freed_memory
 from fmupsample.waiting import spin_briefly
 from fmupsample_cli.errors import run
+from fmupsample_cli.progress import renamings_told
 
 FEATURES = "Features"
 TOOLS = "Tools"
@@ -81,4 +82,5 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:  # the process is this command's own
         keep_freed_memory()
         spin_briefly()
-    return run(build_app(), arguments)
+    with renamings_told():
+        return run(build_app(), arguments)

@@ -155,8 +155,8 @@ UpsamplerName = Annotated[
         "--upsampler",
         metavar="NAME",
         help="Method: nearest, bilinear, bicubic, jbu or guided (edge-aware, need no training), or "
-        "one with a trained head for the backbone: resfu (the default), sapa, lda-aqu, ... "
-        "(`fmupsample models --upsamplers`).",
+        "one with a trained head: affinity, bilateral-cells, resfu, sapa, ... (`fmupsample models "
+        "--upsamplers`). Default: a head of this very backbone, else affinity.",
         autocompletion=complete_upsampler,
         show_default=False,
         rich_help_panel=MODEL,

@@ -190,7 +190,7 @@ Upsamplers = Annotated[
     typer.Option(
         "--upsampler",
         metavar="NAME,...",
-        help="Method: bilinear, jbu, resfu (the default), ... (`fmupsample models --upsamplers`). "
+        help="Method: bilinear, jbu, affinity, ... (`fmupsample models --upsamplers`). "
         "Several (bilinear,resfu) are fitted on the same features and the best is kept.",
         autocompletion=o.complete_upsampler,
         show_default=False,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +21,7 @@ from rich.progress import Progress as RichBar
 from rich.status import Status
 from rich.text import Text
 
-from fmupsample.errors import one_line
+from fmupsample.errors import RenamedWarning, one_line
 
 # Everything for people goes through this console; standard output is kept for results.
 console = Console(stderr=True, highlight=False)
@@ -32,6 +36,22 @@ def note(message: str, *, quiet: bool = False) -> None:
 def warn(message: str) -> None:
     """One line ``warning: ...`` on standard error."""
     console.print(Text.assemble(("warning: ", "yellow"), one_line(message)), soft_wrap=True)
+
+
+@contextmanager
+def renamings_told() -> Iterator[None]:
+    """Say in one line each what was asked for by an earlier name."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, RenamedWarning):
+                warn(str(message))
+            else:
+                others(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 class BuildLine:

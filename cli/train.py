@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmupsample.upsamplers.registry import Needs, any_backbone_names, either, learned_names
+from fmupsample.upsamplers.registry import (
+    Needs,
+    any_backbone_names,
+    current_name,
+    either,
+    learned_names,
+)
 from fmupsample_cli import options as o
 
 if TYPE_CHECKING:
@@ -35,7 +41,7 @@ Upsampler = Annotated[
         "--upsampler",
         metavar="NAME",
         help=f"Which upsampler to train: {either(any_backbone_names())} (for any backbone), "
-        f"{either(learned_names(Needs.OWN_HEAD))}. Default: resfu.",
+        f"{either(learned_names(Needs.OWN_HEAD))}. Default: bilateral-cells, for this backbone.",
         autocompletion=o.complete_upsampler,
         show_default=False,
         rich_help_panel=o.MODEL,
@@ -58,7 +64,7 @@ StartFrom = Annotated[
         "--from",
         metavar="HEAD",
         help="Start from this head instead of new parameters: a file of the same backbone, or "
-        "affinity or resfu-universal, the shipped heads for any.",
+        "affinity or bilateral-cells, the shipped heads for any.",
         show_default=False,
         rich_help_panel=o.MODEL,
     ),
@@ -379,11 +385,12 @@ def _known_head(start_from: Path | None, backbone: Backbone) -> Path | None:
     from fmupsample.errors import HeadError
     from fmupsample.upsamplers.loading import find_head
 
-    if start_from is None or str(start_from) not in any_backbone_names() or start_from.exists():
+    name = current_name(str(start_from))
+    if start_from is None or name not in any_backbone_names() or start_from.exists():
         return start_from
-    found = find_head(backbone, str(start_from))
+    found = find_head(backbone, name)
     if found is None:
-        raise HeadError(f"there is no {start_from} head to start from")
+        raise HeadError(f"there is no {name} head to start from")
     return found
 
 

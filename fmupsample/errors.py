@@ -22,6 +22,10 @@ class FmupsampleError(Exception):
     exit_code = 1
 
 
+class RenamedWarning(FutureWarning):
+    """Something was asked for by the name it had in an earlier version."""
+
+
 class UsageError(FmupsampleError, ValueError):
     """An argument or option that cannot be honoured; nothing was started."""
 

@@ -20,9 +20,9 @@ HEAD = {
     "groups": 2,
     "norm_groups": 2,
     "guidance_channels": 4,
-    "neighbours": "fine",  # the paper's form: without a prior, it has more to learn
 }
 SMALL = {
+    "upsampler": "resfu",  # without a prior, it has more to learn
     "upsampler_config": HEAD,
     "objective": {"crops": 1.0, "regions": 1.0},
     "image_sizes": [32],

@@ -177,7 +177,7 @@ def test_a_size_the_backbone_does_not_take_is_said(capsys, monkeypatch):
 def test_methods_and_costs():
     backbone = load_backbone("embedded")
     methods = {m.name: m for m in choose(backbone)}
-    assert methods["resfu-universal"].weights == "trained"  # the shipped head
+    assert methods["bilateral-cells"].weights == "trained"  # the shipped head
     assert methods["sapa"].weights == "random" and methods["jbu"].weights == "none"
     first, again = (methods["carafe"].build().state_dict() for _ in range(2))
     assert all(torch.equal(first[k], again[k]) for k in first)

@@ -149,7 +149,7 @@ def test_fit_head(pictures, tmp_path, monkeypatch, capsys) -> None:
     streams = capsys.readouterr()
     assert "training one on these pictures" in streams.err and "8 done" in streams.out
     heads = list((tmp_path / "cache/heads").glob("*.safetensors"))
-    assert [h.name for h in heads] == ["toy.v1-layer11-0123456789ab.resfu.safetensors"]
+    assert [h.name for h in heads] == ["toy.v1-layer11-0123456789ab.bilateral-cells.safetensors"]
     monkeypatch.setattr(fit, "train", None)
     assert call("visualize", pictures, "-o", tmp_path / "drawn", "--fit-head") == 0
     assert call("extract", pictures, "-o", tmp_path / "more", "--pca", 3) == 0

@@ -42,7 +42,7 @@ def test_any_size_by_one_graph(name: str) -> None:
         torch.testing.assert_close(found, up(*part), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["guided", "affinity", "resfu-universal"])
+@pytest.mark.parametrize("name", ["guided", "affinity", "bilateral-cells"])
 def test_one_size(name: str) -> None:
     up = upsampler(name)
     x, image = inputs()

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fmupsample.errors import UsageError
-from fmupsample.upsamplers import ReSFU, ReSFUConfig
+from fmupsample.upsamplers import (
+    BilateralCells,
+    BilateralCellsConfig,
+    ReSFU,
+    ReSFUConfig,
+    Upsampler,
+)
 from fmupsample.upsamplers import cells as cells_module
+from fmupsample.upsamplers.bilateral.distance import CellDistance
 from fmupsample.upsamplers.cells import cell_products
-from fmupsample.upsamplers.resfu.distance import CellDistance
 
 
 def normal(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -84,17 +89,19 @@ def test_gradients():
         assert torch.autograd.gradcheck(scores, (query, key, module.weight))
 
 
-def head(**changes) -> ReSFU:
+def head(kind: type[Upsampler], **changes) -> Upsampler:
     torch.manual_seed(0)
-    config = {"embedding": 8, "middle": 16, "groups": 2, "norm_groups": 2, "neighbours": "coarse"}
-    up = ReSFU(ReSFUConfig(6, **{**config, **changes})).double().eval().requires_grad_(False)
+    more = {"middle": 16, "groups": 2, "neighbours": "coarse"} if kind is ReSFU else {"channels": 6}
+    config = {"embedding": 8, "norm_groups": 2, **more, **changes}
+    made = ReSFUConfig(6, **config) if kind is ReSFU else BilateralCellsConfig(**config)
+    up = kind(made).double().eval().requires_grad_(False)
     for name, parameter in up.named_parameters():
         if name.endswith(("_scores.weight", "score.weight")):
             torch.nn.init.uniform_(parameter, 0.2, 0.8)
     return up
 
 
-def step_at_borders(up: ReSFU, ratio: int) -> float:
+def step_at_borders(up: Upsampler, ratio: int) -> float:
     """The largest difference of two pixels beside each other but in different cells."""
     x = normal(1, 6, 5, 6)
     down, across = torch.linspace(0, 3, 5 * ratio), torch.linspace(0, 2, 6 * ratio)
@@ -107,23 +114,16 @@ def step_at_borders(up: ReSFU, ratio: int) -> float:
 def test_there_are_no_seams():
     """Four times as many pixels: a quarter of the step where it is continuous, else all of it."""
 
-    def share_that_stays(up: ReSFU) -> float:
+    def share_that_stays(up: Upsampler) -> float:
         return step_at_borders(up, 96) / step_at_borders(up, 24)
 
-    assert share_that_stays(head(similarity="distance", taper=True)) < 0.35
+    assert share_that_stays(head(BilateralCells, sigma_range=None)) < 0.35
     # Without the taper cells come and go; scores of offsets are others beyond a border.
-    plain = head(similarity="distance", sigma_space=0.75)
+    plain = head(BilateralCells, taper=False, sigma_space=0.75, sigma_range=None)
     for scores in (plain.semantic_scores, plain.detail_scores):
         scores.weight.zero_()
     assert share_that_stays(plain) > 0.7
-    assert share_that_stays(head(similarity="pcdc", taper=True)) > 0.7
-
-
-def test_what_is_for_whole_cells():
-    with pytest.raises(UsageError, match=r"distance.*coarse"):
-        ReSFUConfig(6, similarity="distance")
-    with pytest.raises(UsageError, match=r"taper.*coarse"):
-        ReSFUConfig(6, taper=True)
+    assert share_that_stays(head(ReSFU)) > 0.7
 
 
 @pytest.mark.parametrize("band", [1, 500, 2**18])

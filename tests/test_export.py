@@ -103,7 +103,7 @@ def test_onnx_with_a_batch_that_may_change(part, made, tiny_backbone, tmp_path):
     assert len(found) == 4 and found.shape[1] == (C if part == "backbone" else 5)
 
 
-@pytest.mark.parametrize("name", ["nearest", "affinity", "resfu-universal"])
+@pytest.mark.parametrize("name", ["nearest", "affinity", "bilateral-cells"])
 def test_programs_with_a_batch_that_may_change(name, made, tiny_backbone, tmp_path):
     part = make_part("kernels", tiny_backbone, made(name), SIZE)
     found = export_part(part, tmp_path / "x.pt2", Format.pt2, dynamic=["batch"])

@@ -22,16 +22,18 @@ from fmupsample.images import ImageSize, find_images
 from fmupsample.images.prepare import normalise, normalise_part
 from fmupsample.layers.parts import InParts, cell_means, in_parts
 from fmupsample.pipeline import Pipeline
-from fmupsample.upsamplers import ReSFU, ReSFUConfig, load_upsampler
+from fmupsample.upsamplers import (
+    BilateralCells,
+    BilateralCellsConfig,
+    ReSFU,
+    ReSFUConfig,
+    load_upsampler,
+)
+from fmupsample.upsamplers.aligned import windows as upsampler_windows
+from fmupsample.upsamplers.bilateral import projection
+from fmupsample.upsamplers.bilateral.windows import _cell_shares
 from fmupsample.upsamplers.jbu import JointBilateral
-from fmupsample.upsamplers.resfu import projection
-from fmupsample.upsamplers.resfu import windows as resfu_windows
 from fmupsample.windows import overview_of
-
-BY_DISTANCE = {
-    "keys": "projected", "similarity": "distance", "neighbours": "coarse", "taper": True,
-    "sigma_range": 0.6,
-}  # fmt: skip
 
 
 class Watched:
@@ -79,22 +81,23 @@ def test_shares_of_parts_sum_to_the_mean(cells, more, cuts) -> None:
     found = torch.zeros(cells, dtype=torch.float64)
     bounds = sorted({0, pixels, *(c for c in cuts if c < pixels)})
     for first, last in pairwise(bounds):
-        rows, shares = resfu_windows._cell_shares(cells, pixels, slice(first, last))
+        rows, shares = _cell_shares(cells, pixels, slice(first, last))
         found[rows] += shares @ x[first:last]
     expected = F.adaptive_avg_pool1d(x[None], cells)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(144, 200), (131, 113)])
-@pytest.mark.parametrize("name", ["resfu", "distance", "jbu"])
+@pytest.mark.parametrize("name", ["resfu", "bilateral-cells", "jbu"])
 def test_kernels_never_read_the_whole(name, size, monkeypatch) -> None:
-    monkeypatch.setattr(resfu_windows, "_FEWEST", 24)
-    if name == "jbu":
-        head = JointBilateral()
-    else:
-        torch.manual_seed(3)
-        head = ReSFU(ReSFUConfig(6, guided_radius=2, **(BY_DISTANCE if name != "resfu" else {})))
-        head.use_with((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+    monkeypatch.setattr(upsampler_windows, "_FEWEST", 24)
+    torch.manual_seed(3)
+    head = {
+        "jbu": JointBilateral,
+        "resfu": lambda: ReSFU(ReSFUConfig(6, guided_radius=2)),
+        "bilateral-cells": lambda: BilateralCells(BilateralCellsConfig(guided_radius=2)),
+    }[name]()
+    head.use_with((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
     head.eval()
     x, watched = torch.randn(1, 6, 12, 11), Watched(size)
     whole = head.kernels(x, watched.map[...], size)

@@ -175,7 +175,7 @@ def test_contenders_are_named_and_checked(head):
         named_file("head.safetensors")
     with pytest.raises(UsageError, match="given twice"):
         gather(backbone, ["jbu"], [("jbu", head)], [])
-    with pytest.raises(UsageError, match="none of the ReSFU heads"):
+    with pytest.raises(UsageError, match="no head of resfu or bilateral-cells"):
         gather(backbone, ["jbu"], [], ["jbu"])
     (mine,), _ = gather(backbone, [], [("mine", head)], [])
     coarse = ablate(mine.upsampler, "coarse", ABLATIONS["coarse"])

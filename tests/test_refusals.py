@@ -27,7 +27,7 @@ from fmupsample.labels.values import read_values
 from fmupsample.probing.points import read_clicks
 from fmupsample.training import fit
 from fmupsample.training.report import Log
-from fmupsample.upsamplers import ReSFU, ReSFUConfig, load_head, save_head
+from fmupsample.upsamplers import BilateralCells, BilateralCellsConfig, load_head, save_head
 from fmupsample.upsamplers.affinity.config import AffinityConfig
 from fmupsample.writers.lock import FolderLock
 from fmupsample_cli.errors import run as run_app
@@ -92,7 +92,7 @@ def test_two_runs_do_not_train_one_head(stopped, tmp_path) -> None:
 
 def test_a_second_fit_waits_for_the_first(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FMUPSAMPLE_CACHE", str(tmp_path))
-    path, said, results = fit.fitted_head_path(ToyBackbone(), "resfu"), [], []
+    path, said, results = fit.fitted_head_path(ToyBackbone(), "bilateral-cells"), [], []
     waiting = threading.Event()
 
     def say(message: str) -> None:
@@ -269,10 +269,10 @@ def test_clicks_of_a_class_beyond_all(tmp_path) -> None:
     ],
 )  # fmt: skip
 def test_configurations_of_heads_that_cannot_be(change, tmp_path, monkeypatch) -> None:
-    config = ReSFUConfig(channels=16, embedding=8, middle=8, groups=2, norm_groups=2)
+    config = BilateralCellsConfig(embedding=8, norm_groups=2)
     written = {**config.to_dict(), **change}
-    monkeypatch.setattr(ReSFUConfig, "to_dict", lambda _: written)
-    save_head(tmp_path / "h.safetensors", ReSFU(config), None)
+    monkeypatch.setattr(BilateralCellsConfig, "to_dict", lambda _: written)
+    save_head(tmp_path / "h.safetensors", BilateralCells(config), None)
     with pytest.raises(HeadError, match=f"is unusable: .*{next(iter(change))}"):
         load_head(tmp_path / "h.safetensors")
 

@@ -28,7 +28,8 @@ from fmupsample.training import feed, loop
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.model import Model, learning_rate, make_optimizer
 from fmupsample.training.run import train
-from fmupsample.upsamplers import ReSFUConfig, load_head
+from fmupsample.upsamplers import BilateralCellsConfig, ReSFUConfig, load_head
+from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.heads import read_head_metadata
 from fmupsample.upsamplers.registry import METHODS, Method, Needs
 
@@ -346,24 +347,21 @@ def test_what_is_trained_where_nothing_is_asked_for(pictures, tmp_path) -> None:
         image_sizes=(32,), side=48, steps=3, batch_size=2, validate_every=3, previews=0
     )
 
-    def trained(name: str, **changes) -> ReSFUConfig:
+    def trained(name: str, **changes) -> Config:
         report = run(pictures, tmp_path / name, replace(plain, **changes))
         assert set(report.score.terms) == {"clusters"}
         return load_head(tmp_path / name, ToyBackbone()).config
 
     config = trained("plain.safetensors")
-    assert (config.neighbours, config.similarity) == ("coarse", "distance")
-    assert (config.taper, config.sigma_range) == (True, 0.6)
+    assert config == BilateralCellsConfig(16)
+    assert (config.keys, config.taper, config.sigma_range) == ("learned", True, 0.6)
     # The colours come in after training, which is one without them.
-    without = {"neighbours": "coarse", "similarity": "distance", "taper": True}
-    assert trained("without.safetensors", upsampler_config=without).sigma_range is None
+    assert trained("without.safetensors", upsampler_config={"sigma_range": None}) != config
     assert_same(tmp_path / "plain.safetensors", tmp_path / "without.safetensors")
     assert trained("early.safetensors", late_prior=False) == config
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "plain.safetensors", tmp_path / "early.safetensors")
-    faithful = trained("paper.safetensors", upsampler_config={"neighbours": "fine"})
-    assert (faithful.neighbours, faithful.similarity) == ("fine", "pcdc")
-    assert (faithful.taper, faithful.sigma_range) == (False, None)
+    assert trained("paper.safetensors", upsampler="resfu") == ReSFUConfig(16)
 
 
 def test_a_head_learns_edges(tmp_path, monkeypatch) -> None:

@@ -22,8 +22,8 @@ from fmupsample.images import ImageSize, find_images
 from fmupsample.memory import available_memory, parse_memory
 from fmupsample.pipeline import Pipeline
 from fmupsample.upsamplers import ReSFU, ReSFUConfig, load_upsampler
+from fmupsample.upsamplers.aligned import windows as upsampler_windows
 from fmupsample.upsamplers.jbu import JointBilateral
-from fmupsample.upsamplers.resfu import windows as resfu_windows
 from fmupsample.windows import (
     features_in_windows,
     overview_size,
@@ -46,7 +46,7 @@ def small_resfu(channels: int = 6, **options: object) -> ReSFU:
 
 @pytest.fixture
 def small_windows(monkeypatch) -> None:
-    monkeypatch.setattr(resfu_windows, "_FEWEST", 24)
+    monkeypatch.setattr(upsampler_windows, "_FEWEST", 24)
     monkeypatch.setattr("fmupsample.pipeline.maps._WHOLE_PIXELS", 1000)
     monkeypatch.setattr("fmupsample.pipeline.maps._WINDOW_PIXELS", 1500)
     monkeypatch.setattr("fmupsample.pipeline.maps._FEWEST_PIXELS", 100)
@@ -65,7 +65,7 @@ def small_windows(monkeypatch) -> None:
         {"kernel_size": 5},
         {"guided_radius": 5},
         {"similarity": "inner"},
-        {"neighbours": "coarse", "sigma_space": 0.75, "sigma_range": 0.6},
+        {"neighbours": "coarse"},
     ],
     ids=str,
 )
@@ -111,7 +111,7 @@ def test_joint_bilateral_in_windows() -> None:
 )
 def test_windows_hold_every_pixel_once(size, pixels, reach) -> None:
     seen = np.zeros(size, dtype=int)
-    for band in resfu_windows.split(size, pixels, reach):
+    for band in upsampler_windows.split(size, pixels, reach):
         for window in band:
             seen[window.own] += 1
             for own, region, length in zip(window.own, window.region, size, strict=True):

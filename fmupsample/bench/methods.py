@@ -80,7 +80,7 @@ def choose(
         found[method.name] = method
 
     known = registry.upsampler_names()
-    for name in known if names is None else names:
+    for name in known if names is None else map(registry.current_name, names):
         if name not in registry.METHODS:
             raise UsageError(
                 f"{name!r} is no upsampler: there are {', '.join(known)}; files go to --head"

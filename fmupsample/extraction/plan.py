@@ -23,6 +23,7 @@ from fmupsample.images import (
 from fmupsample.images.find import stamp
 from fmupsample.pipeline import Pipeline, map_sizes
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.registry import names_in_files
 from fmupsample.video.frames import size_of
 from fmupsample.writers import Manifest, check_format, file_bytes, output_names
 from fmupsample.writers.formats import COMPACT, DTYPES, suffix_of
@@ -318,11 +319,19 @@ def _is_done(out: Path, source: Source, record: Record, wanted_hash: str) -> boo
 
 
 def check_options(out: Path, manifest: Manifest, plan: Plan) -> None:
-    """Raise a UsageError for finished results that were made with other options."""
+    """Raise a UsageError for finished results that were made with other options.
+
+    Those of the same upsampler under an earlier name count as made with these.
+    """
     for record in manifest.records.values():
         if record["status"] != "ok" or record.get("options_hash") == plan.hash:
             continue
         before = record.get("options") if isinstance(record.get("options"), dict) else {}
+        name = plan.described.get("upsampler")
+        renamed = {**before, "upsampler": name} == plan.described
+        if renamed and before.get("upsampler") in names_in_files(name):
+            record |= {"options": plan.described, "options_hash": plan.hash}
+            continue
         keys = [*plan.described, *(key for key in before if key not in plan.described)]
         before, now = ({**_UNSAID, **options} for options in (before, plan.described))
         changed = {key for key in keys if before.get(key) != now.get(key)}

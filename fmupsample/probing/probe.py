@@ -23,6 +23,7 @@ from fmupsample.pipeline import Item, Pipeline
 from fmupsample.probing.linear import LinearProbe
 from fmupsample.probing.tasks import Depth, largest
 from fmupsample.upsamplers.heads import describe_backbone, is_other_version
+from fmupsample.upsamplers.registry import names_in_files
 
 FORMAT = "fmupsample-probe/1"
 TASKS = ("segmentation", "depth")
@@ -105,7 +106,8 @@ class Probe:
         method = pipeline.upsampler
         assert method is not None
         print_ = method.fingerprint
-        if (method.name, print_) != (self.upsampler["name"], self.upsampler["fingerprint"]):
+        known = self.upsampler["name"] in names_in_files(method.name)
+        if not known or print_ != self.upsampler["fingerprint"]:
             raise ProbeError(
                 f"this probe was fitted on upsampler {self.upsampler['name']} "
                 f"({self.upsampler['fingerprint']}), not on {method.name} ({print_}): give the "

@@ -15,6 +15,7 @@ import torch
 from fmupsample.device import check_precision
 from fmupsample.errors import UsageError
 from fmupsample.training.objective import SCALINGS, TERMS
+from fmupsample.upsamplers.registry import current_name
 
 # What a run may change when it goes on from a checkpoint; everything else would make it another.
 FREE = frozenset({"lr", "weight_decay", "clip", "validate_every", "log_every", "previews"})
@@ -29,10 +30,10 @@ class TrainConfig:
     """
 
     # --- what is trained
-    upsampler: str = "resfu"
+    upsampler: str = "bilateral-cells"
     upsampler_config: dict[str, Any] = field(default_factory=dict)  # fields of its own config
 
-    late_prior: bool = True  # ReSFU has the colours of its prior after training only
+    late_prior: bool = True  # bilateral cells have the colours of their prior after training only
 
     # --- for what: weights of the terms in objective.py. Those that compare features (crops and
     # regions) are best served by mixing neighbours, which costs what a linear probe tells apart.
@@ -78,6 +79,11 @@ class TrainConfig:
     previews: int = 2  # held-out pictures drawn at every validation
 
     def __post_init__(self) -> None:
+        name = current_name(self.upsampler) if isinstance(self.upsampler, str) else self.upsampler
+        if name != self.upsampler:
+            # "resfu-universal" was the name of heads for any backbone.
+            object.__setattr__(self, "upsampler", name)
+            object.__setattr__(self, "upsampler_config", {"channels": 0, **self.upsampler_config})
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not (

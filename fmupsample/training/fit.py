@@ -16,8 +16,7 @@ from fmupsample.progress import SILENT, Progress
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.run import Say, TrainReport, train
 from fmupsample.upsamplers.loading import find_head
-from fmupsample.upsamplers.resfu import ReSFU
-from fmupsample.upsamplers.resfu.module import UNIVERSAL
+from fmupsample.upsamplers.registry import METHODS
 from fmupsample.writers.lock import FolderLock
 
 # A few minutes: enough to be sharper than bilinear interpolation, not all that a head can learn.
@@ -34,7 +33,7 @@ def fitted_head_path(backbone: Backbone, upsampler: str) -> Path:
 def fit_head(
     backbone: Backbone,
     sources: Sequence[Source],
-    upsampler: str = "resfu",
+    upsampler: str = TrainConfig.upsampler,
     *,
     device: torch.device,
     config: TrainConfig | None = None,
@@ -72,7 +71,7 @@ def _fit(
 ) -> TrainReport:
     say(f"there is no {upsampler} head for {backbone.name}: training one on these pictures")
     # A head for any backbone, where there is one, knows most of what is to be learned.
-    start = find_head(backbone, UNIVERSAL) if upsampler == ReSFU.name else None
+    start = find_head(backbone, upsampler) if METHODS[upsampler].own_heads else None
     steps = _STEPS_GPU if device.type == "cuda" else _STEPS
     config = config or TrainConfig(
         upsampler=upsampler, steps=steps, lr=2e-3, validate_every=-(-steps // 3), previews=0

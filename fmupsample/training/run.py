@@ -63,9 +63,7 @@ from fmupsample.training.report import (
 from fmupsample.training.validate import Score, Validator
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.heads import load_head, save_head
-from fmupsample.upsamplers.learned import LATE, recommended
-from fmupsample.upsamplers.registry import any_backbone_names, either, learned_method
-from fmupsample.upsamplers.resfu.module import UNIVERSAL
+from fmupsample.upsamplers.registry import METHODS, any_backbone_names, either, learned_method
 from fmupsample.writers.lock import FolderLock
 
 CONFIG = "config.json"
@@ -350,7 +348,7 @@ class _Run:
             progress=self.progress,
         )
         # The averaged weights, which are judged and saved, keep the head's whole configuration.
-        for name in LATE.get(head.name, ()) if config.late_prior else ():
+        for name in head.late if config.late_prior else ():
             head.config = replace(head.config, **{name: None})
         self.resumed_at = 0
         self.say(self._plan(views))
@@ -360,35 +358,37 @@ class _Run:
         backbone, several = self.backbone, len(self.backbones) > 1
         torch.manual_seed(config.seed)
         universals = any_backbone_names()
-        universal = several or config.upsampler in universals
+        method = learned_method(config.upsampler)
+        for_any = config.upsampler in universals and (
+            several or not method.own_heads or config.upsampler_config.get("channels") == 0
+        )
         if start_from is not None:
             head = load_head(start_from, backbone).train().requires_grad_(True)
-            if config.upsampler not in (TrainConfig.upsampler, *universals, head.name):
+            if config.upsampler not in (*universals, head.name):
                 raise UsageError(
                     f"{printable(start_from)} holds a {head.name}, which cannot become a "
                     f"{config.upsampler}: leave --upsampler away"
                 )
-            if head.name == UNIVERSAL and not universal:
+            if METHODS[head.name].own_heads and head.config.channels == 0 and not for_any:
                 head = head.specialised(backbone.channels).train()
             wanted = {**head.config.to_dict(), **config.upsampler_config}
             if wanted != head.config.to_dict():
                 raise UsageError("upsampler_config: a head to go on from keeps its own")
         else:
-            options = recommended(config.upsampler, config.upsampler_config)
             if several and config.upsampler not in universals:
                 raise UsageError(
                     f"several backbones are for --upsampler {either(universals)}; "
                     f"{config.upsampler} is trained for one"
                 )
-            method = learned_method(config.upsampler)
-            head = method.build(method.options(backbone.channels, options))
+            channels = 0 if for_any else backbone.channels
+            head = method.build({"channels": channels, **config.upsampler_config})
         for each in self.backbones:
             check_trainable(head, each.stride)
         if getattr(head.config, "channels", 0) not in (0, backbone.channels):
             raise UsageError(
                 f"upsampler_config: channels must be {backbone.channels}, as {backbone.name} has"
             )
-        if head.name in universals and "task" in config.terms:
+        if head.config.channels == 0 and "task" in config.terms:
             raise UsageError("--objective task is for a head of one backbone")
         if not head.linear_in_value and "masks" in config.terms:
             raise UsageError(
@@ -512,7 +512,7 @@ class _Run:
             "config": self.config.to_dict(),
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        universal = average.head.name in any_backbone_names()
+        universal = average.head.config.channels == 0
         if universal:
             report.card["backbones"] = [
                 f"{title(each)}, layer {each.layer}" for each in self.backbones

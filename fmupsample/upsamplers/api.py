@@ -4,6 +4,7 @@ from fmupsample.upsamplers.a2u import A2U, A2UConfig
 from fmupsample.upsamplers.affinity import Affinity, AffinityConfig
 from fmupsample.upsamplers.anyup import AnyUp, AnyUpConfig
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.bilateral import BilateralCells, BilateralCellsConfig
 from fmupsample.upsamplers.carafe import CARAFE, CARAFEConfig
 from fmupsample.upsamplers.classic import Bicubic, Bilinear, Nearest
 from fmupsample.upsamplers.convolution import (
@@ -48,6 +49,8 @@ __all__ = [
     "AnyUp",
     "AnyUpConfig",
     "Bicubic",
+    "BilateralCells",
+    "BilateralCellsConfig",
     "Bilinear",
     "CARAFEConfig",
     "CARAFEStack",

@@ -43,6 +43,7 @@ class Upsampler(nn.Module):
             whether the compiled extension is of use.
         fingerprint: which numbers it holds, as results record it: the loader's word for a method
             without parameters, 12 hex digits of a head's; ``None`` for a module made in memory.
+        late: fields of the configuration that count after training only (``None`` in training).
     """
 
     name: ClassVar[str]
@@ -56,6 +57,7 @@ class Upsampler(nn.Module):
     uses_ops: ClassVar[bool] = True
     guidance_is_image: bool = True
     fingerprint: str | None = None
+    late: ClassVar[tuple[str, ...]] = ()
 
     def forward(
         self, x: Tensor, guidance: Tensor | None = None, *, size: tuple[int, int] | None = None

@@ -12,6 +12,7 @@ of the same kind, and the ratio comes from the sizes.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +23,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fmupsample.atomic import replacing
-from fmupsample.errors import HeadError, OutputError, UsageError
+from fmupsample.errors import HeadError, OutputError, RenamedWarning, UsageError
 from fmupsample.fingerprint import fingerprint
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.earlier import in_todays_words
 from fmupsample.upsamplers.registry import learned_method, learned_names
 
 FORMAT = "fmupsample-head/1"
@@ -95,7 +97,7 @@ def save_head(
 
 
 def read_head_metadata(path: str | Path) -> dict[str, Any]:
-    """The decoded header of a head file.
+    """The decoded header of a head file, in today's names; ``stored_as`` is the method's there.
 
     Raises:
         HeadError: no such file, not safetensors, or not a head.
@@ -120,9 +122,13 @@ def read_head_metadata(path: str | Path) -> dict[str, Any]:
         decoded = {k: json.loads(raw[k]) for k in ("config", "backbone", "card")}
         if not all(isinstance(value, dict) for value in decoded.values()):
             raise ValueError("config, backbone and card must be mappings")
+        stored = raw.get("upsampler", "")
+        name, decoded["config"] = in_todays_words(stored, decoded["config"])
+    except HeadError as error:
+        raise HeadError(f"the head file {path} cannot be used: {error}") from error
     except (KeyError, ValueError, RecursionError) as error:
         raise HeadError(f"the header of the head file {path} is damaged: {error}") from error
-    return {"upsampler": raw.get("upsampler", ""), **decoded}
+    return {"upsampler": name, "stored_as": stored, **decoded}
 
 
 def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampler:
@@ -140,6 +146,12 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
     if backbone is not None:
         check_fit(path, metadata["backbone"], backbone)
     method = learned_method(metadata["upsampler"])
+    if metadata["stored_as"] != method.name:
+        warnings.warn(
+            f"{path} is a head of {method.name}, which was called {metadata['stored_as']} then",
+            RenamedWarning,
+            stacklevel=2,
+        )
     try:
         # Without memory first: a damaged configuration may ask for any amount of it.
         with torch.device("meta"):

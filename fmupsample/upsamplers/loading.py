@@ -20,7 +20,13 @@ from fmupsample.upsamplers.official.checkpoints import (
     load_checkpoint,
     published,
 )
-from fmupsample.upsamplers.registry import METHODS, Needs, any_backbone_names, upsampler_names
+from fmupsample.upsamplers.registry import (
+    METHODS,
+    Needs,
+    any_backbone_names,
+    current_name,
+    upsampler_names,
+)
 
 
 def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> Upsampler:
@@ -36,6 +42,7 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         HeadError: the head does not exist, is damaged, or belongs to another backbone.
         UsageError: neither a method's name nor an existing file.
     """
+    source = current_name(source) if isinstance(source, str) else source
     named = METHODS.get(source) if isinstance(source, str) else None
     if named is not None and named.needs == Needs.NOTHING:
         method = named.build({})
@@ -93,20 +100,19 @@ def list_heads() -> list[tuple[Path, dict]]:
 def find_head(backbone: BackboneLike, upsampler: str | None = None) -> Path | None:
     """The first head made for this backbone and layer (and of this method), or ``None``.
 
-    One that serves all is found only by its method's name. Of several, one that was
-    trained with as many views comes first.
+    One that serves all is found only by its method's name, after those of the backbone's own; of
+    these, one that was trained with as many views comes first.
     """
-    found = None
+    found = for_all = None
     for path, metadata in list_heads():
         made_for = metadata["backbone"]
         if upsampler not in (None, metadata["upsampler"]):
             continue
         if made_for.get("name") == ANY:
-            if upsampler is not None:
-                return path
+            for_all = for_all or (path if upsampler is not None else None)
             continue
         if same_backbone(made_for, backbone) and made_for.get("layer") == backbone.layer:
             if made_for.get("views", 1) == getattr(backbone, "views", 1):
                 return path
             found = found or path
-    return found
+    return found or for_all

@@ -6,6 +6,7 @@ the class itself, so that listing the methods imports nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,7 +14,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from fmupsample.errors import FmupsampleError, UsageError
+from fmupsample.errors import FmupsampleError, RenamedWarning, UsageError
 
 if TYPE_CHECKING:
     from fmupsample.upsamplers.base import Upsampler
@@ -43,6 +44,9 @@ class Method:
         needs: see :class:`Needs`.
         title: what drawings call it.
         summary: what it does, in a few words.
+        own_heads: of one whose heads serve every backbone: heads of one backbone can be trained
+            too; ``specialised(channels)`` of its class makes one of the former.
+        formerly: names in files of earlier versions; an unregistered one may still be asked for.
         in_decoders: :func:`~fmupsample.upsamplers.build_for_decoder` builds it.
         exportable: :mod:`fmupsample.exporting` has a plain form for each of its steps.
         official: what :func:`~fmupsample.load_official` calls the authors' modules, and what loads
@@ -57,6 +61,8 @@ class Method:
     needs: Needs
     title: str
     summary: str
+    own_heads: bool = False
+    formerly: tuple[str, ...] = ()
     in_decoders: bool = False
     exportable: bool = False
     official: Mapping[str, str] = field(default_factory=dict)
@@ -134,13 +140,14 @@ _ROWS = (
         "attention to the cells in a window", official={"anyup": "official.anyup:load_anyup"},
     ),
     Method(
-        "resfu", "resfu:ReSFU", "resfu:ReSFUConfig", Needs.OWN_HEAD, "ReSFU",
-        "similarity by paired differences", in_decoders=True, exportable=True,
-        official={"resfu": "official.resfu:load_resfu"},
+        "bilateral-cells", "bilateral:BilateralCells", "bilateral:BilateralCellsConfig",
+        Needs.ANY_HEAD, "Bilateral cells", "cells near in place, colour and features",
+        exportable=True, own_heads=True, formerly=("resfu-universal", "resfu"),
     ),
     Method(
-        "resfu-universal", "resfu:ReSFU", "resfu:UniversalReSFUConfig", Needs.ANY_HEAD,
-        "ReSFU, universal", "the same with keys that any backbone has", exportable=True,
+        "resfu", "resfu:ReSFU", "resfu:ReSFUConfig", Needs.OWN_HEAD, "ReSFU",
+        "similarity by paired differences, of bilinear samples", in_decoders=True, exportable=True,
+        official={"resfu": "official.resfu:load_resfu"},
     ),
     Method(
         "sapa", "sapa:SAPA", "sapa:SAPAConfig", Needs.OWN_HEAD, "SAPA",
@@ -199,6 +206,25 @@ _ROWS = (
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+
+def current_name(name: str) -> str:
+    """Today's name of the method called ``name``, which may be an earlier one; others as they are.
+
+    A warning says what an earlier one is called now.
+    """
+    if name in METHODS:
+        return name
+    row = next((row for row in METHODS.values() if name in row.formerly), None)
+    if row is None:
+        return name
+    warnings.warn(f"the upsampler {name} is now called {row.name}", RenamedWarning, stacklevel=3)
+    return row.name
+
+
+def names_in_files(name: str) -> tuple[str, ...]:
+    """The name and the earlier ones under which files may know a method."""
+    return (name, *METHODS[name].formerly) if name in METHODS else (name,)
 
 
 def upsampler_names() -> tuple[str, ...]:

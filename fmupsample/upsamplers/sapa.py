@@ -30,9 +30,8 @@ from fmupsample.ops import reassemble, reassemble_at, similarity
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
-from fmupsample.upsamplers.guidance import check_channels, guidance_map
+from fmupsample.upsamplers.guidance import GuidanceStem, check_channels, guidance_map
 from fmupsample.upsamplers.neighbours import BORDERS, in_cell, neighbour_softmax, outside
-from fmupsample.upsamplers.resfu.stem import GuidanceStem
 
 SIMILARITIES = ("inner", "bilinear", "gated", "addition")
 NORMALISATIONS = ("exp", "relu", "sigmoid", "softplus", "none")

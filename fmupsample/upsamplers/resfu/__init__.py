@@ -1,6 +1,6 @@
-"""ReSFU: configuration, module, scores, guidance stem."""
+"""ReSFU, as published: configuration, module, scores, windows."""
 
-from fmupsample.upsamplers.resfu.config import ReSFUConfig, UniversalReSFUConfig
+from fmupsample.upsamplers.resfu.config import ReSFUConfig
 from fmupsample.upsamplers.resfu.module import ReSFU
 
-__all__ = ["ReSFU", "ReSFUConfig", "UniversalReSFUConfig"]
+__all__ = ["ReSFU", "ReSFUConfig"]

@@ -6,20 +6,16 @@ whole method. It serves the paper's sizes in float32 and gives no gradient.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from fmupsample.layers.chunks import recorded
 from fmupsample.ops import backend, cuda
 from fmupsample.upsamplers.resfu.keys import FullKeys, Keys
-
-if TYPE_CHECKING:
-    from fmupsample.upsamplers.resfu.scores import PairedCDC
+from fmupsample.upsamplers.resfu.layers import DifferenceLayers
 
 
-def serves(pair: PairedCDC, keys: Keys, query: Tensor) -> bool:
+def serves(pair: DifferenceLayers, keys: Keys, query: Tensor) -> bool:
     """Whether the kernel can take this case; may compile the extension."""
     return (
         query.device.type == "cuda"
@@ -30,7 +26,7 @@ def serves(pair: PairedCDC, keys: Keys, query: Tensor) -> bool:
     )
 
 
-def fits(pair: PairedCDC, query: Tensor) -> bool:
+def fits(pair: DifferenceLayers, query: Tensor) -> bool:
     """Whether the kernel is made for these sizes and this dtype."""
     embedding, middle = pair.norm.num_channels, pair.mix.in_channels
     sizes = (embedding, middle, pair.groups, pair.kernel_size, pair.mix_norm.num_groups)
@@ -38,7 +34,7 @@ def fits(pair: PairedCDC, query: Tensor) -> bool:
 
 
 def partial_scores(
-    pair: PairedCDC, keys: Keys, query: Tensor, weight: Tensor, constant: Tensor
+    pair: DifferenceLayers, keys: Keys, query: Tensor, weight: Tensor, constant: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Shares of the scores per norm group, and the moments of their GroupNorm.
 

@@ -15,6 +15,11 @@ from fmupsample.ops.grid import base_cell, interpolation_part
 KeyTerm = Callable[[int, int, Tensor | None], Tensor]
 
 
+def neighbour_stride(size: tuple[int, int], cells: tuple[int, int]) -> tuple[int, int]:
+    """Pixels from one neighbour to the next: at ratios that are not whole, the nearest step."""
+    return tuple(max(1, round(n / m)) for n, m in zip(size, cells, strict=True))
+
+
 @dataclass(frozen=True)
 class UpsampledKeys:
     """Keys at low resolution, convolved there, to be upsampled bilinearly.

@@ -19,34 +19,18 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmupsample.layers.chunks import recorded
 from fmupsample.layers.moments import affine, apply_affine, group_moments, pooled_moments
-from fmupsample.ops.memory import on_huge_pages
+from fmupsample.upsamplers.aligned.workspace import Workspace
 from fmupsample.upsamplers.resfu import fused
 from fmupsample.upsamplers.resfu.keys import FullKeys, Keys, UpsampledKeys
+from fmupsample.upsamplers.resfu.layers import DifferenceLayers
 
 # Bytes of one middle-channel strip: on a CPU about the shared cache, on an accelerator plenty.
 _STRIP_BYTES = {"cpu": 4 << 20}
 _STRIP_BYTES_ACCELERATOR = 512 << 20
-
-
-class Workspace:
-    """Memory that strips and pairs work in, one after the other.
-
-    Fresh pages cost more than the arithmetic on them.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def reserve(self, name: str, size: int, like: Tensor) -> Tensor:
-        """An uninitialised ``[size]``; the same memory for the same name, size and dtype."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
-            buffer = self._buffers[name] = on_huge_pages(like.new_empty(size))
-        return buffer
 
 
 def _view(buffer: Tensor | None, shape: tuple[int, ...], start: int = 0) -> Tensor | None:
@@ -54,27 +38,8 @@ def _view(buffer: Tensor | None, shape: tuple[int, ...], start: int = 0) -> Tens
     return None if buffer is None else buffer[start : start + prod(shape)].view(shape)
 
 
-class PairedCDC(nn.Module):
-    """Parameters of one PCDC branch, and the scores they give.
-
-    Args:
-        embedding: channels E of keys and queries.
-        middle: channels M between.
-        groups: of the convolutions; ``norm_groups``: of the GroupNorms.
-        kernel_size: K.
-    """
-
-    def __init__(
-        self, embedding: int, middle: int, groups: int, norm_groups: int, kernel_size: int
-    ):
-        super().__init__()
-        self.groups = groups
-        self.kernel_size = kernel_size
-        self.norm = nn.GroupNorm(norm_groups, embedding)  # one affine for keys and queries
-        self.difference = nn.Conv2d(embedding, middle, kernel_size, groups=groups)
-        self.mix = nn.Conv2d(middle, middle, 1, groups=groups)
-        self.mix_norm = nn.GroupNorm(norm_groups, middle)
-        self.score = nn.Conv2d(middle, kernel_size**2, 1)
+class PairedCDC(DifferenceLayers):
+    """The layers of one PCDC branch, and the scores they give."""
 
     def key_affine(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift ``[B, E]`` of the shared norm for keys with these moments."""
@@ -114,16 +79,13 @@ class PairedCDC(nn.Module):
         offset = (grouped * shift).sum((3, 4)).flatten(1)
         return (grouped * scale).flatten(1, 2), offset
 
-    def forward(
-        self, keys: Keys, query: Tensor, workspace: Workspace, *, low_precision: bool = False
-    ) -> Tensor:
+    def forward(self, keys: Keys, query: Tensor, workspace: Workspace) -> Tensor:
         """Scores ``[B, K*K, H, W]`` of a query map ``[B, E, H, W]``.
 
-        ``low_precision``: on a CPU, without gradients, multiply in bfloat16 up to the last norm.
+        In low precision, on a CPU and without gradients, products up to the last norm are bfloat16.
         """
         moments = group_moments(query, self.norm.num_groups)
-        parts = self.partial(keys, query, moments, workspace, low_precision=low_precision)
-        return self.complete(*parts)
+        return self.complete(*self.partial(keys, query, moments, workspace))
 
     def partial(
         self,
@@ -131,8 +93,6 @@ class PairedCDC(nn.Module):
         query: Tensor,
         query_moments: tuple[Tensor, Tensor],
         workspace: Workspace,
-        *,
-        low_precision: bool = False,
     ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
         """Everything before the last norm: its input's shares of the scores, and its moments.
 
@@ -147,7 +107,7 @@ class PairedCDC(nn.Module):
             return [part], moments
         # Where nobody looks on, strips reuse their memory.
         reuse = not recorded(query, keys.source, *self.parameters())
-        low = low_precision and reuse and query.device.type == "cpu"
+        low = workspace.low_precision and reuse and query.device.type == "cpu"
         strips = self._strips(keys, query, weight, constant, workspace, reuse, low)
         parts, moments, counts = zip(*strips, strict=True)
         return list(parts), pooled_moments(list(moments), list(counts))

@@ -1,11 +1,4 @@
-"""Scores of whole cells by distance: how a pixel's query differs from what a cell is.
-
-Scores of paired differences belong to an offset: where a pixel's own cell ends, the cell that was
-to the right becomes the one in the middle, and its score is another. Where neighbours are whole
-cells, that shows as a mosaic. A distance belongs to the cell itself: its score goes on across the
-border, and with weights that end at nothing where a cell leaves the neighbourhood (``taper``) the
-result is continuous.
-"""
+"""Scores of whole cells by distance: how a pixel's query differs from what a cell is."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Queries of the guidance, aligned with keys: what ReSFU and bilateral cells share."""

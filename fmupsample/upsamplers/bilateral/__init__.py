@@ -1,0 +1,10 @@
+"""Bilateral cells: whole cells weighed by how far they are in place, colour and features.
+
+Joint bilateral upsampling whose distances are learned: :mod:`prior` (place and colour),
+:mod:`distance` (of aligned queries from cells), :mod:`projection` (keys that any backbone has).
+"""
+
+from fmupsample.upsamplers.bilateral.config import BilateralCellsConfig
+from fmupsample.upsamplers.bilateral.module import BilateralCells
+
+__all__ = ["BilateralCells", "BilateralCellsConfig"]
