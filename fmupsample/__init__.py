@@ -19,8 +19,8 @@ from fmupsample.errors import FmupsampleError
 if TYPE_CHECKING:
     from fmupsample.analysis.pca import PCABasis
     from fmupsample.backbones import Backbone, load_backbone
-    from fmupsample.features import CompactFeatures, FeatureArray, open_shards
-    from fmupsample.features import open_features as open  # noqa: F401 - as in _HOMES
+    from fmupsample.formats import CompactFeatures, FeatureArray, open_shards
+    from fmupsample.formats import open_features as open  # noqa: F401 - as in _HOMES
     from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers import (
         ReSFU,
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Backbone": "backbones",
-    "CompactFeatures": "features",
-    "FeatureArray": "features",
+    "CompactFeatures": "formats",
+    "FeatureArray": "formats",
     "PCABasis": "analysis",
     "Pipeline": "pipeline",
     "ReSFU": "upsamplers",
@@ -43,8 +43,8 @@ _HOMES = {
     "load_backbone": "backbones",
     "load_official": "upsamplers",
     "load_upsampler": "upsamplers",
-    "open": "features",
-    "open_shards": "features",
+    "open": "formats",
+    "open_shards": "formats",
     "save_head": "upsamplers",
 }
 

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.extraction.projection import Projection
-from fmupsample.features.layout import FORMAT as COMPACT
-from fmupsample.features.layout import Layout
+from fmupsample.formats.layout import FORMAT as COMPACT
+from fmupsample.formats.layout import Layout
 from fmupsample.labels.classes import ClassTable
 from fmupsample.probing.linear import LinearProbe
 from fmupsample.probing.probe import Probe, save_probe

@@ -18,8 +18,8 @@ from torch import Tensor
 import fmupsample
 from fmupsample.errors import FeaturesError, UsageError
 from fmupsample.extraction import ExtractOptions, extract
-from fmupsample.features.compact import CompactFeatures
-from fmupsample.features.layout import Layout, decode_weights, encode_weights
+from fmupsample.formats.compact import CompactFeatures
+from fmupsample.formats.layout import Layout, decode_weights, encode_weights
 from fmupsample.images import ImageSize, find_images
 from fmupsample.ops import reassemble, reassemble_window
 from fmupsample.pipeline import Pipeline

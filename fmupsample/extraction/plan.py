@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fmupsample.errors import ImageError, OutputError, UsageError
-from fmupsample.features.layout import WEIGHT_BITS, Layout, compact_bytes
+from fmupsample.formats.layout import WEIGHT_BITS, Layout, compact_bytes
 from fmupsample.images import (
     Source,
     check_output_size,

@@ -32,8 +32,8 @@ from fmupsample.extraction.plan import (
 )
 from fmupsample.extraction.projection import Projection
 from fmupsample.extraction.sharing import help_out, shared
-from fmupsample.features.layout import encode_weights
 from fmupsample.finite import check_finite
+from fmupsample.formats.layout import encode_weights
 from fmupsample.images import Source, parse_output_size, storable
 from fmupsample.pipeline import Item, Pipeline, map_sizes
 from fmupsample.progress import SILENT, Progress

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmupsample.features.layout import FORMAT, WEIGHT_BITS, Layout
+from fmupsample.formats.layout import FORMAT, WEIGHT_BITS, Layout
 from fmupsample.writers.formats import SafetensorsFile, raw_bytes
 
 

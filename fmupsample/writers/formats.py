@@ -149,7 +149,7 @@ FORMATS: dict[str, type[TensorFile]] = {
     "npy": NpyFile,
     "pt": PtFile,
 }
-# Values and kernel weights in place of the map, see fmupsample.features.layout.
+# Values and kernel weights in place of the map, see fmupsample.formats.layout.
 COMPACT = "compact"
 
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fmupsample.errors import FeaturesError
-from fmupsample.features.array import FeatureArray
-from fmupsample.features.compact import CompactFeatures
-from fmupsample.features.dense import DenseFeatures
-from fmupsample.features.layout import FORMAT, Layout
+from fmupsample.formats.array import FeatureArray
+from fmupsample.formats.compact import CompactFeatures
+from fmupsample.formats.dense import DenseFeatures
+from fmupsample.formats.layout import FORMAT, Layout
 from fmupsample.images.find import printable
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fmupsample.errors import FeaturesError
-from fmupsample.features.array import FeatureArray
-from fmupsample.features.opening import open_part
+from fmupsample.formats.array import FeatureArray
+from fmupsample.formats.opening import open_part
 from fmupsample.images.find import printable
 
 

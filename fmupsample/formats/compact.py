@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmupsample.features.array import Between, FeatureArray, affine_map
-from fmupsample.features.layout import Layout, decode_weights
-from fmupsample.features.resampling import Taps, taps
+from fmupsample.formats.array import Between, FeatureArray, affine_map
+from fmupsample.formats.layout import Layout, decode_weights
+from fmupsample.formats.resampling import Taps, taps
 from fmupsample.ops import reassemble_points, reassemble_window
 
 # Shares gathered at once, in numbers: points are worked on a few thousand at a time.
@@ -18,7 +18,7 @@ _GATHERED = 1 << 22
 
 
 class CompactFeatures(FeatureArray):
-    """Low-resolution values and kernel weights; see :mod:`fmupsample.features.layout`.
+    """Low-resolution values and kernel weights; see :mod:`fmupsample.formats.layout`.
 
     Args:
         values: ``[V, h, w]``.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmupsample.features.array import Between, FeatureArray, affine_map
+from fmupsample.formats.array import Between, FeatureArray, affine_map
 
 
 class DenseFeatures(FeatureArray):
