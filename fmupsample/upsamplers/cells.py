@@ -72,8 +72,9 @@ def near_products(
     """:func:`cell_products` of :func:`near_cells` of keys and offsets ``[B, E + 1, ...]``."""
     whole = tuple(query.shape[-2:]) == tuple(size)
     if not whole or any(n % m for n, m in zip(size, cells, strict=True)):
-        by_row = _by_neighbour if torch.compiler.is_compiling() else _by_row
-        found = by_row(query, near, kernel_size, cells, size, window)
+        rows, columns = _in_near_cells(cells, size, window)
+        by_pixel = _by_neighbour if torch.compiler.is_compiling() else _by_row
+        found = by_pixel(query, near, kernel_size, rows, columns)
     elif _in_bands(query, near, onto):
         return _by_band(query, near, kernel_size, cells, onto)
     else:
@@ -131,15 +132,9 @@ def _by_cell(query: Tensor, padded: Tensor, kernel_size: int, cells: tuple[int, 
 
 
 def _by_row(
-    query: Tensor,
-    padded: Tensor,
-    kernel_size: int,
-    cells: tuple[int, int],
-    size: tuple[int, int],
-    window: Window,
+    query: Tensor, padded: Tensor, kernel_size: int, rows: Tensor, columns: Tensor
 ) -> Tensor:
     """Any ratio: the pixels of a column in a row of cells have, one product each."""
-    rows, columns = _in_near_cells(cells, size, window)
     across = (columns + torch.arange(kernel_size)[:, None]).to(query.device)  # [K, W], padded
     cuts = [0, *(torch.diff(rows).nonzero().flatten() + 1).tolist(), len(rows)]
     bands = []
@@ -155,15 +150,10 @@ def _by_row(
 
 
 def _by_neighbour(
-    query: Tensor,
-    padded: Tensor,
-    kernel_size: int,
-    cells: tuple[int, int],
-    size: tuple[int, int],
-    window: Window,
+    query: Tensor, padded: Tensor, kernel_size: int, rows: Tensor, columns: Tensor
 ) -> Tensor:
     """Any ratio, sizes that may be symbols: the compiler makes one loop of it."""
-    rows, columns = (at.to(query.device) for at in _in_near_cells(cells, size, window))
+    rows, columns = rows.to(query.device), columns.to(query.device)
     found = []
     for i in range(kernel_size):
         band = padded.index_select(2, rows + i)
