@@ -137,7 +137,8 @@ def test_fit_head(pictures, tmp_path, monkeypatch, capsys) -> None:
     train = fit.train
 
     def quickly(backbone, sources, output, config, **more):
-        small = {**SMALL, "steps": 2, "previews": 0, "upsampler_config": {}}
+        small = {**SMALL, "steps": 2, "previews": 0, "upsampler": config.upsampler}
+        small["upsampler_config"] = {}
         return train(backbone, sources, output, TrainConfig.from_dict(small), **more)
 
     monkeypatch.setattr(fit, "train", quickly)

@@ -151,7 +151,7 @@ def test_pca_pictures_never_make_a_map_of_all_channels(
 ) -> None:
     from fmupsample.analysis.pca import PCABasis
     from fmupsample.upsamplers import ReSFU, ReSFUConfig
-    from fmupsample.upsamplers.resfu import module as resfu
+    from fmupsample.upsamplers.aligned import module as aligned
     from fmupsample.visualization.draw import Artist
 
     seen = []
@@ -160,8 +160,8 @@ def test_pca_pictures_never_make_a_map_of_all_channels(
         seen.append(value.shape[1])
         return reassemble(value, weights, **options)
 
-    reassemble = resfu.reassemble
-    monkeypatch.setattr(resfu, "reassemble", watched)
+    reassemble = aligned.reassemble
+    monkeypatch.setattr(aligned, "reassemble", watched)
     head = ReSFU(ReSFUConfig(channels=6, embedding=8, middle=16))
     pipeline, item = only_item(draw(tmp_path / "a.png", 64, 96), head)
     artist = Artist(pipeline, layout=layout, foreground=foreground)

@@ -83,7 +83,7 @@ def test_torchrun(tmp_path: Path, backbone_file) -> None:
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "-m", "fmupsample", "train", pictures, "-o", output, "--steps", "2", "--image-size", "64",
          "--backbone-weights", backbone_file("b.safetensors"), "--device", "cpu", "--json",
-         "--config", json.dumps(config)],
+         "--upsampler", "resfu", "--config", json.dumps(config)],
         capture_output=True, text=True, timeout=120, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
