@@ -29,6 +29,7 @@ from fmupsample.backbones import Backbone, load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.device import resolve_device
 from fmupsample.errors import FmupsampleError
+from fmupsample.formats.pictures import jpeg
 from fmupsample.images.find import find_images
 from fmupsample.images.size import ImageSize
 from fmupsample.labels.classes import ClassTable, default_colour
@@ -41,7 +42,6 @@ from fmupsample.training.config import TrainConfig
 from fmupsample.training.run import train
 from fmupsample.upsamplers import Upsampler, load_upsampler
 from fmupsample.upsamplers.heads import load_head, read_head_metadata
-from fmupsample.visualization.album import encode
 from fmupsample_cli.progress import RichProgress, note
 
 import tables
@@ -230,7 +230,7 @@ def run(args: argparse.Namespace, progress: Progress, say: Say) -> Cells:
         said = ", ".join(f"{p} {100 * cell[p]['miou']:.1f}" for p in tables.PROBES)
         say(f"{name}: {said} ({time.perf_counter() - begun:.0f} s)")
     cells.write()
-    write(args.output / f"{NAME}.jpg", encode(side_by_side(args, backbone, upsamplers), ".jpg"))
+    write(args.output / f"{NAME}.jpg", jpeg(side_by_side(args, backbone, upsamplers)))
     return cells
 
 

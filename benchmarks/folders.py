@@ -25,11 +25,12 @@ from PIL import Image
 
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
-from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.images import find_images, storable
+from fmupsample.images.names import output_names
+from fmupsample.jobs.extract import ExtractOptions, extract
 from fmupsample.pipeline import Pipeline
+from fmupsample.runs.manifest import Manifest
 from fmupsample.upsamplers import load_upsampler
-from fmupsample.writers import Manifest, output_names
 
 EACH = 1000  # pictures in a folder
 

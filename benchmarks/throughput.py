@@ -37,14 +37,13 @@ from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import summary
 from fmupsample.device import autocast, resolve_device
 from fmupsample.errors import FmupsampleError
-from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.heap import keep_freed_memory
 from fmupsample.images import ImageSize, Source, find_images
+from fmupsample.jobs.extract import ExtractOptions, extract
+from fmupsample.jobs.visualize import VisualizeOptions, visualize
 from fmupsample.pipeline import Item, Pipeline
+from fmupsample.runs.writer import BackgroundWriter
 from fmupsample.upsamplers import load_upsampler
-from fmupsample.visualization import VisualizeOptions, visualize
-from fmupsample.visualization.passes import Saver
-from fmupsample.writers.background import BackgroundWriter
 
 import bars
 import reports
@@ -155,8 +154,6 @@ class Waits:
         for owner, name in (
             (BackgroundWriter, "_put"),
             (BackgroundWriter, "close"),
-            (Saver, "_hear"),
-            (Saver, "__exit__"),
         ):
             self._replace(owner, name, self._watched(getattr(owner, name)))
         self._depth = 0

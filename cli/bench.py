@@ -248,14 +248,14 @@ def _write(output: Path | None, report: BenchReport) -> None:
 
     from fmupsample.bench.chart import draw
     from fmupsample.bench.tables import markdown
-    from fmupsample.visualization.album import encode
+    from fmupsample.formats.pictures import png
     from fmupsample_cli.report import json_text, save_files
 
     text = json_text(report.to_json()) + "\n"
     files = {"bench.json": text.encode(), "bench.md": markdown(report).encode()}
     picture = draw(report)
     if picture is not None:
-        files["bench.png"] = encode(np.asarray(picture), ".png")
+        files["bench.png"] = png(np.asarray(picture))
     save_files(output, files)
 
 

@@ -58,8 +58,9 @@ def build(
     """
     from fmupsample.errors import ExtensionError
     from fmupsample.ops.building.extension import EXTENSION
+    from fmupsample.wording import human_bytes
     from fmupsample_cli.progress import BuildLine
-    from fmupsample_cli.report import human_bytes, print_json, print_summary
+    from fmupsample_cli.report import print_json, print_summary
 
     try:
         targets = choose_targets(EXTENSION, arch)

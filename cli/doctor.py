@@ -15,8 +15,9 @@ import typer
 
 from fmupsample._version import __version__
 from fmupsample.errors import FmupsampleError
+from fmupsample.wording import human_bytes
 from fmupsample_cli.options import Json
-from fmupsample_cli.report import human_bytes, print_json, print_table
+from fmupsample_cli.report import print_json, print_table
 
 if TYPE_CHECKING:
     from fmupsample.ops.building.extension import Extension

@@ -12,7 +12,7 @@ from fmupsample_cli import options as o
 from fmupsample_cli import videos as v
 
 if TYPE_CHECKING:
-    from fmupsample.extraction.run import ExtractReport
+    from fmupsample.jobs.extract import ExtractReport
     from fmupsample.ops.backend import Choice
     from fmupsample.video import Clip
 
@@ -167,8 +167,9 @@ def extract(
 
         torchrun --nproc-per-node 4 -m fmupsample extract photos/ -o features/
     """
-    from fmupsample.distributed import joined, leads
+    from fmupsample.distributed import leads
     from fmupsample.images.size import ImageSize
+    from fmupsample.runs.workers import joined
     from fmupsample_cli.pictures import find_pictures, refuse_ray, refuse_to_fit
     from fmupsample_cli.progress import RichProgress, note
 
@@ -183,15 +184,13 @@ def extract(
             clips = v.look_into(sources, every, start, stop, quiet=quiet)
             complete = complete and not any(clip.broken for clip in clips)
         else:
-            from fmupsample.sharing import wait_for_share
-
-            wait_for_share(team)
+            team.wait_for_plan()
             sources, clips, complete, quiet = [], [], True, True
         size = None if image_size is None else ImageSize.parse(image_size)
 
-        from fmupsample.extraction.run import ExtractOptions
-        from fmupsample.extraction.run import extract as run
-        from fmupsample.writers.formats import check_format
+        from fmupsample.formats.files import check_format
+        from fmupsample.jobs.extract import ExtractOptions
+        from fmupsample.jobs.extract import extract as run
         from fmupsample_cli.loading import open_pipeline, used_backend
 
         check_format(format, dtype)
@@ -224,7 +223,7 @@ def extract(
         )
         cluster = None
         if ray is not None:
-            from fmupsample.extraction.ray import RayCluster
+            from fmupsample.runs.ray import RayCluster
 
             cluster = RayCluster(ray, device, batch_size, workers)
         unit = "frames" if clips and not v.pictures_in(sources) else "pictures"
@@ -238,7 +237,7 @@ def extract(
                 prune=prune,
                 progress=progress,
                 say=lambda message: note(message, quiet=quiet),
-                team=team,
+                workers=team,
                 cluster=cluster,
             )
     if not leads():
@@ -252,8 +251,9 @@ def _summarise(
     report: ExtractReport, clips: Sequence[Clip], backend: Choice, as_json: bool
 ) -> None:
     from fmupsample.images import printable
+    from fmupsample.wording import human_bytes
     from fmupsample_cli.loading import backend_text
-    from fmupsample_cli.report import human_bytes, print_summary
+    from fmupsample_cli.report import print_summary
 
     records = [*report.done, *report.skipped]
     options = report.options

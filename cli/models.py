@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fmupsample.wording import human_bytes
 from fmupsample_cli.options import Json
 from fmupsample_cli.progress import note
-from fmupsample_cli.report import human_bytes, is_narrow, print_json, print_table
+from fmupsample_cli.report import is_narrow, print_json, print_table
 
 
 def models(

@@ -72,7 +72,7 @@ def evaluate(
     matches contours within --tolerance, per picture and class, as DAVIS does.
     """
     from fmupsample.errors import UsageError
-    from fmupsample.folders import refuse_others_files
+    from fmupsample.folders import holds_keys, refuse_others_files
     from fmupsample.labels import open_dataset, parse_ignore, survey
     from fmupsample.labels.depth import survey_depth
     from fmupsample.probing.probe import load_probe
@@ -83,8 +83,9 @@ def evaluate(
     if output is not None:
         p.check_writable(output)
         refuse_others_files(
-            output, ("metrics.json", "confusion.png"), ours="metrics.json",
-            keys=("probe", "pictures"), instead="choose another folder with --output",
+            output, ("metrics.json", "confusion.png"),
+            ours=holds_keys(output / "metrics.json", "probe", "pictures"),
+            instead="choose another folder with --output",
         )  # fmt: skip
     ignored = parse_ignore(ignore)
     fitted = load_probe(probe)
@@ -155,15 +156,15 @@ def evaluate(
 
 
 def _write(output: Path, judge: Segmentation, probe: Probe, payload: dict[str, Any]) -> Path:
+    from fmupsample.formats.pictures import png
     from fmupsample.render.classes import draw_confusion
-    from fmupsample.visualization.album import encode
     from fmupsample_cli.report import save_files
 
     assert probe.classes is not None
     picture = draw_confusion(judge.whole.matrix.numpy(), probe.classes.names)
     files = {
         "metrics.json": (dumps(payload, indent=1) + "\n").encode(),
-        "confusion.png": encode(picture, ".png"),
+        "confusion.png": png(picture),
     }
     save_files(output, files)
     return output / "confusion.png"

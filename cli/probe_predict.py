@@ -10,8 +10,8 @@ from fmupsample_cli import options as o
 from fmupsample_cli import probe_options as p
 
 if TYPE_CHECKING:
-    from fmupsample.extraction.run import ExtractReport
     from fmupsample.probing.probe import Probe
+    from fmupsample.runs.engine import Report
 
 Overlay = Annotated[
     bool,
@@ -66,7 +66,8 @@ def predict(
 
     With `torchrun --nproc-per-node N -m fmupsample probe predict ...` N GPUs share the pictures.
     """
-    from fmupsample.distributed import joined, leads
+    from fmupsample.distributed import leads
+    from fmupsample.runs.workers import joined
     from fmupsample_cli.pictures import find_pictures
     from fmupsample_cli.progress import RichProgress, note
 
@@ -74,9 +75,7 @@ def predict(
         if leads():
             sources, complete = find_pictures(images, list_file, output)
         else:
-            from fmupsample.sharing import wait_for_share
-
-            wait_for_share(team)
+            team.wait_for_plan()
             sources, complete, quiet = [], True, True
         from fmupsample.probing.probe import load_probe
 
@@ -95,7 +94,7 @@ def predict(
             workers=workers,
             quiet=quiet,
         )
-        from fmupsample.probing.prediction import PredictOptions, predict_folder
+        from fmupsample.jobs.predict import PredictOptions, predict_folder
 
         with RichProgress(quiet=quiet) as progress:
             report = predict_folder(
@@ -108,7 +107,7 @@ def predict(
                 prune=prune,
                 progress=progress,
                 say=lambda message: note(message, quiet=quiet),
-                team=team,
+                workers=team,
             )
     if not leads():
         return
@@ -117,7 +116,7 @@ def predict(
         raise typer.Exit(3 if report.done or report.skipped else 1)
 
 
-def _summarise(probe: Probe, report: ExtractReport, as_json: bool) -> None:
+def _summarise(probe: Probe, report: Report, as_json: bool) -> None:
     from fmupsample.images import printable
     from fmupsample_cli.report import print_summary
 

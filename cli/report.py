@@ -92,15 +92,6 @@ def save_files(folder: Path, files: Mapping[str, bytes]) -> None:
         raise OutputError(f"{printable(folder)} cannot be written: {error.strerror}") from error
 
 
-def human_bytes(count: float) -> str:
-    """A size in bytes for people: ``44.2 MB`` (powers of 1000, as disks and hubs count)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def is_narrow(columns: int) -> bool:
     """Whether standard output is a terminal of fewer than ``columns`` characters."""
     console = Console()

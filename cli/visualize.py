@@ -131,8 +131,9 @@ def visualize(
     With `torchrun --nproc-per-node N -m fmupsample visualize ...` N GPUs share the pictures
     and videos.
     """
-    from fmupsample.distributed import joined, leads
+    from fmupsample.distributed import leads
     from fmupsample.images import ImageSize
+    from fmupsample.runs.workers import joined
     from fmupsample_cli.pictures import find_pictures, refuse_to_fit
     from fmupsample_cli.progress import RichProgress
 
@@ -145,15 +146,13 @@ def visualize(
             clips = v.look_into(sources, every, start, stop, quiet=quiet)
             complete = complete and not any(clip.broken for clip in clips)
         else:
-            from fmupsample.sharing import wait_for_share
-
-            wait_for_share(team)
+            team.wait_for_plan()
             sources, clips, complete, quiet = [], [], True, True
         size = None if image_size is None else ImageSize.parse(image_size)
 
-        from fmupsample.visualization.draw import Point
-        from fmupsample.visualization.run import VisualizeOptions
-        from fmupsample.visualization.run import visualize as draw
+        from fmupsample.jobs.visualize import VisualizeOptions
+        from fmupsample.jobs.visualize import visualize as draw
+        from fmupsample.render.renderer import Point
         from fmupsample_cli.loading import backend_text, open_pipeline, used_backend
         from fmupsample_cli.report import print_summary
 
@@ -191,7 +190,7 @@ def visualize(
         unit = "frames" if clips and not pictures else "pictures"
         with RichProgress(quiet=quiet, unit=unit) as progress:
             report = draw(
-                pipeline, pictures, output, options, clips=clips, progress=progress, team=team
+                pipeline, pictures, output, options, clips=clips, progress=progress, workers=team
             )
     if not leads():
         return

@@ -68,7 +68,7 @@ def sync(path: Path) -> None:
 def remove_leftovers(folders: Iterable[Path]) -> None:
     """Delete temporary files of runs that were killed.
 
-    Call it under the :class:`~fmupsample.writers.lock.FolderLock` of the folder.
+    Call it under the :class:`~fmupsample.runs.lock.FolderLock` of the folder.
     """
     for folder in folders:
         for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}*"):

@@ -25,26 +25,26 @@ def cache_folder() -> Path:
     return base / "fmupsample"
 
 
-def refuse_others_files(
-    folder: Path, names: Iterable[str], *, ours: str, keys: Iterable[str], instead: str
-) -> None:
+def refuse_others_files(folder: Path, names: Iterable[str], *, ours: bool, instead: str) -> None:
     """Keep from replacing what another program, or a person, has put into ``folder``.
 
     Args:
         names: of the files that will be written.
-        ours: one of them, JSON; ``keys``: what it holds where an earlier run wrote it.
+        ours: whether an earlier run of ours has written into the folder.
         instead: what to do about it, for the message.
 
     Raises:
-        UsageError: one of ``names`` is there, and ``ours`` does not say that it is ours.
+        UsageError: one of ``names`` is there, and not ours.
     """
     there = [folder / name for name in names if (folder / name).exists()]
-    if not there:
-        return
-    try:
-        said = json.loads((folder / ours).read_bytes())
-        known = isinstance(said, dict) and said.keys() >= set(keys)
-    except (OSError, ValueError, RecursionError):
-        known = False
-    if not known:
+    if there and not ours:
         raise UsageError(f"{str(there[0])!r} exists and was not written by this command: {instead}")
+
+
+def holds_keys(path: Path, *keys: str) -> bool:
+    """Whether ``path`` is JSON with these keys, as an earlier run wrote it."""
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.keys() >= set(keys)

@@ -27,7 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fmupsample.analysis.pca import PCABasis
-from fmupsample.extraction.projection import Projection
+from fmupsample.analysis.projection import Projection
+from fmupsample.formats.files import SafetensorsFile
 from fmupsample.formats.layout import FORMAT as COMPACT
 from fmupsample.formats.layout import Layout
 from fmupsample.labels.classes import ClassTable
@@ -35,7 +36,6 @@ from fmupsample.probing.linear import LinearProbe
 from fmupsample.probing.probe import Probe, save_probe
 from fmupsample.upsamplers import ReSFU, ReSFUConfig, save_head
 from fmupsample.upsamplers.heads import describe_backbone
-from fmupsample.writers.formats import SafetensorsFile
 
 
 @dataclass(frozen=True)
@@ -664,7 +664,7 @@ OUTPUTS = [
          "cannot write into the output folder FILE: Read-only file system", 1, fault=_read_only),
     Case("on a disk that fills up", lambda folder: folder / "out",
          "the disk is full (No space left on device); what is finished is kept: free some space, "
-         "or take --dtype fp16, --pca 32 or a smaller --output-size, and run the command again", 1,
+         "or use --dtype fp16, --pca 32 or a smaller --output-size, and run the command again", 1,
          fault=_fills_up),
     Case("a manifest.jsonl of another program", _manifest({"image": "a.jpg"}), _NOT_OURS, 2),
     Case("a manifest that names results outside the folder", _leaves, _NOT_OURS, 2),

@@ -103,7 +103,7 @@ def _serve() -> None:
 
 def _count_moments(last: int | None, counted: int, stop: bool) -> None:
     """From now on, of this process; each leaves a byte in the file ``counted``."""
-    from fmupsample.writers.formats import TensorFile
+    from fmupsample.formats.files import TensorFile
 
     write, append, seen = os.write, TensorFile.append, 0
     end = signal.SIGSTOP if stop else signal.SIGKILL
@@ -122,8 +122,9 @@ def _count_moments(last: int | None, counted: int, stop: bool) -> None:
             os.kill(os.getpid(), end)
 
     def torn(handle: int, data: bytes) -> int:
-        if moment() and not stop:
-            write(handle, data[: len(data) // 2])
+        if moment():
+            if not stop:
+                write(handle, data[: len(data) // 2])
             os.kill(os.getpid(), end)
         return write(handle, data)
 

@@ -23,16 +23,16 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import distributed
 
-from fmupsample.distributed import Team
+from fmupsample.runs.workers import Workers
 
 
-def in_threads(size: int, work: Callable[[Team], object]) -> list[object]:
+def in_threads(size: int, work: Callable[[Workers], object]) -> list[object]:
     """``work(team)`` in ``size`` threads; what each returned or raised."""
     store = distributed.HashStore()
     ends: list[object] = [None] * size
 
     def one(rank: int) -> None:
-        team = Team(store, rank, size)
+        team = Workers(store, rank, size)
         try:
             ends[rank] = work(team)
         except Exception as error:
@@ -73,10 +73,13 @@ def drawn(out: Path) -> dict[str, object]:
 
 def logged(out: Path) -> dict[str, dict]:
     """Of ``visualize``, the log, which is whole and alone."""
-    from fmupsample.writers.manifest import Manifest
+    from fmupsample.runs.manifest import Manifest
 
     assert [path.name for path in (out / ".fmupsample").iterdir()] == ["manifest.jsonl"]
-    return Manifest(out / ".fmupsample").records
+    found = Manifest(out / ".fmupsample").records
+    return {
+        key: {k: v for k, v in record.items() if k != "seconds"} for key, record in found.items()
+    }
 
 
 def records(out: Path) -> list[dict]:
@@ -98,7 +101,7 @@ def torchrun(processes: int, *commands: list, kill: tuple[int, int] = (-1, 0)) -
 
 
 def _kill_after(lines: int) -> None:
-    from fmupsample.writers.manifest import Manifest
+    from fmupsample.runs.manifest import Manifest
 
     append, written = Manifest.append, 0
 

@@ -14,13 +14,13 @@ from small_training import HEAD, assert_same, draw_pictures, options, run
 from toy import ToyBackbone
 
 from fmupsample.errors import HeadError, ProbeError, RenamedWarning, UsageError
-from fmupsample.extraction import extract
-from fmupsample.extraction.plan import options_hash
 from fmupsample.images import find_images
+from fmupsample.jobs.extract import extract
 from fmupsample.labels import ClassTable
 from fmupsample.pipeline import Pipeline
 from fmupsample.probing.linear import LinearProbe
 from fmupsample.probing.probe import make_probe
+from fmupsample.runs.job import Recipe
 from fmupsample.training import loop
 from fmupsample.upsamplers import JointBilateral, load_head, load_upsampler, save_head
 from fmupsample.upsamplers.bilateral.projection import Projection, project, random_projection
@@ -366,7 +366,7 @@ def test_a_folder_of_the_old_name_goes_on(pictures, trained, tmp_path):
     for record in records:
         if "options" in record:
             record["options"] = old
-        record["options_hash"] = options_hash(old)
+        record["options_hash"] = Recipe.of(old).hash
     manifest.write_text("".join(json.dumps(record) + "\n" for record in records))
     again = extract(pipeline, sources, tmp_path / "out")
     assert (len(again.done), len(again.skipped)) == (0, len(sources))

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import fmupsample_cli.loading
 from fmupsample.images import ImageSize, find_images
+from fmupsample.jobs.predict import PredictOptions, predict_folder
 from fmupsample.pipeline import Pipeline
-from fmupsample.probing.prediction import PredictOptions, predict_folder
 from fmupsample.probing.probe import load_probe
 from fmupsample_cli.main import build_app, main
 
@@ -300,7 +300,7 @@ def test_processes_that_share_the_pictures_write_what_one_does(tmp_path, fitted)
         size = ImageSize.parse("64")
         pipeline = Pipeline(ToyBackbone(), ToyUpsampler(), image_size=size, workers=0)
         options = PredictOptions(overlay=True)
-        return predict_folder(probe, pipeline, sources, tmp_path / "two", options, team=team)
+        return predict_folder(probe, pipeline, sources, tmp_path / "two", options, workers=team)
 
     first, second = in_threads(2, work)
     assert (len(first.done), len(second.done)) == (5, 2)

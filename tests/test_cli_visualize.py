@@ -15,12 +15,11 @@ from toy import ToyBackbone, ToyNonlinear, ToyUpsampler
 import fmupsample_cli.loading
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.errors import UsageError
-from fmupsample.images.find import Source, find_images
+from fmupsample.images.find import find_images
 from fmupsample.images.size import ImageSize
+from fmupsample.jobs.visualize import VisualizeOptions, visualize
 from fmupsample.pipeline import Pipeline
-from fmupsample.visualization import thumbnails
-from fmupsample.visualization.draw import Artist, Drawing, Point
-from fmupsample.visualization.run import VisualizeOptions, visualize
+from fmupsample.render.renderer import Point, Renderer
 from fmupsample_cli.main import main
 
 
@@ -67,11 +66,10 @@ def names(folder: Path) -> list[str]:
     )
 
 
-def drawn(out: Path) -> dict[str, dict]:
-    """The log's record of each picture, by the name of the photograph."""
+def drawn(out: Path) -> list[str]:
+    """The names of the drawings that the log knows."""
     lines = (out / ".fmupsample" / "manifest.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {Path(r["source"]).name: r for r in records if "pictures" in r}
+    return sorted(json.loads(line)["output"] for line in lines)
 
 
 def test_a_folder_becomes_panels_a_sheet_and_a_basis(backbone, photos, tmp_path, capsys):
@@ -97,7 +95,7 @@ def test_tiles_share_their_colours(backbone, tmp_path):
     pipeline = Pipeline(backbone, ToyUpsampler(), image_size=ImageSize.parse("64"))
     [source] = find_images([tmp_path / "halves.png"])
     [item] = pipeline.items([source], on_error=pytest.fail)
-    artist = Artist(pipeline)
+    artist = Renderer(pipeline)
     basis = PCABasis.fit(artist.basis_tokens(item))
     drawing = artist.draw_pca(item, basis)
     # Tiles in two rows and columns: the photograph, then the three that must agree.
@@ -117,7 +115,7 @@ def test_drawing_by_scores_equals_drawing_by_the_whole_map(backbone, tmp_path):
     for upsampler in (ToyUpsampler(), ToyNonlinear()):
         pipeline = Pipeline(backbone, upsampler, image_size=ImageSize.parse("64"))
         [item] = pipeline.items(find_images([path]), on_error=pytest.fail)
-        artist = Artist(pipeline, layout="single", foreground=True)
+        artist = Renderer(pipeline, layout="single", foreground=True)
         basis = PCABasis.fit(artist.basis_tokens(item))
         [heat] = artist.draw_similarity(item, [Point(40, 30)])
         drawings.append((artist.draw_pca(item, basis).pixels, heat))
@@ -218,7 +216,8 @@ def test_similarity_to_points(backbone, photos, tmp_path):
     before = (out / "a.png").stat().st_mtime_ns
     assert run(photos / "a.jpg", "-o", out, *points, "--point", "5,5") == 0
     assert (out / "a.png").stat().st_mtime_ns == before
-    assert len(drawn(out)["a.jpg"]["pictures"]) == 4
+    points = ("3-4", "48-36", "5-5")
+    assert drawn(out) == ["a.png", *(f"a.point-{point}.png" for point in points)]
 
 
 def test_the_similarity_is_to_the_pixel_that_was_named(tmp_path):
@@ -228,7 +227,7 @@ def test_the_similarity_is_to_the_pixel_that_was_named(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "spot.png")
     pipeline = Pipeline(ToyBackbone(), ToyUpsampler(), image_size=ImageSize.parse("64"))
     [item] = pipeline.items(find_images([tmp_path / "spot.png"]), on_error=pytest.fail)
-    [drawing] = Artist(pipeline).draw_similarity(item, [Point(132, 68)])
+    [drawing] = Renderer(pipeline).draw_similarity(item, [Point(132, 68)])
     x, y, width, height = drawing.colours
     tile = drawing.pixels[y : y + height, x : x + width].astype(float)
     rows, columns = np.nonzero(tile.mean(-1) > 140)
@@ -259,22 +258,22 @@ def test_bad_pictures_are_reported_and_the_rest_is_drawn(backbone, photos, tmp_p
     assert failure["source"].endswith("broken.jpg") and "broken.jpg" in said.err
     assert summary["contact_sheets"] == [str(out / "contact_sheet.png")]
     assert summary["basis"] == str(out / "basis.safetensors")
-    # Nothing but bad ones: an error, and no empty folder.
+    # Nothing but bad ones: an error, and nothing but the log, which says why.
     assert run(photos / "broken.jpg", "-o", tmp_path / "none") == 1
-    assert not (tmp_path / "none").exists()
+    assert names(tmp_path / "none") == []
 
 
 def test_results_never_replace_photographs_or_strange_files(backbone, photos, tmp_path, capsys):
     before = (photos / "sub" / "b.png").read_bytes()
     assert run(photos, "-o", photos, "--overwrite") == 2
-    assert "would replace a photograph" in capsys.readouterr().err
+    assert "would replace an image" in capsys.readouterr().err
     assert (photos / "sub" / "b.png").read_bytes() == before
     out = tmp_path / "out"
     out.mkdir()
     (out / "a.png").write_text("mine")
-    assert run(photos, "-o", out) == 3
-    assert (out / "a.png").read_text() == "mine"
-    assert "was not made by this command" in capsys.readouterr().err
+    assert run(photos, "-o", out) == 2
+    assert names(out) == ["a.png"] and (out / "a.png").read_text() == "mine"
+    assert "a.png exists and is not a result recorded" in capsys.readouterr().err
     assert run(photos, "-o", out, "--overwrite") == 0
     assert (out / "a.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -336,7 +335,7 @@ def test_padding_is_not_drawn(backbone, tmp_path):
     pipeline = Pipeline(backbone, ToyUpsampler(), image_size=ImageSize.parse("native"), fit="pad")
     [item] = pipeline.items(find_images([path]), on_error=pytest.fail)
     assert item.frame.canvas == (72, 96)
-    drawing = Artist(pipeline, layout="single").draw_pca(
+    drawing = Renderer(pipeline, layout="single").draw_pca(
         item, PCABasis.fit(item.features.flatten(1).T)
     )
     assert drawing.pixels.shape[:2] == (70, 90)
@@ -367,18 +366,6 @@ def test_a_sheet_is_the_same_from_memory_and_from_files(backbone, tmp_path, pict
     sheet.unlink()
     assert run(tmp_path / "in", "-o", out, "--image-size", "64") == 0
     assert sheet.read_bytes() == drawn
-
-
-def test_thumbnails_are_kept_up_to_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(thumbnails, "_LIMIT", 2 * 2 * 288 * 300 * 3 + 1)
-    kept = thumbnails.Thumbnails(20)
-    drawing = Drawing(np.zeros((576, 1300, 3), np.uint8), (0, 0, 600, 576), (650, 0, 600, 576))
-    sources = [Source(tmp_path / name, Path(name)) for name in "abc"]
-    for source in sources:
-        kept.add(source, drawing)
-    kept.add(sources[2], Drawing(drawing.pixels, None, (0, 0, 10, 10)))
-    assert [kept.get(source) is not None for source in sources] == [True, True, False]
-    assert [pixels.shape for pixels in kept.get(sources[0])] == [(288, 300, 3)] * 2
 
 
 def test_options_that_make_no_sense():
@@ -429,7 +416,7 @@ def test_bilinear_itself_is_not_shown_twice(backbone, tmp_path):
     for upsampler in (Bilinear(), ToyUpsampler()):
         pipeline = Pipeline(backbone, upsampler)
         [item] = pipeline.items(find_images([path]), on_error=pytest.fail)
-        artist = Artist(pipeline)
+        artist = Renderer(pipeline)
         widths.append(
             artist.draw_pca(item, PCABasis.fit(artist.basis_tokens(item))).pixels.shape[1]
         )

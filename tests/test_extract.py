@@ -16,12 +16,12 @@ from drawn import Blocks, NotLinear, PatchMeans, draw
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fmupsample.analysis.projection import Projection, ProjectionFit
 from fmupsample.errors import OutputError, UsageError
-from fmupsample.extraction import run as module
-from fmupsample.extraction.projection import Projection, ProjectionFit
-from fmupsample.extraction.run import ExtractOptions, extract
 from fmupsample.images import Frame, ImageSize, find_images
+from fmupsample.jobs.extract import ExtractOptions, extract
 from fmupsample.pipeline import Pipeline
+from fmupsample.runs import engine as module
 from fmupsample.upsamplers import load_upsampler
 
 
@@ -372,7 +372,7 @@ def test_results_that_are_replaced_make_room(photos, tmp_path, monkeypatch) -> N
 
 def test_interrupted_runs_go_on(photos: Path, tmp_path: Path, monkeypatch) -> None:
     out, watch = tmp_path / "out", Watch()
-    real = module.Run.one
+    real = module.Run._make
     seen = []
 
     def one(self, item, *more) -> None:
@@ -381,13 +381,13 @@ def test_interrupted_runs_go_on(photos: Path, tmp_path: Path, monkeypatch) -> No
         seen.append(item)
         real(self, item, *more)
 
-    monkeypatch.setattr(module.Run, "one", one)
+    monkeypatch.setattr(module.Run, "_make", one)
     with pytest.raises(KeyboardInterrupt):
         run(photos, out, progress=watch)
     assert "of 4 pictures are finished; the same command goes on" in watch.warnings[-1]
     assert not list(out.rglob(".fmupsample*"))
     finished = sum(r["status"] == "ok" for r in manifest(out).values())
-    monkeypatch.setattr(module.Run, "one", real)
+    monkeypatch.setattr(module.Run, "_make", real)
     report = run(photos, out)
     assert len(report.skipped) == finished and len(report.done) == 4 - finished
 

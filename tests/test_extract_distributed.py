@@ -12,13 +12,13 @@ from sharing import in_threads, records, torchrun, visible
 from torch import distributed
 
 from fmupsample import open_shards
-from fmupsample.distributed import Team
 from fmupsample.errors import OutputError, ProcessError
-from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.images import find_images
+from fmupsample.jobs.extract import ExtractOptions, extract
 from fmupsample.pipeline import Pipeline
+from fmupsample.runs.manifest import Manifest
+from fmupsample.runs.workers import Workers
 from fmupsample.video import Span, scan_videos, with_frames
-from fmupsample.writers.manifest import Manifest
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
 
@@ -108,7 +108,7 @@ def share(photos: Path, out: Path, size: int, options: dict | None = None, folde
         wanted = ExtractOptions(**(options or {})) if last else ExtractOptions()
         sources = find_images([photos]) if team.leads else []
         here = (folders or {}).get(team.rank, out)
-        return extract(Pipeline(PatchMeans(), Blocks()), sources, here, wanted, team=team)
+        return extract(Pipeline(PatchMeans(), Blocks()), sources, here, wanted, workers=team)
 
     return in_threads(size, work)
 
@@ -145,27 +145,9 @@ def test_processes_that_do_not_fit_together(photos, tmp_path) -> None:
     assert visible(tmp_path / "out") == visible(tmp_path / "one")
 
     elsewhere = {1: tmp_path / "elsewhere"}
-    first, _ = share(photos, tmp_path / "disk", 2, folders=elsewhere)
-    assert isinstance(first, OutputError) and "into one and the same folder?" in str(first)
-
-
-def test_a_process_that_is_gone_without_a_word(photos, tmp_path, monkeypatch) -> None:
-    """Where nobody else notices, the first does."""
-    monkeypatch.setattr("fmupsample.distributed._SILENCE", 0.5)
-    monkeypatch.setattr("fmupsample.distributed._BEAT", 0.1)
-
-    def work(team):
-        if team.rank == 2:
-            return None
-        with team.beating():
-            sources = find_images([photos]) if team.leads else []
-            return extract(Pipeline(PatchMeans(), Blocks()), sources, tmp_path / "out", team=team)
-
-    first, second, _ = in_threads(3, work)
-    assert isinstance(first, ProcessError) and "process 3 of 3 gives no sign of life" in str(first)
-    assert second is not None and not isinstance(second, Exception)
-    report = alone(photos, tmp_path / "out")
-    assert len(report.skipped) == 12 and len(report.done) == 6 and len(report.failed) == 1
+    first, second = share(photos, tmp_path / "disk", 2, folders=elsewhere)
+    assert isinstance(second, OutputError) and "into one and the same folder?" in str(second)
+    assert isinstance(first, ProcessError)
 
 
 def test_more_processes_than_pictures(tmp_path) -> None:
@@ -180,9 +162,9 @@ def test_frames_of_a_video_are_shared(tmp_path) -> None:
     sources = with_frames(sources, scan_videos(sources, Span(every=2)))
     extract(Pipeline(PatchMeans(), Blocks()), sources, tmp_path / "one")
 
-    def work(team: Team):
+    def work(team: Workers):
         pipeline = Pipeline(PatchMeans(), Blocks(), workers=1)
-        return extract(pipeline, sources if team.leads else [], tmp_path / "two", team=team)
+        return extract(pipeline, sources if team.leads else [], tmp_path / "two", workers=team)
 
     report, _, _ = in_threads(3, work)
     assert len(report.done) == 6 and not report.failed

@@ -15,10 +15,10 @@ from sharing import records, visible
 
 from fmupsample import open_shards
 from fmupsample.errors import ProcessError, UsageError
-from fmupsample.extraction import ExtractOptions, extract
-from fmupsample.extraction.ray import RayCluster
 from fmupsample.images import find_images
+from fmupsample.jobs.extract import ExtractOptions, extract
 from fmupsample.pipeline import Pipeline
+from fmupsample.runs.ray import RayCluster
 from fmupsample.video import scan_videos, with_frames
 from fmupsample_cli import loading
 from fmupsample_cli.main import main

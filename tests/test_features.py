@@ -17,10 +17,10 @@ from torch import Tensor
 
 import fmupsample
 from fmupsample.errors import FeaturesError, UsageError
-from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.formats.compact import CompactFeatures
 from fmupsample.formats.layout import Layout, decode_weights, encode_weights
 from fmupsample.images import ImageSize, find_images
+from fmupsample.jobs.extract import Extract, ExtractOptions, extract
 from fmupsample.ops import reassemble, reassemble_window
 from fmupsample.pipeline import Pipeline
 from fmupsample.upsamplers import (
@@ -268,7 +268,7 @@ def test_compact_is_much_smaller(tmp_path: Path) -> None:
         report = extract(pipeline, find_images([tmp_path / "p.png"]), tmp_path / name, options)
         sizes[name] = report.done[0]["bytes"]
         # the estimate knows it beforehand
-        assert options.checked(pipeline).file_bytes(pipeline, (400, 600)) == pytest.approx(
+        assert Extract(pipeline, options).bytes_of((400, 600)) == pytest.approx(
             sizes[name], abs=1500
         )
     # six channels only: the weights are most of it

@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 import fmupsample
 from fmupsample import backbones
 from fmupsample.analysis.pca import PCABasis
+from fmupsample.analysis.projection import Projection
 from fmupsample.errors import FeaturesError, FmupsampleError
-from fmupsample.extraction.projection import Projection
 from fmupsample.images import Source, read_picture, read_size
 from fmupsample.probing.probe import load_probe
+from fmupsample.runs.manifest import Manifest
 from fmupsample.upsamplers import load_upsampler
-from fmupsample.video import FrameReader, Span, frames_of, scan
-from fmupsample.writers.manifest import Manifest
+from fmupsample.video import FrameReader, Span, films_of, scan
 from fmupsample_cli.main import main
 
 GOOD = "good.safetensors"
@@ -216,7 +216,7 @@ def _read_video(path: Path) -> None:
     clip = scan(Source(path, PurePosixPath(path.name)), Span(every=2))
     assert bool(clip.frames) != bool(clip.error) and clip.rate > 0
     reader = FrameReader()
-    for source in reader.watch(frames_of([clip])[clip.source]):
+    for source in reader.watch(films_of([clip])[0].frames):
         reader.read(source)
 
 

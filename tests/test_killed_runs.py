@@ -17,8 +17,8 @@ from killing import Runs
 
 from fmupsample import open_shards
 from fmupsample.errors import OutputError
-from fmupsample.extraction import extract
 from fmupsample.images import find_images
+from fmupsample.jobs.extract import extract
 from fmupsample.pipeline import Pipeline
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.images import ImageSize, find_images
 from fmupsample.images.prepare import normalise, normalise_part
+from fmupsample.jobs.extract import ExtractOptions, extract
 from fmupsample.layers.parts import InParts, cell_means, in_parts
 from fmupsample.pipeline import Pipeline
 from fmupsample.upsamplers import (

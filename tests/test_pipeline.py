@@ -150,9 +150,9 @@ def test_pca_pictures_never_make_a_map_of_all_channels(
     tmp_path: Path, monkeypatch, layout, foreground
 ) -> None:
     from fmupsample.analysis.pca import PCABasis
+    from fmupsample.render.renderer import Renderer
     from fmupsample.upsamplers import ReSFU, ReSFUConfig
     from fmupsample.upsamplers.aligned import module as aligned
-    from fmupsample.visualization.draw import Artist
 
     seen = []
 
@@ -164,7 +164,7 @@ def test_pca_pictures_never_make_a_map_of_all_channels(
     monkeypatch.setattr(aligned, "reassemble", watched)
     head = ReSFU(ReSFUConfig(channels=6, embedding=8, middle=16))
     pipeline, item = only_item(draw(tmp_path / "a.png", 64, 96), head)
-    artist = Artist(pipeline, layout=layout, foreground=foreground)
+    artist = Renderer(pipeline, layout=layout, foreground=foreground)
     tokens = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
     artist.draw_pca(item, PCABasis.fit(tokens))
     assert seen == [4 if foreground else 3]  # scores and foreground, of 6 channels

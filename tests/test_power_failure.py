@@ -12,8 +12,8 @@ from power import Disk, put
 from test_extract import files, manifest, run
 
 from fmupsample import open_shards
-from fmupsample.extraction.run import ExtractOptions
-from fmupsample.writers import Manifest
+from fmupsample.jobs.extract import ExtractOptions
+from fmupsample.runs.manifest import Manifest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/fd")
 

@@ -25,11 +25,11 @@ from fmupsample.labels.classes import ClassTable, parse_classes, parse_ignore
 from fmupsample.labels.depth import read_depth
 from fmupsample.labels.values import read_values
 from fmupsample.probing.points import read_clicks
+from fmupsample.runs.lock import FolderLock
 from fmupsample.training import fit
 from fmupsample.training.report import Log
 from fmupsample.upsamplers import BilateralCells, BilateralCellsConfig, load_head, save_head
 from fmupsample.upsamplers.affinity.config import AffinityConfig
-from fmupsample.writers.lock import FolderLock
 from fmupsample_cli.errors import run as run_app
 
 NESTED = "[" * 100_000

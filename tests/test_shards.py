@@ -14,12 +14,12 @@ from test_extract import files, manifest, run
 
 import fmupsample
 from fmupsample.errors import FeaturesError, UsageError
-from fmupsample.extraction import run as module
-from fmupsample.extraction.run import ExtractOptions
 from fmupsample.images import find_images
+from fmupsample.jobs.extract import ExtractOptions
 from fmupsample.pipeline import Pipeline
+from fmupsample.runs import engine as module
+from fmupsample.runs.shards import sample_keys
 from fmupsample.upsamplers import load_upsampler
-from fmupsample.writers.shards import sample_keys
 
 SHARDS = ExtractOptions(shard_size=3)
 
@@ -138,7 +138,7 @@ def _agrees(out: Path) -> None:
 def test_an_interrupted_shard_grows_on(photos: Path, tmp_path: Path, monkeypatch) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     run(photos, whole, SHARDS)
-    real, seen = module.Run.one, []
+    real, seen = module.Run._make, []
 
     def one(self, item, *more) -> None:
         if len(seen) == 5:
@@ -146,10 +146,10 @@ def test_an_interrupted_shard_grows_on(photos: Path, tmp_path: Path, monkeypatch
         seen.append(item)
         real(self, item, *more)
 
-    monkeypatch.setattr(module.Run, "one", one)
+    monkeypatch.setattr(module.Run, "_make", one)
     with pytest.raises(KeyboardInterrupt):
         run(photos, out, SHARDS)
-    monkeypatch.setattr(module.Run, "one", real)
+    monkeypatch.setattr(module.Run, "_make", real)
     finished = len([r for r in manifest(out).values() if r["status"] == "ok"])
     assert finished >= 3 and len(fmupsample.open_shards(out)) == 3  # whole shards only
     assert len(run(photos, out, SHARDS).skipped) == finished

@@ -17,7 +17,7 @@ from fmupsample.images.size import ImageSize
 from fmupsample.pipeline import Pipeline
 from fmupsample.video import Clip, FrameReader, FrameSource, Span, parse_time, scan, show_time
 from fmupsample.video.clips import scan_videos
-from fmupsample.video.frames import frames_of, from_plain, size_of, to_plain, with_frames
+from fmupsample.video.frames import films_of, from_plain, size_of, to_plain, with_frames
 from fmupsample.video.write import VideoFile
 
 
@@ -27,7 +27,7 @@ def look(path: Path, **span: float) -> Clip:
 
 def frames(path: Path, **span: float) -> list[FrameSource]:
     clip = look(path, **span)
-    return frames_of([clip])[clip.source]
+    return list(films_of([clip])[0].frames)
 
 
 # -- times ----------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_names_of_videos_are_their_own(tmp_path: Path) -> None:
     paths = [film(tmp_path / name, 2) for name in ("in/a.mp4", "in/a.avi", "in/B.mp4", "in/b.mkv")]
     sources = find_images([tmp_path / "in"], videos=True)
     assert {s.path for s in sources} == set(paths)
-    named = {str(f[0].relative) for f in frames_of(scan_videos(sources)).values()}
+    named = {str(f.frames[0].relative) for f in films_of(scan_videos(sources))}
     assert named == {
         f"{name}/frame_000000" for name in ("a.mp4", "a.avi", "B.mp4", "b.mkv")
     }  # fmt: skip
@@ -318,8 +318,8 @@ def test_odd_sizes_become_even_and_odd_rates_stay(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     with VideoFile(path, 10 / 3) as video:
         for n in range(5):
-            video.add(np.full((33, 47, 3), 10 * n, np.uint8))
-        video.add(np.full((66, 94, 3), 50, np.uint8))  # a video may change its size
+            video.append(np.full((33, 47, 3), 10 * n, np.uint8))
+        video.append(np.full((66, 94, 3), 50, np.uint8))  # a video may change its size
     clip = look(path)
     assert clip.size == (34, 48) and len(clip.frames) == 6
     assert clip.fps == pytest.approx(10 / 3, abs=0.01)
@@ -329,7 +329,7 @@ def test_colours_are_not_swapped(tmp_path: Path) -> None:
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 200
     with VideoFile(tmp_path / "out.mp4", 10) as video:
-        video.add(red)
+        video.append(red)
     pixels, _ = FrameReader().read(frames(tmp_path / "out.mp4")[0])
     assert np.abs(pixels.reshape(-1, 3).mean(0) - (200, 0, 0)).max() < 12
 
@@ -347,14 +347,14 @@ def test_an_encoder_that_is_missing(tmp_path: Path, monkeypatch) -> None:
         pytest.raises(OutputError, match=r"cannot write videos \(mp4v, 8x8 pixels\): `pip"),
         VideoFile(tmp_path / "out.mp4", 10) as video,
     ):
-        video.add(np.zeros((8, 8, 3), np.uint8))
+        video.append(np.zeros((8, 8, 3), np.uint8))
 
 
 def test_a_file_that_is_not_whole(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(VideoFile, "_written", lambda self: self.frames - 1)
     with pytest.raises(OSError, match="not written whole") as caught:  # noqa: SIM117
         with VideoFile(tmp_path / "out.mp4", 10) as video:
-            video.add(np.zeros((8, 8, 3), np.uint8))
+            video.append(np.zeros((8, 8, 3), np.uint8))
     assert caught.value.errno == errno.ENOSPC
 
 

@@ -12,11 +12,11 @@ from drawn import Blocks, PatchMeans, cut, film, gradient, number
 from packets import film_at
 
 from fmupsample.images import Source
+from fmupsample.jobs.visualize import VisualizeOptions, visualize
 from fmupsample.pipeline import Pipeline
 from fmupsample.video import Clip, FrameReader, Span, scan
 from fmupsample.video.clips import quiet
-from fmupsample.video.frames import frames_of
-from fmupsample.visualization import VisualizeOptions, visualize
+from fmupsample.video.frames import films_of
 
 CODECS = [
     ("a.mp4", "mp4v"), ("a.mov", "mp4v"), ("a.mp4", "avc1"), ("a.mov", "avc1"), ("a.mp4", "hvc1"),
@@ -33,7 +33,7 @@ def look(path: Path, **span: float) -> Clip:
 
 def shown(clip: Clip) -> list[int]:
     """The numbers that the frames of a clip show, read as a run reads them."""
-    frames = frames_of([clip])[clip.source]
+    frames = films_of([clip])[0].frames
     items = Pipeline(PatchMeans(), workers=2, batch_size=2).items(frames, on_error=_stop)
     return [number(item.canvas) for item in items]
 
@@ -154,7 +154,7 @@ def test_orientation(tmp_path: Path, quarters: int) -> None:
     clip = look(path)
     upright = np.rot90(gradient(48, 64), -quarters)
     assert clip.size == upright.shape[:2]
-    frames = frames_of([clip])[clip.source]
+    frames = films_of([clip])[0].frames
     pixels, size = FrameReader().read(frames[0])
     assert size == pixels.shape[:2] == upright.shape[:2]
     assert np.abs(pixels.astype(float) - upright).mean() < 12

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 import fmupsample
 from fmupsample.errors import OutputError, UsageError
-from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.images import find_images
+from fmupsample.jobs.extract import ExtractOptions, extract
+from fmupsample.jobs.visualize import VisualizeOptions, visualize
 from fmupsample.pipeline import Pipeline
+from fmupsample.render.renderer import Point
 from fmupsample.video import FrameReader, Span, scan_videos, with_frames
 from fmupsample.video.write import VideoFile
-from fmupsample.visualization import Point, VisualizeOptions, visualize
 from fmupsample_cli import loading
 from fmupsample_cli.main import main
 
@@ -329,21 +330,19 @@ def test_an_interrupted_video_is_drawn_from_its_start(
     tmp_path: Path, small_models, monkeypatch, capsys
 ) -> None:
     path, out = film(tmp_path / "clip.mp4", 8), tmp_path / "out"
-    add, added = VideoFile.add, []
+    add, added = VideoFile.append, []
 
     def stopped(self, pixels):
         if len(added) == 3:
             raise KeyboardInterrupt
         added.append(add(self, pixels))
 
-    monkeypatch.setattr(VideoFile, "add", stopped)
+    monkeypatch.setattr(VideoFile, "append", stopped)
     assert call("visualize", path, "-o", out) == 130
-    assert (
-        "warning: stopped: the video of clip.mp4 is not finished, and the same command draws it "
-        "from its start; what was finished before is kept"
-    ) in capsys.readouterr().err
+    said = "warning: stopped: 0 of 1 pictures are finished; the same command goes on from there"
+    assert said in capsys.readouterr().err
     assert files(out) == ["basis.safetensors"]
-    monkeypatch.setattr(VideoFile, "add", add)
+    monkeypatch.setattr(VideoFile, "append", add)
     assert call("visualize", path, "-o", out) == 0
     assert len(frames_in(out / "clip.mp4")) == 8
 
@@ -359,11 +358,11 @@ def test_what_a_killed_run_left_goes(tmp_path: Path) -> None:
 def test_files_of_others_stay(tmp_path: Path, capsys) -> None:
     path, out = film(tmp_path / "clip.mp4", 2), tmp_path / "out"
     film(out / "clip.mp4", 5)
-    assert call("visualize", path, "-o", out) == 1
-    assert "exists and was not made by this command" in capsys.readouterr().err
+    assert call("visualize", path, "-o", out) == 2
+    assert "clip.mp4 exists and is not a result recorded" in capsys.readouterr().err
     assert len(frames_in(out / "clip.mp4")) == 5
     assert call("visualize", path, "-o", tmp_path) == 2
-    assert "would replace a photograph or video of this run" in capsys.readouterr().err
+    assert "would replace an image or video of this run" in capsys.readouterr().err
     assert len(frames_in(path)) == 2
 
 
@@ -371,7 +370,7 @@ def test_a_disk_that_is_full_ends_the_run(tmp_path: Path, monkeypatch) -> None:
     sources = find_images([film(tmp_path / "a.mp4", 2)], videos=True)
     monkeypatch.setattr(VideoFile, "_written", lambda self: 0)
     pipeline, out = Pipeline(PatchMeans(), Blocks()), tmp_path / "out"
-    with pytest.raises(OutputError, match=r"a\.mp4 cannot be written: .* is the disk full\?"):
+    with pytest.raises(OutputError, match=r"the disk is full .* what is finished is kept"):
         visualize(pipeline, [], out, clips=scan_videos(sources))
     assert files(out) == ["basis.safetensors"]
 

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 import fmupsample
 from fmupsample.backbones.views import with_views
 from fmupsample.errors import HeadError, ProbeError, UsageError
-from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.images import ImageSize, find_images
+from fmupsample.jobs.extract import Extract, ExtractOptions, extract
 from fmupsample.pipeline import Pipeline
 from fmupsample.probing.probe import load_probe
+from fmupsample.runs.manifest import Manifest
 from fmupsample.training import fit, loop
 from fmupsample.training.cache import Features
 from fmupsample.training.crops import Cropper
@@ -39,7 +40,6 @@ from fmupsample.upsamplers import (
 from fmupsample.upsamplers.heads import read_head_metadata
 from fmupsample.upsamplers.loading import find_head
 from fmupsample.upsamplers.registry import learned_names
-from fmupsample.writers.manifest import Manifest
 from fmupsample_cli.main import build_app, main
 
 
@@ -119,7 +119,7 @@ def test_extract_tokens_pca_shards_and_estimates(call, pictures, tmp_path, capsy
     estimate = ExtractOptions(tokens_only=True)
     backbone = ToyBackbone()
     needed = [
-        estimate.checked(pipeline).file_bytes(pipeline, (640, 640))
+        Extract(pipeline, estimate).bytes_of((640, 640))
         for pipeline in (
             Pipeline(with_views(backbone, n), Bilinear(), image_size=ImageSize.parse(640))
             for n in (1, 4, 9)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import fmupsample
 from fmupsample.errors import UsageError
-from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.images import ImageSize, find_images
+from fmupsample.jobs.extract import ExtractOptions, extract
 from fmupsample.memory import available_memory, parse_memory
 from fmupsample.pipeline import Pipeline
 from fmupsample.upsamplers import ReSFU, ReSFUConfig, load_upsampler

@@ -19,11 +19,14 @@ from safetensors import safe_open
 
 from fmupsample.atomic import remove_leftovers, replacing, temporary_for
 from fmupsample.errors import OutputError, UsageError
-from fmupsample.images import Source
-from fmupsample.writers import FORMATS, Manifest, check_format, output_names
-from fmupsample.writers.background import BackgroundWriter, Output
-from fmupsample.writers.formats import DTYPES
-from fmupsample.writers.lock import FolderLock
+from fmupsample.formats.files import DTYPES, FORMATS, check_format
+from fmupsample.images.find import Source
+from fmupsample.images.names import output_names
+from fmupsample.runs.job import Job, Output, Recipe, Task
+from fmupsample.runs.lock import FolderLock
+from fmupsample.runs.manifest import Manifest
+from fmupsample.runs.store import Store
+from fmupsample.runs.writer import BackgroundWriter
 
 
 def map_of(dtype: torch.dtype, channels: int = 5) -> torch.Tensor:
@@ -272,7 +275,7 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
 def test_two_runs_exclude_each_other(tmp_path: Path) -> None:
     out = tmp_path / "x" / "out"
     with FolderLock(out):
-        code = "import sys; from pathlib import Path; from fmupsample.writers.lock import *\n"
+        code = "import sys; from pathlib import Path; from fmupsample.runs.lock import *\n"
         code += "with FolderLock(Path(sys.argv[1])): pass"
         run = subprocess.run(
             [sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False
@@ -287,23 +290,38 @@ def test_two_runs_exclude_each_other(tmp_path: Path) -> None:
 # -- the writer thread ----------------------------------------------------------------------------
 
 
-def output(path: Path, channels: int = 2) -> Output:
-    shape = (channels, 2, 3)
-    return Output(path, FORMATS["npy"], shape, torch.float32, {}, record(path.name[:1]))
+class Nothing(Job):
+    """A job that is told what to write."""
+
+    def recipe(self, task: Task | None = None) -> Recipe:
+        return Recipe.of({})
+
+
+def store(out: Path) -> Store:
+    return Store(out, Nothing(None), Manifest(out))
+
+
+def output(name: str, channels: int = 2) -> Output:
+    shape, name = (channels, 2, 3), PurePosixPath(name)
+    task = Task(Source(Path(name.stem), name), name)
+    said = {**record(name.stem), "source": task.key, "output": str(name)}
+    return Output(task, FORMATS["npy"], shape, torch.float32, {}, said)
 
 
 def test_writer_thread(tmp_path: Path) -> None:
-    manifest = Manifest(tmp_path)
-    writer = BackgroundWriter(manifest)
+    """Several files at once; what is wrong with one is said of that one."""
+    writer = BackgroundWriter(store(tmp_path))
     (tmp_path / "blocked").write_text("a file where a folder is needed")
-    for name in ("a.npy", "blocked/b.npy", "new/c.npy"):
-        writer.begin(output(tmp_path / name))
-        writer.add(torch.ones(1, 2, 3))
-        writer.add(torch.zeros(1, 2, 3))
-        writer.end(1.5)
-    writer.begin(output(tmp_path / "d.npy"))
-    writer.add(torch.ones(1, 2, 3))
-    writer.cancel("no memory")
+    outputs = [output(name) for name in ("a.npy", "blocked/b.npy", "new/c.npy", "d.npy")]
+    for made in outputs:
+        writer.begin(made)
+    for rows in (torch.ones(1, 2, 3), torch.zeros(1, 2, 3)):
+        for made in outputs[:3]:
+            writer.add(made, rows)
+    writer.add(outputs[3], torch.ones(1, 2, 3))
+    for made in outputs[:3]:
+        writer.end(made, 1.5)
+    writer.cancel(outputs[3], "no memory")
     records = writer.close()
     assert [r["status"] for r in records] == ["ok", "failed", "ok", "failed"]
     assert records[0]["bytes"] == (tmp_path / "a.npy").stat().st_size
@@ -315,8 +333,8 @@ def test_writer_thread(tmp_path: Path) -> None:
 
 
 def test_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path: Path, monkeypatch) -> None:
-    manifest = Manifest(tmp_path)
-    writer = BackgroundWriter(manifest)
+    folder = store(tmp_path)
+    writer = BackgroundWriter(folder)
     kind = FORMATS["npy"]
     add = kind._add
 
@@ -327,21 +345,22 @@ def test_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(kind, "_add", full)
     for name, value in (("a.npy", 1.0), ("b.npy", 7.0)):
-        writer.begin(output(tmp_path / name, 1))
-        writer.add(torch.full((1, 2, 3), value))
-        writer.end(0.0)
+        made = output(name, 1)
+        writer.begin(made)
+        writer.add(made, torch.full((1, 2, 3), value))
+        writer.end(made, 0.0)
     with pytest.raises(OutputError, match=r"the disk is full .* what is finished is kept"):
         while True:
-            writer.begin(output(tmp_path / "c.npy", 1))
-    assert [r["source"] for r in writer.abort()] == ["a"]
-    manifest.close()
+            writer.begin(output("c.npy", 1))
+    assert [Path(r["source"]).name for r in writer.abort()] == ["a"]
+    folder.manifest.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "manifest.jsonl"]
 
 
 def test_abort_leaves_no_half_file(tmp_path: Path) -> None:
-    writer = BackgroundWriter(Manifest(tmp_path))
-    writer.begin(output(tmp_path / "a.npy"))
-    writer.add(torch.ones(1, 2, 3))
+    writer, made = BackgroundWriter(store(tmp_path)), output("a.npy")
+    writer.begin(made)
+    writer.add(made, torch.ones(1, 2, 3))
     assert writer.abort() == []
     # It may have been announced already.
     assert [path.name for path in tmp_path.iterdir() if path.name != "manifest.jsonl"] == []
@@ -352,24 +371,27 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     code = textwrap.dedent("""
         import os, signal, sys, time, torch
         from pathlib import Path
-        from fmupsample.writers import FORMATS, Manifest
-        from fmupsample.writers.background import BackgroundWriter, Output
+        sys.path.insert(0, sys.argv[2])
+        from test_writers import BackgroundWriter, output, store
         out = Path(sys.argv[1])
-        writer = BackgroundWriter(Manifest(out))
-        for name in "ab":
-            shape, record = (2, 2, 3), {"source": name, "status": "", "output": name}
-            writer.begin(Output(out / name, FORMATS["npy"], shape, torch.float32, {}, record))
-            writer.add(torch.ones(1, 2, 3))
+        writer = BackgroundWriter(store(out))
+        for name in ("a", "b"):
+            made = output(name)
+            writer.begin(made)
+            writer.add(made, torch.ones(1, 2, 3))
             if name == "a":
-                writer.add(torch.ones(1, 2, 3))
-                writer.end(0.0)
+                writer.add(made, torch.ones(1, 2, 3))
+                writer.end(made, 0.0)
         while not (out / "a").exists() or not list(out.glob(".fmupsample-*")):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     """)
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)],
+        timeout=60, check=False,
+    )  # fmt: skip
     assert run.returncode == -9
     assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     remove_leftovers([tmp_path])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "manifest.jsonl"]
-    assert Manifest(tmp_path).records["a"]["status"] in ("pending", "ok")
+    [known] = [r for r in Manifest(tmp_path).records.values() if r["output"] == "a"]
+    assert known["status"] in ("pending", "ok")

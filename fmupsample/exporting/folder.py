@@ -13,8 +13,8 @@ from fmupsample.exporting.files import Exported, Format, export_part
 from fmupsample.exporting.parts import make_part
 from fmupsample.exporting.script import script
 from fmupsample.images import printable
+from fmupsample.runs.lock import FolderLock
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.writers.lock import FolderLock
 
 
 def export_all(

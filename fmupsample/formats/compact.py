@@ -1,15 +1,18 @@
-"""A compact file as an array: any part of the map, made when it is asked for."""
+"""Compact files: low-resolution values and kernel weights, of which any part of a map is made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmupsample.formats.array import Between, FeatureArray, affine_map
-from fmupsample.formats.layout import Layout, decode_weights
+from fmupsample.formats.files import SafetensorsFile, raw_bytes
+from fmupsample.formats.layout import FORMAT, WEIGHT_BITS, Layout, decode_weights
 from fmupsample.formats.resampling import Taps, taps
 from fmupsample.ops import reassemble_points, reassemble_window
 
@@ -117,3 +120,63 @@ class CompactFeatures(FeatureArray):
         if self.weights is None:
             return torch.ones((), device=self.device).expand(1, y1 - y0, x1 - x0)
         return decode_weights(self.weights[:, y0:y1, x0:x1].to(self.device))
+
+
+class CompactFile(SafetensorsFile):
+    """Receives the values ``[V, h, w]`` in one piece, then weights ``[N, rows, W]`` from the top.
+
+    Args:
+        shape: of the values.
+        dtype: of the values.
+        layout: how the map is made of them.
+        weight_bits: 8, 16 or 32.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        meta: dict[str, str],
+        *,
+        layout: Layout,
+        weight_bits: int,
+    ) -> None:
+        self.layout = layout
+        self._weights = WEIGHT_BITS[weight_bits]
+        self._rows = 0
+        super().__init__(path, shape, dtype, {**meta, "format": FORMAT, "layout": layout.to_json()})
+
+    def append(self, rows: Tensor) -> None:
+        if not self._channels:
+            super().append(rows)
+            return
+        expected, height = self.layout.weights_shape, self._rows + rows.shape[1]
+        if (
+            expected is None
+            or rows.dtype != self._weights
+            or (rows.shape[0], height, rows.shape[2]) > expected
+            or (rows.shape[0], rows.shape[2]) != (expected[0], expected[2])
+        ):
+            raise ValueError(f"{rows.dtype} {list(rows.shape)} does not continue {expected}")
+        line = expected[2] * self._weights.itemsize
+        for n, plane in enumerate(rows):
+            self._file.seek(self._start + (n * expected[1] + self._rows) * line)
+            self._file.write(raw_bytes(plane))
+        self._rows = height
+
+    def close(self) -> None:
+        try:
+            if self.layout.weights_shape and self._rows != self.layout.weights_shape[1]:
+                raise ValueError(f"{self._rows} of {self.layout.weights_shape[1]} rows are there")
+        except BaseException:
+            self._file.close()
+            raise
+        super().close()
+
+    def _begin(self) -> None:
+        values = prod(self.shape) * self.dtype.itemsize
+        header = {"__metadata__": self.meta, "values": self._entry(self.dtype, self.shape, 0)}
+        if self.layout.weights_shape is not None:
+            header["weights"] = self._entry(self._weights, self.layout.weights_shape, values)
+        self._start = self._write_header(header) + values

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,6 +128,24 @@ class FeaturePipeline:
         self.workers = _default_workers() if workers is None else workers
         self.window = window
         self.reader: FrameReader | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides the features of a picture; equal mappings, equal features."""
+        backbone = self.backbone
+        size = str(self.image_size or backbone.default_image_size)
+        if backbone.fixed_size is not None:
+            size = f"{backbone.fixed_size[0]}x{backbone.fixed_size[1]}"
+        described = {
+            "backbone": backbone.name,
+            "backbone_fingerprint": backbone.fingerprint,
+            "layer": str(backbone.layer),
+            "precision": self.precision,
+            "image_size": size,
+            "fit": self.fit,
+        }
+        if getattr(backbone, "views", 1) != 1:
+            described["views"] = backbone.views
+        return described if self.window is None else {**described, "window": self.window}
 
     def frame(self, original: tuple[int, int]) -> Frame:
         """How a picture of ``original`` pixels is shown to the backbone."""

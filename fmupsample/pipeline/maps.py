@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,18 +86,34 @@ class Pipeline(FeaturePipeline):
 
     def with_upsampler(self, upsampler: Upsampler) -> Pipeline:
         """The same backbone and options with another upsampler."""
-        return Pipeline(
-            self.backbone,
-            upsampler,
-            image_size=self.image_size,
-            fit=self.fit,
-            device=self.device,
-            precision=self.precision,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            window=self.window,
-            max_memory=self.max_memory,
-        )
+        return self._like(upsampler=upsampler)
+
+    def elsewhere(
+        self, device: torch.device | str, *, batch_size: int | None, workers: int | None
+    ) -> Pipeline:
+        """The same models, moved to another device, with the options that depend on it."""
+        return self._like(device=device, batch_size=batch_size, workers=workers)
+
+    def _like(self, **changed: Any) -> Pipeline:
+        same = {
+            "upsampler": self.upsampler,
+            "image_size": self.image_size,
+            "fit": self.fit,
+            "device": self.device,
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "workers": self.workers,
+            "window": self.window,
+            "max_memory": self.max_memory,
+        }
+        return Pipeline(self.backbone, **{**same, **changed})
+
+    def to(self, device: torch.device) -> None:
+        """Move the models, in place."""
+        self.device = device
+        self.backbone.to(device)
+        if self.upsampler is not None:
+            self.upsampler.to(device)
 
     def upsample(
         self, item: Item, size: tuple[int, int] | None = None, value: Tensor | None = None

@@ -1,6 +1,6 @@
 """Pictures for people: panels, overlays, heat maps, contact sheets. uint8 RGB arrays in and out.
 
-Nothing here knows a model: the arrays come from :mod:`fmupsample.visualization.draw`.
+Nothing here knows a model: the arrays come from :mod:`fmupsample.render.renderer`.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from fmupsample.backbones import Backbone
 from fmupsample.folders import cache_folder
 from fmupsample.images.find import Source
 from fmupsample.progress import SILENT, Progress
+from fmupsample.runs.lock import FolderLock
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.run import Say, TrainReport, train
 from fmupsample.upsamplers.loading import find_head
 from fmupsample.upsamplers.registry import METHODS
-from fmupsample.writers.lock import FolderLock
 
 # A few minutes: enough to be sharper than bilinear interpolation, not all that a head can learn.
 _STEPS, _STEPS_GPU = 150, 600

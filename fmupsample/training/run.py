@@ -21,11 +21,12 @@ from fmupsample.atomic import replacing
 from fmupsample.backbones import Backbone
 from fmupsample.backbones.views import title
 from fmupsample.errors import OutputError, UsageError
-from fmupsample.folders import refuse_others_files
+from fmupsample.folders import holds_keys, refuse_others_files
 from fmupsample.images.find import Source, printable
 from fmupsample.labels import count_classes
 from fmupsample.labels.layouts.folders import find_labels
 from fmupsample.progress import SILENT, Progress
+from fmupsample.runs.lock import FolderLock
 from fmupsample.threads import cores
 from fmupsample.training.cache import plan_crops
 from fmupsample.training.checkpoint import NAME as CHECKPOINT
@@ -64,7 +65,6 @@ from fmupsample.training.validate import Score, Validator
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.heads import load_head, save_head
 from fmupsample.upsamplers.registry import METHODS, any_backbone_names, either, learned_method
-from fmupsample.writers.lock import FolderLock
 
 CONFIG = "config.json"
 KEEP_BYTES = 2**30  # memory for decoded pictures and for features, together
@@ -221,7 +221,7 @@ def _clear_the_way(output: Path, work: Path, *, resume: bool, overwrite: bool) -
     if overwrite and resume:
         raise UsageError("--resume and --overwrite exclude each other; give one of them")
     refuse_others_files(
-        work, (CONFIG, LOG, CURVE), ours=CONFIG, keys=("objective", "steps"),
+        work, (CONFIG, LOG, CURVE), ours=holds_keys(work / CONFIG, "objective", "steps"),
         instead="choose another folder with --work",
     )  # fmt: skip
     if overwrite:

@@ -6,17 +6,18 @@ extract(pipeline, with_frames(sources, clips), Path("features"))
 """
 
 from fmupsample.video.clips import Clip, scan, scan_videos
-from fmupsample.video.frames import FrameReader, FrameSource, frames_of, with_frames
+from fmupsample.video.frames import Film, FrameReader, FrameSource, films_of, with_frames
 from fmupsample.video.span import Span, parse_time, show_time
 
 # fmupsample.video.write is imported by itself. OpenCV is imported when a video is opened.
 
 __all__ = [
     "Clip",
+    "Film",
     "FrameReader",
     "FrameSource",
     "Span",
-    "frames_of",
+    "films_of",
     "parse_time",
     "scan",
     "scan_videos",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ import numpy as np
 
 from fmupsample.errors import ImageError
 from fmupsample.images.find import Source, is_video, printable, storable
+from fmupsample.images.names import output_names
 from fmupsample.images.read import read_picture, read_size
 from fmupsample.video.clips import Clip, open_capture
 from fmupsample.video.span import show_time
-from fmupsample.writers.names import output_names
 
 if TYPE_CHECKING:
     import cv2
@@ -56,44 +56,65 @@ def frame_name(index: int) -> str:
     return f"frame_{index:06}"
 
 
-def frames_of(clips: Sequence[Clip]) -> dict[Source, list[FrameSource]]:
-    """The wanted frames of each clip, named below a folder that no two videos share.
+@dataclass(frozen=True)
+class Film(Source):
+    """A video as one source: its result is one, too.
 
-    A video that cannot be used has one frame, which says why.
+    Attributes:
+        frames: those that are wanted; of a video that cannot be used, one that says why.
+        rate: frames a second at which they last as long as in the video.
     """
+
+    frames: tuple[FrameSource, ...] = field(default=(), compare=False)
+    rate: float = field(default=0.0, compare=False)
+
+
+def images_of(source: Source) -> tuple[Source, ...]:
+    """What is decoded of a source: an image itself, the frames of a :class:`Film`."""
+    return source.frames if isinstance(source, Film) else (source,)
+
+
+def films_of(clips: Sequence[Clip]) -> list[Film]:
+    """Each clip as a source, its frames named below a folder that no two videos share."""
     folders = output_names([clip.source for clip in clips], "")
-    found: dict[Source, list[FrameSource]] = {}
+    films = []
     for clip, folder in zip(clips, folders, strict=True):
         path = clip.source.path
-        found[clip.source] = [
+        frames = [
             FrameSource(path, folder / frame_name(index), index, time, clip.size)
             for index, time in zip(clip.frames, clip.times, strict=True)
         ]
         if clip.error:
-            found[clip.source] = [FrameSource(path, folder / frame_name(0), error=clip.error)]
-    return found
+            frames = [FrameSource(path, folder / frame_name(0), error=clip.error)]
+        films.append(Film(path, clip.source.relative, tuple(frames), clip.rate))
+    return films
 
 
 def with_frames(sources: Sequence[Source], clips: Sequence[Clip]) -> list[Source]:
     """``sources`` with its videos replaced by their frames."""
-    frames: Mapping[Source, list[FrameSource]] = frames_of(clips)
+    frames = {clip.source: film.frames for clip, film in zip(clips, films_of(clips), strict=True)}
     return [one for source in sources for one in (frames[source] if is_video(source) else [source])]
 
 
 def to_plain(source: Source) -> list[Any]:
-    """A picture or frame as plain values, for another process."""
+    """An image, frame or film as plain values, for another process."""
     plain: list[Any] = [str(source.path), str(source.relative)]
     if isinstance(source, FrameSource):
         plain += [source.index, source.time, list(source.size), source.error]
+    elif isinstance(source, Film):
+        plain += [source.rate, [to_plain(frame) for frame in source.frames]]
     return plain
 
 
 def from_plain(folder: Path, plain: Sequence[Any]) -> Source:
     """What :func:`to_plain` made, in a process whose working folder is ``folder`` to the other."""
-    path, relative = folder / plain[0], PurePosixPath(plain[1])
-    if len(plain) == 2:
+    path, relative, *more = folder / plain[0], PurePosixPath(plain[1]), *plain[2:]
+    if not more:
         return Source(path, relative)
-    index, time, size, error = plain[2:]
+    if len(more) == 2:
+        rate, frames = more
+        return Film(path, relative, tuple(from_plain(folder, frame) for frame in frames), rate)
+    index, time, size, error = more
     return FrameSource(path, relative, index, time, tuple(size), error)
 
 

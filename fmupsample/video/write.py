@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +20,7 @@ _CODEC = "mp4v"
 
 
 class VideoFile:
-    """``with VideoFile(path, fps) as video: video.add(pixels)``.
+    """``with VideoFile(path, fps) as video: video.append(pixels)``; or ``close``, or ``discard``.
 
     In place: the caller sees to a temporary name, which must end in ``.mp4``. The first frame
     decides the size. Sides are made even, as the encoder asks for, by repeating the last row or
@@ -41,7 +40,13 @@ class VideoFile:
     def __enter__(self) -> VideoFile:
         return self
 
-    def add(self, pixels: np.ndarray) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def append(self, pixels: np.ndarray) -> None:
         """The next frame, uint8 ``[H, W, 3]``, RGB; brought to the size of the first."""
         height, width = pixels.shape[:2]
         if height % 2 or width % 2:
@@ -71,14 +76,18 @@ class VideoFile:
             )
         return writer
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Finish the file."""
         if self._writer is None:
             return
         self._writer.release()
-        if kind is None and self._written() != self.frames:  # the encoder keeps errors to itself
+        if self._written() != self.frames:  # the encoder keeps errors to itself
             raise OSError(errno.ENOSPC, "it was not written whole; is the disk full?")
+
+    def discard(self) -> None:
+        """Close without finishing."""
+        if self._writer is not None:
+            self._writer.release()
 
     def _written(self) -> int:
         """Frames that are in the file by its own account."""

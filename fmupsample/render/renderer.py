@@ -100,7 +100,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Artist:
+class Renderer:
     """Draws the pictures of one run.
 
     Attributes:

@@ -168,7 +168,7 @@ class Manifest:
                 return
             records = {r["output"]: r for r in (record, *islice(self._ahead, _AHEAD))}
             self._write([announcement(r) for r in records.values()])
-            self._sync()
+            sync(self.path)
 
     def sync(self) -> None:
         """Wait until all lines are on the disk.
@@ -178,18 +178,18 @@ class Manifest:
         """
         with self._lock:
             if self._handle is not None:
-                self._sync()
-
-    def _sync(self) -> None:
-        sync(self.path)
-        sync(self.path.parent)
+                sync(self.path)
 
     def _take(self, record: Record) -> None:
         """``record`` is the latest about its picture."""
         key, status = record["source"], record["status"]
         if status == "pending":
             self.pending[record["output"]] = record
+        elif status == "ok":
+            self.pending.pop(record["output"], None)
         before = self.records.get(key)
+        if before is not None and before["status"] == "failed" and status == "pending":
+            return  # announced along with others: what was said of it stays
         if before is not None and status in ("failed", "pending"):
             made_with = before.get("options_hash")
             same = made_with is not None and made_with == record.get("options_hash")
@@ -204,15 +204,19 @@ class Manifest:
             return
         if self._parts:
             self._rewrite()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(self._handle, self._whole)
+        sync(self.path.parent)  # its name
 
     def _rewrite(self) -> None:
         """One line a picture, sorted by output, and no parts."""
-        known = (r for r in self.records.values() if not self._came_to_nothing(r))
-        ordered = sorted(known, key=lambda r: (r.get("output") or "", r["source"]))
+        said = {id(r): r for r in (*self.records.values(), *self.pending.values())}
+        known = (r for r in said.values() if not self._came_to_nothing(r))
+        ordered = sorted(known, key=lambda r: (r.get("output") or "", r["source"], r["status"]))
         with replacing(self.path) as temporary:
             self._whole = temporary.write_bytes(b"".join(map(_line, ordered)))
+        self.pending = {r["output"]: r for r in ordered if r["status"] == "pending"}
         for part in self._parts:
             part.unlink(missing_ok=True)
         self._parts = []

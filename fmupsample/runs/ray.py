@@ -1,10 +1,9 @@
-"""``extract`` on a Ray cluster: Ray Data hands out the pictures, actors hold the models.
+"""A run on a Ray cluster: Ray Data hands out the images, actors hold the models.
 
-The process that calls :func:`fmupsample.extraction.extract` plans, fits the basis and keeps the
-manifest, as it does without a cluster. The tasks are the rows of a Ray data set, some pictures a
-row, and each actor does a row as the share of a process is done, see :mod:`.sharing`: all machines
-must see the same pictures and the same output folder. Where actors run, and what becomes of rows
-whose actor has died, is for Ray to decide.
+The process that calls :func:`.run.run` plans and keeps the manifest, as it does without a cluster.
+The tasks are the rows of a Ray data set, some images a row, and each actor does a row as the share
+of a process is done, see :mod:`.sharing`: all machines must see the same images and the same output
+folder. Where actors run, and what becomes of rows whose actor has died, is for Ray to decide.
 """
 
 from __future__ import annotations
@@ -17,24 +16,23 @@ import re
 import socket
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fmupsample.errors import FmupsampleError, OutputError, ProcessError, UsageError
-from fmupsample.extraction.plan import ExtractOptions, Plan, describe, options_hash
-from fmupsample.extraction.projection import Projection
-from fmupsample.extraction.run import ExtractReport, Run, run_kind
-from fmupsample.extraction.sharing import open_for_others, pack_share, take_earlier, unpack_tasks
-from fmupsample.images import printable, storable
-from fmupsample.pipeline import Pipeline
+from fmupsample.images.find import printable
 from fmupsample.progress import SILENT
-from fmupsample.video import FrameReader
-from fmupsample.writers.manifest import Manifest, ManifestPart
-from fmupsample.writers.shards import Shards, shard_name
+from fmupsample.runs.engine import Run
+from fmupsample.runs.job import Job, Task
+from fmupsample.runs.manifest import Manifest, ManifestPart, Record
+from fmupsample.runs.shards import Shards, shard_name
+from fmupsample.runs.sharing import by_source, do_share, open_for_others, pack, unpack
+from fmupsample.video.frames import FrameReader
 
 # Rows of the data set: few enough for Ray to handle quickly, and no more pictures in one than an
 # actor that dies may lose, where there are few.
@@ -74,40 +72,38 @@ class RayCluster:
     batch_size: int | None = None
     workers: int | None = None
 
-    def all(self, run: Run, basis: Projection | None) -> None:
-        """Every task of ``run``, as ``run.all(basis)`` does.
+    def all(self, run: Run, tasks: Sequence[Task]) -> None:
+        """Every one of ``tasks``, as ``run.all(tasks)`` does.
 
         Raises:
             ProcessError: the cluster cannot be reached, or a worker has failed.
             OutputError: as of ``run.all``; or a result is not in the output folder.
         """
         check_ray()
-        run.progress.start(len(run.tasks), f"{run.label} on Ray")
-        records = {}
-        if run.tasks:
-            open_for_others(run.manifest)
+        manifest = run.store.manifest
+        run.progress.start(len(tasks), f"{run.job.label} on Ray")
+        records: dict[str, Record] = {}
+        if tasks:
+            open_for_others(manifest)
             try:
                 with self._connected():
-                    for record in self._records(run, basis):
-                        run.manifest.append(record)
+                    for record in self._records(run, tasks):
+                        manifest.append(record)
                         records[record["source"]] = record
                         run.collect([record])
+                        run.progress.advance()
             except KeyboardInterrupt:
                 # Not merged: somewhere an actor may still write. The next run does that.
-                found = Manifest(run.out).records
-                sources = {storable(source.absolute) for source in run.tasks} - records.keys()
-                rows = [found[source] for source in sources if source in found]
+                found = Manifest(manifest.path.parent).records
+                keys = {task.key for task in tasks} - records.keys()
+                rows = [found[key] for key in keys if key in found]
                 run.report.done += [record for record in rows if record["status"] == "ok"]
                 raise
             # What the actors have noted is in the rows they gave back, too; these say how an actor
             # did that had to do again what one that died has left.
-            run.manifest.absorb()
-            run.manifest.records.update(records)
-        if run.plan.shards is not None:
-            try:
-                run.plan.shards.finish()  # which an earlier run has begun
-            except OSError as error:
-                raise OutputError(f"the shards cannot be written: {error.strerror}") from error
+            manifest.absorb()
+            manifest.records.update(records)
+        run.store.finish(tasks)  # a shard that an earlier run has begun
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
@@ -133,8 +129,8 @@ class RayCluster:
         finally:
             ray.shutdown()
 
-    def _records(self, run: Run, basis: Projection | None) -> Iterator[dict[str, Any]]:
-        """What became of each picture, as it comes."""
+    def _records(self, run: Run, tasks: Sequence[Task]) -> Iterator[Record]:
+        """What became of each image, as it comes."""
         import ray
         import ray.data
         from ray.exceptions import RayError
@@ -145,18 +141,16 @@ class RayCluster:
         processors = gpus or int(ray.cluster_resources().get("CPU", 0))
         if not processors:
             raise ProcessError("the Ray cluster has neither GPUs nor CPUs for this run")
-        chunks = _chunks(run, processors)
+        chunks = _chunks(run, tasks, processors)
         ray.data.DataContext.get_current().enable_progress_bars = False
         size = min(processors, len(chunks))
-        pipeline = run.pipeline
+        pipeline, out = run.job.pipeline, run.store.out
         place = pipeline.device
         try:
-            _move(pipeline, torch.device("cpu"))  # as the actors may have no other device
-            job = ray.put(
-                Job(run.out.absolute(), run.plan.options, basis, pipeline, self, gpus > 0)
-            )
+            pipeline.to(torch.device("cpu"))  # as the actors may have no other device
+            job = ray.put(_Work(out.absolute(), run.job, self, gpus > 0))
         finally:
-            _move(pipeline, place)
+            pipeline.to(place)
         rows = ray.data.from_items([{"share": c} for c in chunks], override_num_blocks=len(chunks))
         done = rows.map_batches(
             Worker,
@@ -173,10 +167,10 @@ class RayCluster:
                     kind = OutputError if answer["output"] else ProcessError
                     raise kind(answer["error"]) from _Remote(answer["traceback"])
                 for record in answer["records"]:
-                    if record["status"] == "ok" and not (run.out / record["output"]).exists():
+                    if record["status"] == "ok" and not (out / record["output"]).exists():
                         raise OutputError(
                             f"{record['output']} was written on a worker, but is not in "
-                            f"{printable(run.out)}: do all machines see one and the same folder?"
+                            f"{printable(out)}: do all machines see one and the same folder?"
                         )
                     yield record
         except RayError as error:
@@ -203,56 +197,39 @@ def _failed(reason: str) -> str:
     )
 
 
-def _chunks(run: Run, processors: int) -> list[str]:
+def _chunks(run: Run, tasks: Sequence[Task], processors: int) -> list[str]:
     """The tasks as rows; with shards, a row is a shard."""
-    tasks, size = run.plan.tasks, run.plan.options.shard_size
-    facts = run.share(None)
+    groups, size = by_source(tasks), run.job.shard_size
     if size is None:
-        size = max(
-            -(-len(tasks) // _ROWS), min(_PICTURES, -(-len(tasks) // (processors * _ROWS_AN_ACTOR)))
-        )
-    starts = range(0, len(tasks), size)
+        few = -(-len(groups) // (processors * _ROWS_AN_ACTOR))
+        size = max(-(-len(groups) // _ROWS), min(_PICTURES, few))
+    starts = range(0, len(groups), size)
+    rows = ([t for g in groups[start : start + size] for t in g] for start in starts)
     return [
-        json.dumps(
-            pack_share(run, tasks[start : start + size], facts)
-            | {"number": number, "of": len(starts)}
-        )
-        for number, start in enumerate(starts)
+        json.dumps(pack(run.store, row) | {"number": number, "of": len(starts)})
+        for number, row in enumerate(rows)
     ]
 
 
-def _move(pipeline: Pipeline, device: torch.device) -> None:
-    pipeline.backbone.to(device)
-    if pipeline.upsampler is not None:
-        pipeline.upsampler.to(device)
-
-
 @dataclass
-class Job:
+class _Work:
     """What all actors need, as it travels to them."""
 
     out: Path
-    options: ExtractOptions
-    basis: Projection | None
-    pipeline: Pipeline  # on the CPU
+    job: Job  # its models on the CPU
     cluster: RayCluster
     gpu: bool
 
-    def open(self) -> Pipeline:
-        """The pipeline, with the device of this process."""
-        made, cluster = self.pipeline, self.cluster
-        return Pipeline(
-            made.backbone,
-            made.upsampler,
-            image_size=made.image_size,
-            fit=made.fit,
-            device="cuda" if self.gpu else "cpu",
-            precision=made.precision,
+    def open(self) -> Job:
+        """The job, on the device of this process."""
+        cluster, job = self.cluster, self.job
+        job.pipeline = job.pipeline.elsewhere(
+            "cuda" if self.gpu else "cpu",
             batch_size=cluster.batch_size,
             workers=1 if cluster.workers is None and not self.gpu else cluster.workers,
-            window=made.window,
-            max_memory=made.max_memory,
         )
+        job.pipeline.reader = FrameReader()  # the next row may go on with this one's video
+        return job
 
 
 class Worker:
@@ -261,14 +238,12 @@ class Worker:
     def __init__(self, reference: dict[str, Any]) -> None:
         import ray
 
-        self.job: Job = ray.get(reference["job"])
+        work: _Work = ray.get(reference["job"])
         name = uuid.uuid4()
         # Temporary files are named by this and the number of the process, which two machines share.
         os.environ["RANK"] = str(name.int % 10**9)
-        self.pipeline = self.job.open()
-        self.pipeline.reader = FrameReader()  # the next row may go on with this one's video
-        self.described = describe(self.pipeline, self.job.options)
-        self.manifest = ManifestPart(self.job.out, f"ray-{name.hex}")
+        self.out, self.job = work.out, work.open()
+        self.manifest = ManifestPart(self.out / self.job.log, f"ray-{name.hex}")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """``{"share": rows}`` -> ``{"done": rows}``, both JSON."""
@@ -283,36 +258,25 @@ class Worker:
             output = isinstance(error, OutputError)
             return {"error": reason, "output": output, "traceback": traceback.format_exc()}
 
-    def _records(self, share: dict[str, Any]) -> list[dict[str, Any]]:
+    def _records(self, share: dict[str, Any]) -> list[Record]:
         """Do the tasks of a row; the records of all."""
         with contextlib.suppress(OSError):
-            os.chdir(share["sources"]["folder"])  # so that pictures are named as the user did
-        job = self.job
-        plan = Plan(job.options, self.described, options_hash(self.described))
-        if plan.hash != share["hash"]:
+            os.chdir(share["folder"])  # so that images are named as the user did
+        if self.job.recipe().hash != share["hash"]:
             raise ProcessError("a worker of the Ray cluster has another version of fmupsample")
-        plan.tasks = unpack_tasks(share)
-        report = ExtractReport(self.manifest.path, plan.described)
-        run = run_kind(job.options)(self.pipeline, job.out, plan, self.manifest, report, SILENT)
-        take_earlier(run, share)
-        run.share(_Numbers(job.out, share), share["facts"])
-        run.all(job.basis)
+        tasks = [task for group in unpack(share) for task in group]
+        count = partial(_next_shard, self.out, share, [0])
+        report = do_share(self.job, self.out, self.manifest, share, tasks, SILENT, count)
         return [*report.done, *report.failed]
 
 
-class _Numbers:
-    """Stands for the team that gives out numbers of shards: each row has its own.
+def _next_shard(out: Path, share: dict[str, Any], given: list[int], name: str, steps: int) -> int:
+    """One more than how many shards come before the next one of a row: each has its own numbers.
 
     Those of a row that is done again, since its actor died, may be taken.
     """
-
-    def __init__(self, out: Path, share: dict[str, Any]) -> None:
-        self.out, self.share, self.given = out, share, 0
-
-    def add(self, name: str, count: int) -> int:
-        """One more than how many shards come before the next one of this row."""
-        first, number, of = self.share["facts"]["next"], self.share["number"], self.share["of"]
-        shards = Shards(self.out)
-        while shard_name(first + number + of * self.given) in shards.sizes:
-            self.given += 1
-        return number + of * self.given + 1
+    first, number, of = share["store"]["next"], share["number"], share["of"]
+    shards = Shards(out)
+    while shard_name(first + number + of * given[0]) in shards.sizes:
+        given[0] += 1
+    return number + of * given[0] + 1

@@ -20,9 +20,8 @@ from pathlib import Path, PurePosixPath
 
 from fmupsample.errors import OutputError
 from fmupsample.images.find import Source, printable
-from fmupsample.writers.background import Output
-from fmupsample.writers.manifest import Record
-from fmupsample.writers.names import output_names
+from fmupsample.images.names import output_names
+from fmupsample.runs.manifest import Record
 
 _NAME = re.compile(r"features-(\d{6,})\.tar")
 _GROWING = re.compile(r"\.(features-\d{6,}\.tar)\.growing")
@@ -61,18 +60,19 @@ def sample_keys(sources: Sequence[Source], suffix: str, taken: Iterable[str]) ->
 class Shards:
     """The shards of an output folder: what they hold, and the one that grows.
 
-    Used by one thread at a time, under the :class:`~fmupsample.writers.lock.FolderLock`. Set
-    ``size`` and ``suffix``, or call :meth:`resume`, before anything is written.
+    Used by one thread at a time, under the :class:`.lock.FolderLock`.
 
-    Attributes:
-        next: the least number that no shard has or had.
-        before_naming: called when a shard is whole, before it takes its name.
-        number: gives the number of each new shard, ``next`` unless it is set to something else.
+    Args:
         size: samples of a whole shard.
         suffix: of the files in them.
+
+    Attributes:
+        next: the least number that no shard has or had, once :meth:`resume` was called.
+        before_naming: called when a shard is whole, before it takes its name.
+        number: gives the number of each new shard, ``next`` unless it is set to something else.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, size: int = 1, suffix: str = "") -> None:
         """Look at what is there.
 
         Raises:
@@ -83,7 +83,7 @@ class Shards:
         self.growing: set[str] = set()
         self._handle: int | None = None
         self._current, self._count, self._end = "", 0, 0
-        self.size, self.suffix, self.next = 1, "", 0
+        self.size, self.suffix, self.next = size, suffix, 0
         self.number: Callable[[], int] = self._number
         self.before_naming: Callable[[], None] = lambda: None
         try:
@@ -139,16 +139,12 @@ class Shards:
 
     # -- resuming -----------------------------------------------------------------------------
 
-    def resume(
-        self, records: Iterable[Record], kept: Sequence[Record], size: int, suffix: str
-    ) -> list[Record]:
+    def resume(self, records: Iterable[Record], kept: Sequence[Record]) -> list[Record]:
         """Go on with the shard that grew; drop samples that no longer count.
 
         Args:
             records: all there are; no new shard takes a name that one of them has.
             kept: those whose samples stay.
-            size: samples of a whole shard.
-            suffix: of the files in them.
 
         Returns:
             Records of samples that had to move to another shard, for the manifest. Call
@@ -157,7 +153,6 @@ class Shards:
         Raises:
             OSError: something cannot be written.
         """
-        self.size, self.suffix = size, suffix
         names = {*self.sizes, *(str(r.get("output")) for r in records)}
         numbers = [int(match[1]) for name in names if (match := _NAME.fullmatch(name))]
         self.next = max(numbers, default=-1) + 1
@@ -198,7 +193,7 @@ class Shards:
 
     # -- writing ------------------------------------------------------------------------------
 
-    def keep(self, temporary: Path, output: Output, record: Record) -> None:
+    def keep(self, temporary: Path, record: Record) -> None:
         """Put the file ``temporary`` into the current shard; ``record``, which holds its ``key``,
         says where."""
         stored = {k: v for k, v in record.items() if k not in _NOT_STORED}

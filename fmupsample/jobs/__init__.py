@@ -1,0 +1,1 @@
+"""What the commands write for each image: the jobs of :mod:`fmupsample.runs`."""
