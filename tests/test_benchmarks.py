@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
+import allocating
 import pytest
 import torch
 from PIL import Image
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import allocating
-import upsampling
-
-from fmupsample.bench.measuring import Apart, Here, OutOfMemory, summary, time_cases
 
 import bars
 import errors
 import plots
 import reports
 import throughput
+import upsampling
 from cases import Setting
+from fmupsample.bench.measuring import Apart, Here, OutOfMemory, summary, time_cases
 from peers import neighbourhood_attention
 
 CPU = torch.device("cpu")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from test_bench import labelled
 from toy import ToyBackbone
 
+import leave_one_out
+import quality
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.heads import read_head_metadata
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import leave_one_out
-
-import quality
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,11 @@ import torch
 from PIL import Image
 from toy import ToyBackbone
 
-from fmupsample.errors import UsageError
-from fmupsample.upsamplers import ReSFU, ReSFUConfig, save_head
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import quality
 import tables
 from contenders import ABLATIONS, ablate, gather, named_file
+from fmupsample.errors import UsageError
+from fmupsample.upsamplers import ReSFU, ReSFUConfig, save_head
 from labelled import camvid, davis
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 60], [50, 60, 210]], np.uint8)

@@ -1,6 +1,6 @@
 """What a folder of very many pictures costs before the first of them is computed, and after.
 
-    python benchmarks/folders.py --pictures 100000 -o benchmarks/results/folders.json
+    python research/benchmarks/folders.py --pictures 100000 -o folders.json
 
 The pictures are hard links to one tiny file, a thousand in a folder; the results of the "done" run
 are hard links too, with a manifest that has them all. Timed, each as the commands do it: listing,

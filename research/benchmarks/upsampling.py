@@ -1,10 +1,10 @@
 """How long upsampling takes and how much memory, against what people would compare it with.
 
-    python benchmarks/upsampling.py --quick -o numbers.json
-    python benchmarks/upsampling.py --sweep --plot growth.png -o numbers.json
+    python research/benchmarks/upsampling.py --quick -o numbers.json
+    python research/benchmarks/upsampling.py --sweep --plot growth.png -o numbers.json
 
 Everything in one setting is timed in one run, interleaved, so that ratios mean something even where
-the machine is not steady. benchmarks/README.md says what each number is.
+the machine is not steady. research/benchmarks/README.md says what each number is.
 """
 
 from __future__ import annotations
@@ -15,11 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-
-from fmupsample.bench.machine import describe, free_bytes
-from fmupsample.bench.measuring import time_cases
-from fmupsample.device import resolve_device
-from fmupsample.errors import FmupsampleError
 
 import backends
 import bars
@@ -36,6 +31,10 @@ from cases import (
     runners,
 )
 from errors import measure_errors, worst_ratio
+from fmupsample.bench.machine import describe, free_bytes
+from fmupsample.bench.measuring import time_cases
+from fmupsample.device import resolve_device
+from fmupsample.errors import FmupsampleError
 from plots import growth
 
 SWEEPS = {

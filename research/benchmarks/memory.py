@@ -1,6 +1,6 @@
 """How much memory upsampling takes, against the size of the picture.
 
-    python benchmarks/memory.py -o benchmarks/results/memory-cpu.json
+    python research/benchmarks/memory.py -o research/benchmarks/results/memory-cpu.json
 
 Kernel weights of larger and larger square pictures, by the shipped head: all at once, and as the
 pipeline makes them, in windows beyond two million pixels. Each case in a process of its own; the
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import fmupsample.pipeline.maps
+import reports
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import Apart, OutOfMemory
@@ -31,8 +32,6 @@ from fmupsample.images.size import Frame, ImageSize
 from fmupsample.memory import parse_memory
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.upsamplers import load_upsampler
-
-import reports
 
 SIZES = (560, 1120, 1680, 2240, 3360, 4480)
 # Whole pictures are measured up to here; larger ones take gigabytes.

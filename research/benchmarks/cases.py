@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import backends
 from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory, Runner
 from fmupsample.device import is_out_of_memory
 from fmupsample.ops import reassemble
 from fmupsample.upsamplers import JointBilateral, ReSFU, ReSFUConfig
 
-import backends
-
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLASSES = 21  # masks of the value-first case
 

@@ -1,6 +1,6 @@
 """The family trained alike: every method for as many steps, on the same crops, and then compared.
 
-    python benchmarks/equal_steps.py --photos DIR --camvid DIR -o FOLDER
+    python research/benchmarks/equal_steps.py --photos DIR --camvid DIR -o FOLDER
 
 Each head is trained by the library's own training (`fmupsample train`, default objective, no choice
 of a best step), then judged by linear probes on CamVid, with pixels of the upsampled maps drawn
@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
+import tables
+from cells import Cells
 from fmupsample.analysis.pca import PCABasis, sample_tokens
 from fmupsample.atomic import replacing
 from fmupsample.backbones import Backbone, load_backbone
@@ -43,9 +45,6 @@ from fmupsample.upsamplers import Upsampler, load_upsampler
 from fmupsample.upsamplers.heads import load_head, read_head_metadata
 from fmupsample.visualization.album import encode
 from fmupsample_cli.progress import RichProgress, note
-
-import tables
-from cells import Cells
 from labelled import CAMVID, camvid
 
 # What is trained, the quick ones first: where time runs out, these are there.
@@ -60,7 +59,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "featup": ("featup", {}),
 }
 UNTRAINED = ("nearest", "bilinear", "jbu")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "images" / "cat.jpg"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "images" / "cat.jpg"
 NAME = "equal_steps"
 KEYS = ("dataset", "upsampler", "fingerprint", "seed")  # of a cell
 Say = Callable[[str], None]

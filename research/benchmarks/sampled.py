@@ -1,6 +1,6 @@
 """Linear probes on a real backbone, fitted on sampled pixels and judged on all of them.
 
-    python benchmarks/sampled.py --data camvid --root DIR --size 336x448 --limits 90 60 \\
+    python research/benchmarks/sampled.py --data camvid --root DIR --size 336x448 --limits 90 60 \\
         --backbone dinov2-s --backbone-weights vits14.safetensors --layer 9 \\
         --methods bilinear jbu affinity 4:bilinear 4:affinity ceiling mine=head.safetensors \\
         -o results.json
@@ -29,12 +29,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+import reports
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.training.masks import segment_shares, segments
 from fmupsample.upsamplers import JointBilateral, Upsampler, load_head, load_upsampler
-
-import reports
 
 IGNORED = 255
 SEEDS, SAMPLES, STEPS, BATCH, RATE = 3, 2048, 1500, 4096, 2e-3

@@ -1,11 +1,11 @@
 """What fitting and using a linear probe costs, against making the upsampled features.
 
-    python benchmarks/probing.py -o probing.json
-    python benchmarks/probing.py --camvid DIR --cache DIR -o camvid.json
+    python research/benchmarks/probing.py -o probing.json
+    python research/benchmarks/probing.py --camvid DIR --cache DIR -o camvid.json
 
 An epoch of a few pictures whose features and kernel weights are cached, and one picture from its
-pixels to its mask. Everything is timed interleaved, each case in a process of its own; see
-benchmarks/README.md for what each case is. With --camvid: the probes of some upsamplers on CamVid.
+pixels to its mask. Everything is timed interleaved, each case in a process of its own; README.md
+says what each case is. With --camvid: the probes of some upsamplers on CamVid.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from statistics import mean
 import torch
 import torch.nn.functional as F
 
+import backends
+import bars
+import reports
+from bars import Bar
+from cases import CLASSES, Setting, Workload
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import Apart, Case, OutOfMemory, time_cases
@@ -45,12 +50,6 @@ from fmupsample.probing.linear import _Stack, _TrainingData
 from fmupsample.probing.tasks import largest
 from fmupsample.upsamplers import load_upsampler
 from fmupsample_cli.progress import RichProgress
-
-import backends
-import bars
-import reports
-from bars import Bar
-from cases import CLASSES, Setting, Workload
 from labelled import CAMVID
 
 PICTURES = 4  # of an epoch, and of a batch

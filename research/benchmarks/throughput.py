@@ -1,7 +1,7 @@
 """What the pipeline adds to the time of backbone and upsampler, and what the computing waits for.
 
-    python benchmarks/throughput.py -o benchmarks/results/throughput-cpu.json
-    python benchmarks/throughput.py photos/ --pictures 200 --device cuda -o throughput-gpu.json
+    python research/benchmarks/throughput.py -o throughput-cpu.json
+    python research/benchmarks/throughput.py photos/ --pictures 200 --device cuda -o gpu.json
 
 Whole runs of ``extract`` (tokens, compact files) and ``visualize`` (PCA), as the commands do them,
 from picture files to result files, in turns with the models alone: backbone, kernel weights and
@@ -31,7 +31,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
+import bars
 import fmupsample.pipeline.features
+import reports
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import summary
@@ -45,9 +47,6 @@ from fmupsample.upsamplers import load_upsampler
 from fmupsample.visualization import VisualizeOptions, visualize
 from fmupsample.visualization.passes import Saver
 from fmupsample.writers.background import BackgroundWriter
-
-import bars
-import reports
 
 LIMIT = 10.0  # percent that the pipeline may add on a CPU
 DRAWN = (960, 1280)  # pixels of a drawn picture

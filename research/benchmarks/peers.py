@@ -2,7 +2,7 @@
 
     git clone https://github.com/wimmerth/anyup /tmp/anyup
     git clone https://github.com/valeoai/NAF /tmp/NAF
-    python benchmarks/peers.py --anyup /tmp/anyup --naf /tmp/NAF --size 224 -o peers.json
+    python research/benchmarks/peers.py --anyup /tmp/anyup --naf /tmp/NAF --size 224 -o peers.json
 
 Their code runs as published, with random weights, from checkouts outside this repository; NAF needs
 the package einops. NAF's attention is NATTEN's, whose kernels need an NVIDIA GPU: on a CPU a plain
@@ -23,13 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmupsample.bench.machine import describe
-from fmupsample.bench.measuring import Apart, Case, Here, Runner, time_cases
-from fmupsample.device import resolve_device
-
 import backends
 import reports
 from cases import Setting, Workload
+from fmupsample.bench.machine import describe
+from fmupsample.bench.measuring import Apart, Case, Here, Runner, time_cases
+from fmupsample.device import resolve_device
 
 
 def own(setting: Setting, device: torch.device, name: str) -> Case:

@@ -1,11 +1,11 @@
 """A head for any backbone on backbones that it never saw.
 
-    python benchmarks/leave_one_out.py --sources DIR --photos DIR --camvid DIR -o FOLDER
+    python research/benchmarks/leave_one_out.py --sources DIR --photos DIR --camvid DIR -o FOLDER
 
 For each feature source, a universal head is trained on all the others, and one of its own on this
 source alone, with equal steps; then linear probes on CamVid compare both with bilinear and joint
 bilateral upsampling (`quality.py`). Sources are the backbone files in DIR (see
-`weights/recipes/train_source.py`) and the embedded backbone; two layers of one file are left out
+`research/recipes/train_source.py`) and the embedded backbone; two layers of one file are left out
 together. A run that was stopped goes on when it is given the same folder. Written are the heads, a
 JSON of `quality.py` for each source, and `leave_one_out.md`.
 """
@@ -21,14 +21,13 @@ from statistics import mean, stdev
 
 import torch
 
+import quality
 from fmupsample.backbones import Backbone, load_backbone
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images.find import find_images
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.run import train
 from fmupsample_cli.progress import RichProgress, note
-
-import quality
 
 # What is compared, and how (keys of a cell in the JSON of quality.py).
 NAMES = ("bilinear", "jbu", "universal", "specialised")

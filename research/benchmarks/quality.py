@@ -1,13 +1,12 @@
 """How good upsampled features are: linear probes on frozen features, every upsampler alike.
 
-    python benchmarks/quality.py --quick --camvid DIR -o quick.json
-    python benchmarks/quality.py --camvid DIR --davis DIR --cache DIR -o full.json
-    python benchmarks/quality.py --quick --camvid DIR --head mine=head.safetensors --ablate mine
+    python research/benchmarks/quality.py --quick --camvid DIR -o quick.json
+    python research/benchmarks/quality.py --camvid DIR --davis DIR --cache DIR -o full.json
+    python research/benchmarks/quality.py --quick --camvid DIR --head mine=FILE --ablate mine
 
 Two probes for each upsampler. *preserved*: fitted on the patch features (the same classifier for
 all), applied to the upsampled ones. *fitted*: fitted on the upsampled features. A run that was
-stopped goes on where it was when it is given the same -o. benchmarks/README.md says what each
-number is.
+stopped goes on where it was when it is given the same -o. README.md says what each number is.
 """
 
 from __future__ import annotations
@@ -23,6 +22,9 @@ from statistics import mean
 import torch
 from rich.console import Console
 
+import tables
+from cells import Cells
+from contenders import Contender, gather, named_file
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.device import resolve_device
@@ -46,10 +48,6 @@ from fmupsample.probing.cache import Store, kernels_prefix
 from fmupsample.progress import Progress
 from fmupsample.upsamplers import Nearest, Upsampler, load_upsampler
 from fmupsample_cli.progress import RichProgress, note
-
-import tables
-from cells import Cells
-from contenders import Contender, gather, named_file
 from labelled import CAMVID, Labelled, camvid, davis
 
 QUICK = {"image_size": 336, "limits": (100, 50), "seeds": 1}

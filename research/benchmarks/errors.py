@@ -8,11 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fmupsample.ops import plain, reassemble
-from fmupsample.upsamplers import ReSFU, ReSFUConfig
-
 from backends import chosen, in_use
 from cases import DTYPES, TESTS, Setting, literal_head
+from fmupsample.ops import plain, reassemble
+from fmupsample.upsamplers import ReSFU, ReSFUConfig
 
 # Small enough for the definition, large enough for borders and several tiles.
 SETTING = Setting(size=112, channels=64, ratio=14, batch=2)
