@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import backends
-from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory, Runner
+from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory
 from fmupsample.device import is_out_of_memory
 from fmupsample.ops import reassemble
 from fmupsample.upsamplers import JointBilateral, ReSFU, ReSFUConfig
@@ -276,19 +276,17 @@ def prepare(setting: Setting, name: str, backend: str) -> Case:
 
 @contextmanager
 def runners(
-    setting: Setting, names: Iterable[str], device: torch.device, *, settle: bool = True
-) -> Iterator[tuple[dict[str, Runner], dict[str, str]]]:
+    setting: Setting, names: Iterable[str], device: torch.device
+) -> Iterator[tuple[dict[str, Here | Apart], dict[str, str]]]:
     """What runs each case, in a process of its own on the CPU; and the cases that do not fit."""
-    found: dict[str, Runner] = {}
+    found: dict[str, Here | Apart] = {}
     skipped: dict[str, str] = {}
     work = None if device.type == "cpu" else Workload(setting, device)
     with ExitStack() as stack:
         for name in names:
             try:
                 if work is None:
-                    found[name] = stack.enter_context(
-                        Apart(prepare, setting, name, backends.asked, settle=settle)
-                    )
+                    found[name] = stack.enter_context(Apart(prepare, setting, name, backends.asked))
                 else:
                     found[name] = Here(work.case(name), device)
             except OutOfMemory as error:

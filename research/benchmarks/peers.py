@@ -27,7 +27,7 @@ import backends
 import reports
 from cases import Setting, Workload
 from fmupsample.bench.machine import describe
-from fmupsample.bench.measuring import Apart, Case, Here, Runner, time_cases
+from fmupsample.bench.measuring import Apart, Case, Here, time_cases
 from fmupsample.device import resolve_device
 
 
@@ -119,7 +119,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--channels", type=int, default=384)
     add("--ratio", type=int, default=14)
     add("--rounds", type=int, default=3)
-    add("--no-warm-up", action="store_true", help="where a call takes minutes")
     add("--device", default="auto")
     add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
     args = parser.parse_args(arguments)
@@ -138,15 +137,13 @@ def main(arguments: list[str] | None = None) -> None:
         name = "NAF" if device.type == "cuda" else "NAF, plain PyTorch for NATTEN"
         wanted[name] = (naf, setting, device, args.naf)
     with ExitStack() as stack:
-        runners: dict[str, Runner] = {}
+        runners: dict[str, Here | Apart] = {}
         for name, (prepare, *rest) in wanted.items():
             if device.type == "cuda":
                 runners[name] = Here(prepare(*rest), device)
             else:
-                runners[name] = stack.enter_context(
-                    Apart(prepare, *rest, settle=not args.no_warm_up)
-                )
-        rows, skipped = time_cases(runners, args.rounds, warm_up=not args.no_warm_up)
+                runners[name] = stack.enter_context(Apart(prepare, *rest))
+        rows, skipped = time_cases(runners, args.rounds)
     base = rows["ReSFU, whole head"]["median_s"]
     print(f"{setting}, {device.type}, {backends.in_use(device)}, fp32")
     for name, row in rows.items():

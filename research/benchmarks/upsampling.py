@@ -31,10 +31,11 @@ from cases import (
     runners,
 )
 from errors import measure_errors, worst_ratio
-from fmupsample.bench.machine import describe, free_bytes
+from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import time_cases
 from fmupsample.device import resolve_device
 from fmupsample.errors import FmupsampleError
+from fmupsample.memory import available_memory
 from plots import growth
 
 SWEEPS = {
@@ -149,7 +150,7 @@ def room(setting: Setting, args: argparse.Namespace, device: torch.device) -> st
     """
     outputs = [setting.output_bytes(dtype) for dtype in args.dtypes]
     need = sum(outputs) + max(outputs) + HEAD_BYTES * setting.batch * setting.size**2 + 2e9
-    free = free_bytes(device)
+    free = available_memory(device)
     if free is not None and need > free:
         return f"needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     return None
@@ -181,9 +182,9 @@ def measure(
     if thorough and not args.no_literal:
         if setting.batch * setting.size**2 > MOST_LITERAL_PIXELS:
             skipped["literal fp32"] = "the definition is measured on one picture of 448 px at most"
-        else:  # once, without a warm-up: it takes long enough not to need one
-            with runners(setting, ["literal fp32"], device, settle=False) as (found, _):
-                result["cases"] |= time_cases(found, 1, warm_up=False)[0]
+        else:  # once: it takes long
+            with runners(setting, ["literal fp32"], device) as (found, _):
+                result["cases"] |= time_cases(found, 1)[0]
     result["skipped"] = skipped
     if thorough:
         result["errors"] = {dtype: measure_errors(dtype, device) for dtype in args.dtypes}
