@@ -158,9 +158,9 @@ def test_kernels_are_dropped_from_the_cache_and_features_kept(run, data):
 
 def test_data_that_is_not_as_expected(data):
     assert [len(v) for v in davis(data / "davis").values()] == [3, 3]
-    assert [x.file.stem for x in camvid(data / "camvid", "train", 2)] == ["0", "3"]
+    assert [x.labels.stem for x in camvid(data / "camvid", "train", 2)] == ["0", "3"]
     (data / "camvid" / "val" / "labels" / "1.png").unlink()
-    with pytest.raises(UsageError, match="has no labels"):
+    with pytest.raises(UsageError, match="have no labels"):
         camvid(data / "camvid", "val")
     with pytest.raises(UsageError, match="no sequences"):
         davis(data)

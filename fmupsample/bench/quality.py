@@ -22,7 +22,7 @@ def spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
     """``most`` of them at most, evenly over their order."""
     if len(pairs) <= most:
         return list(pairs)
-    return [pairs[round(i * (len(pairs) - 1) / (most - 1))] for i in range(most)]
+    return [pairs[round(i * (len(pairs) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import backends
 from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory
 from fmupsample.device import is_out_of_memory
 from fmupsample.ops import reassemble
+from fmupsample.ops.backend import get_backend, set_backend
 from fmupsample.upsamplers import JointBilateral, ReSFU, ReSFUConfig
 
 TESTS = Path(__file__).parents[2] / "tests"
@@ -270,7 +270,7 @@ def literal_head(head: ReSFU, device: torch.device) -> Callable[[Tensor, Tensor]
 
 def prepare(setting: Setting, name: str, backend: str) -> Case:
     """For :class:`measuring.Apart`: the case on the CPU."""
-    backends.choose(backend)
+    set_backend(backend)
     return Workload(setting, torch.device("cpu")).case(name)
 
 
@@ -286,7 +286,7 @@ def runners(
         for name in names:
             try:
                 if work is None:
-                    found[name] = stack.enter_context(Apart(prepare, setting, name, backends.asked))
+                    found[name] = stack.enter_context(Apart(prepare, setting, name, get_backend()))
                 else:
                     found[name] = Here(work.case(name), device)
             except OutOfMemory as error:

@@ -1,73 +1,47 @@
-"""The labelled pictures of the quality benchmark, as they lie in their folders."""
+"""The labelled pictures of the benchmarks, as they lie in their folders.
+
+CamVid and CCP: ``train/`` and ``val/``, each with ``images/`` and ``labels/``; DAVIS: a folder for
+each sequence below ``images/`` and ``labels/``. Labels are PNGs with a class for each pixel, 255
+where there is none.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
+from fmupsample.bench.quality import spread
 from fmupsample.errors import UsageError
-from fmupsample.images.find import Source, find_images
-
-CAMVID = [
-    "sky",
-    "building",
-    "pole",
-    "road",
-    "pavement",
-    "tree",
-    "sign",
-    "fence",
-    "car",
-    "pedestrian",
-    "cyclist",
-]
+from fmupsample.labels import open_dataset
+from fmupsample.labels.classes import ClassTable, default_colour
+from fmupsample.labels.layouts import Pair
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """A picture and the PNG with its classes."""
-
-    source: Source
-    file: Path
-
-    def labels(self) -> Tensor:
-        """uint8 ``[H, W]``: the class of each pixel, 255 where there is none."""
-        with Image.open(self.file) as picture:
-            return torch.from_numpy(np.array(picture, dtype=np.uint8))
+def _table(*names: str) -> ClassTable:
+    """Classes that are numbered from 0."""
+    numbers = tuple(range(len(names)))
+    return ClassTable(names, numbers, tuple(default_colour(n) for n in numbers))
 
 
-def camvid(root: Path, split: str, limit: int | None = None) -> list[Labelled]:
+CAMVID = _table(
+    *("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car"),
+    *("pedestrian", "cyclist"),
+)
+DAVIS = _table("ground", "object")
+
+
+def camvid(root: Path, split: str, limit: int | None = None) -> list[Pair]:
     """``split`` (``train`` or ``val``); ``limit`` takes that many, evenly spread."""
-    found = _pairs(root / split / "images", root / split / "labels")
-    if limit is None or limit >= len(found):
-        return found
-    chosen = np.linspace(0, len(found) - 1, limit).round().astype(int)
-    return [found[i] for i in chosen]
+    pairs = open_dataset(root / split).pairs
+    return spread(pairs, limit or len(pairs))
 
 
-def davis(root: Path, limit: int | None = None) -> dict[str, list[Labelled]]:
+def davis(root: Path, limit: int | None = None) -> dict[str, list[Pair]]:
     """The frames of each sequence in their order; ``limit`` takes that many sequences."""
     folders = sorted(p for p in (root / "images").glob("*") if p.is_dir())[:limit]
     if not folders:
         raise UsageError(f"{root} has no sequences: images/SEQUENCE and labels/SEQUENCE")
-    found = {p.name: _pairs(p, root / "labels" / p.name) for p in folders}
+    found = {p.name: open_dataset(p, root / "labels" / p.name).pairs for p in folders}
     short = [name for name, frames in found.items() if len(frames) < 2]
     if short:
         raise UsageError(f"{root}: a sequence needs two frames or more, {short} have not")
-    return found
-
-
-def _pairs(images: Path, labels: Path) -> list[Labelled]:
-    """Pictures with the label of the same stem."""
-    found = []
-    for source in find_images([images]):
-        file = labels / f"{Path(source.relative).stem}.png"
-        if not file.is_file():
-            raise UsageError(f"{source} has no labels: {file} does not exist")
-        found.append(Labelled(Source(source.path, PurePosixPath(source.path.name)), file))
     return found

@@ -11,7 +11,6 @@ PyTorch stand-in takes their place, and its row says so.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 import types
@@ -23,12 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import backends
-import reports
 from cases import Setting, Workload
-from fmupsample.bench.machine import describe
+from common import options, parse_options, tell_faults
 from fmupsample.bench.measuring import Apart, Case, Here, time_cases
 from fmupsample.device import resolve_device
+from reports import Report
 
 
 def own(setting: Setting, device: torch.device, name: str) -> Case:
@@ -108,9 +106,7 @@ def _window(cells: int, kernel: int) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--anyup", type=Path, metavar="DIR", help="a checkout of github.com/wimmerth/anyup")
     add("--naf", type=Path, metavar="DIR", help="a checkout of github.com/valeoai/NAF")
@@ -120,9 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--ratio", type=int, default=14)
     add("--rounds", type=int, default=3)
     add("--device", default="auto")
-    add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
-    args = parser.parse_args(arguments)
+    args = parse_options(parser, arguments)
     device = resolve_device(args.device)
+    report = Report(args.output, device)
     setting = Setting(args.size, args.channels, args.ratio)
     ours = {
         "ReSFU, whole head": "whole head fp32",
@@ -145,7 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
                 runners[name] = stack.enter_context(Apart(prepare, *rest))
         rows, skipped = time_cases(runners, args.rounds)
     base = rows["ReSFU, whole head"]["median_s"]
-    print(f"{setting}, {device.type}, {backends.in_use(device)}, fp32")
+    result = report.add(asdict(setting), cases=rows, skipped=skipped)
+    report.write()
+    print(f"{setting}, {device.type}, {result['backend']}, fp32")
     for name, row in rows.items():
         low, high = row["quartiles_s"]
         print(
@@ -154,16 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     for name, reason in skipped.items():
         print(f"{name}: {reason}")
-    machine = describe(device)
-    result = {
-        "setting": asdict(setting),
-        "device": device.type,
-        "backend": backends.in_use(device),
-        "cases": rows,
-        "skipped": skipped,
-    }
-    reports.write(args.output, machine, reports.add(reports.read(args.output, machine), result))
 
 
 if __name__ == "__main__":
-    main()
+    tell_faults(main)

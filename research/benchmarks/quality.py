@@ -24,12 +24,15 @@ from rich.console import Console
 
 import tables
 from cells import Cells
+from common import options, parse_options, tell_faults, write_text
 from contenders import Contender, gather, named_file
 from fmupsample.backbones import load_backbone
-from fmupsample.bench.machine import describe
 from fmupsample.device import resolve_device
-from fmupsample.errors import FmupsampleError, UsageError
+from fmupsample.errors import UsageError
 from fmupsample.images.size import ImageSize
+from fmupsample.labels.classes import ClassTable
+from fmupsample.labels.dataset import read_pair
+from fmupsample.labels.layouts import Pair
 from fmupsample.pipeline import Pipeline
 from fmupsample.probing import (
     BoundaryF,
@@ -48,16 +51,14 @@ from fmupsample.probing.cache import Store, kernels_prefix
 from fmupsample.progress import Progress
 from fmupsample.upsamplers import Nearest, Upsampler, load_upsampler
 from fmupsample_cli.progress import RichProgress, note
-from labelled import CAMVID, Labelled, camvid, davis
+from labelled import CAMVID, DAVIS, camvid, davis
 
 QUICK = {"image_size": 336, "limits": (100, 50), "seeds": 1}
 FULL = {"image_size": 448, "limits": (None, None), "seeds": 3}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, "JSON; finished cells in it are not repeated")
     add = parser.add_argument
     add("--camvid", type=Path, help="folder with train/ and val/, each with images/ and labels/")
     add("--davis", type=Path, help="folder with images/SEQUENCE and labels/SEQUENCE")
@@ -93,10 +94,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--cache", type=Path, help="folder for features and kernel weights; else in memory")
     add("--memory", type=float, default=6, help="GB for them without --cache")
     add("--device", default="auto", help="of the backbone and the upsamplers; probes use the CPU")
-    add("--threads", type=int, default=0)
-    add("-o", "--output", type=Path, help="JSON; finished cells in it are not repeated")
     add("--markdown", type=Path, help="the tables as markdown")
-    args = parser.parse_args(arguments)
+    args = parse_options(parser, arguments)
     for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -155,17 +154,18 @@ class Bench:
         return Pipeline(self.backbone, upsampler, image_size=size, device=self.device)
 
     def examples(
-        self, upsampler: Upsampler, pictures: list[Labelled], flips: bool
+        self, upsampler: Upsampler, pairs: list[Pair], table: ClassTable, *, flips: bool
     ) -> list[Example]:
         """Pictures with their labels, encoded for ``upsampler``."""
         encoded = encode(
             self.pipeline(upsampler),
-            [p.source for p in pictures],
+            [pair.source for pair in pairs],
             self.store,
             flips=flips,
             progress=self.progress,
         )
-        return [Example(e, p.labels()) for e, p in zip(encoded, pictures, strict=True)]
+        labels = (torch.from_numpy(read_pair(pair, table)) for pair in pairs)
+        return [Example(*both) for both in zip(encoded, labels, strict=True)]
 
     def forget(self, upsampler: Upsampler) -> None:
         """Give the room of its kernel weights back: they are by far the largest part."""
@@ -188,8 +188,8 @@ class CamVid:
     def measure(self, contender: Contender, seeds: list[int]) -> Iterator[dict]:
         """A cell for each seed."""
         bench, upsampler = self.bench, contender.upsampler
-        train = bench.examples(upsampler, self.train, flips=True)
-        val = bench.examples(upsampler, self.val, flips=False)
+        train = bench.examples(upsampler, self.train, CAMVID, flips=True)
+        val = bench.examples(upsampler, self.val, CAMVID, flips=False)
         for seed in seeds:
             begun = time.perf_counter()
             options = replace(bench.options, seed=seed)
@@ -222,7 +222,7 @@ class CamVid:
         """The probe on patch features: every pixel teaches the cell it lies in."""
         if seed not in self.preserved:
             bench = self.bench
-            train = bench.examples(bench.nearest, self.train, flips=True)
+            train = bench.examples(bench.nearest, self.train, CAMVID, flips=True)
             fit = fit_probe(train, bench.nearest, len(CAMVID), options, bench.progress)
             self.preserved[seed] = fit.probe
         return self.preserved[seed]
@@ -242,8 +242,8 @@ class Davis:
         """A cell for each seed: J and F are means over frames, then over sequences."""
         bench, upsampler = self.bench, contender.upsampler
         encoded = {
-            name: bench.examples(upsampler, frames[:1], flips=True)
-            + bench.examples(upsampler, frames[1:], flips=False)
+            name: bench.examples(upsampler, frames[:1], DAVIS, flips=True)
+            + bench.examples(upsampler, frames[1:], DAVIS, flips=False)
             for name, frames in self.sequences.items()
         }
         for seed in seeds:
@@ -272,7 +272,7 @@ class Davis:
         bench = self.bench
         options = replace(bench.shot_options, seed=seed)
         if (name, seed) not in self.preserved:
-            first = bench.examples(bench.nearest, self.sequences[name][:1], flips=True)
+            first = bench.examples(bench.nearest, self.sequences[name][:1], DAVIS, flips=True)
             self.preserved[name, seed] = fit_probe(first, bench.nearest, 2, options).probe
         fit = fit_probe(examples[:1], upsampler, 2, options)
         probes = [self.preserved[name, seed], fit.probe]
@@ -319,15 +319,13 @@ def run(bench: Bench, cells: Cells, contenders: list[Contender], say: Callable[[
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     with RichProgress(unit="steps") as progress:
         bench = Bench(args, progress)
         heads = [named_file(text) for text in args.head]
         contenders, skipped = gather(bench.backbone, args.upsamplers, heads, args.ablate)
         if not contenders:
             raise UsageError("nothing to compare: name --upsamplers, or give a --head")
-        cells = Cells(args.output, describe(bench.device), bench.settings())
+        cells = Cells(args.output, bench.device, bench.settings())
         cells.skipped |= skipped
         for name, reason in skipped.items():
             note(f"{name}: left out, {reason}")
@@ -338,13 +336,8 @@ def main(arguments: list[str] | None = None) -> None:
     for dataset in tables.COLUMNS:
         if tables.rows(cells.cells, dataset, names):
             console.print(tables.table(cells.cells, dataset, names))
-    if args.markdown:
-        args.markdown.parent.mkdir(parents=True, exist_ok=True)
-        args.markdown.write_text(tables.markdown(cells.cells, names))
+    write_text(args.markdown, tables.markdown(cells.cells, names))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FmupsampleError as error:
-        raise SystemExit(f"error: {error}") from error
+    tell_faults(main)

@@ -1,6 +1,6 @@
 """Linear probes on a real backbone, fitted on sampled pixels and judged on all of them.
 
-    python research/benchmarks/sampled.py --data camvid --root DIR --size 336x448 --limits 90 60 \\
+    python research/benchmarks/sampled.py --root DIR --size 336x448 --limits 90 60 \\
         --backbone dinov2-s --backbone-weights vits14.safetensors --layer 9 \\
         --methods bilinear jbu affinity 4:bilinear 4:affinity ceiling mine=head.safetensors \\
         -o results.json
@@ -29,11 +29,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import reports
+from common import options, parse_options, tell_faults
 from fmupsample.backbones import load_backbone
-from fmupsample.bench.machine import describe
+from fmupsample.labels import open_dataset
 from fmupsample.training.masks import segment_shares, segments
 from fmupsample.upsamplers import JointBilateral, Upsampler, load_head, load_upsampler
+from reports import Report
 
 IGNORED = 255
 SEEDS, SAMPLES, STEPS, BATCH, RATE = 3, 2048, 1500, 4096, 2e-3
@@ -67,14 +68,14 @@ class Ceiling(JointBilateral):
 
 def load_pairs(root: Path, size: tuple[int, int], limit: int) -> tuple[Tensor, Tensor]:
     """Images uint8 ``[N, 3, H, W]`` and labels int64 ``[N, H, W]``, evenly spread."""
-    files = sorted((root / "images").iterdir())
-    files = files[:: max(1, len(files) // limit)][:limit]
+    pairs = open_dataset(root).pairs
+    pairs = pairs[:: max(1, len(pairs) // limit)][:limit]
     images, labels = [], []
-    for file in files:
-        with Image.open(file) as image:
+    for pair in pairs:
+        with Image.open(pair.source.path) as image:
             resized = image.convert("RGB").resize(size[::-1], Image.BICUBIC)
         images.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
-        with Image.open(root / "labels" / f"{file.stem}.png") as image:
+        with Image.open(pair.labels) as image:
             resized = image.resize(size[::-1], Image.NEAREST)
         labels.append(torch.from_numpy(np.array(resized).astype(np.int64)))
     return torch.stack(images), torch.stack(labels)
@@ -267,9 +268,7 @@ def contender(method: str, backbone) -> tuple[Upsampler, Kernels]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--root", type=Path, required=True, help="folder with train/ and val/")
     add("--classes", type=int, required=True)
@@ -280,11 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--backbone-weights", type=Path)
     add("--layer", type=int)
     add("--methods", nargs="+", required=True)
-    add("--threads", type=int, default=0)
-    add("-o", "--output", type=Path, help="JSON; other rows already in it are kept")
-    args = parser.parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parse_options(parser, arguments)
     size = tuple(int(n) for n in args.size.split("x"))
     splits = {
         split: load_pairs(args.root / folder, size, limit)
@@ -298,8 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         "labelled": args.labelled or args.limits[0],
         "backbone": features.backbone(1).name,
     }
-    machine = describe(torch.device("cpu"))
-    known = reports.read(args.output, machine)
+    report = Report(args.output, torch.device("cpu"))
     for name in args.methods:
         row = measure(name, features, args.classes, setting["labelled"])
         print(
@@ -307,10 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
             f"{row['kernels_s']} s",
             flush=True,
         )
-        row = {"setting": {**setting, "method": name}, "device": "cpu", "backend": "torch", **row}
-        known = reports.add(known, row)
-        reports.write(args.output, machine, known)
+        report.add({**setting, "method": name}, **row)
+        report.write()
 
 
 if __name__ == "__main__":
-    main()
+    tell_faults(main)

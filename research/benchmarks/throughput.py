@@ -14,10 +14,7 @@ picture, or for the writer.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import os
 import random
 import shutil
 import statistics
@@ -33,12 +30,10 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import bars
 import fmupsample.pipeline.features
-import reports
+from common import options, parse_options, tell_faults
 from fmupsample.backbones import load_backbone
-from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import summary
 from fmupsample.device import autocast, resolve_device
-from fmupsample.errors import FmupsampleError
 from fmupsample.extraction import ExtractOptions, extract
 from fmupsample.heap import keep_freed_memory
 from fmupsample.images import ImageSize, Source, find_images
@@ -47,6 +42,7 @@ from fmupsample.upsamplers import load_upsampler
 from fmupsample.visualization import VisualizeOptions, visualize
 from fmupsample.visualization.passes import Saver
 from fmupsample.writers.background import BackgroundWriter
+from reports import Report
 
 LIMIT = 10.0  # percent that the pipeline may add on a CPU
 DRAWN = (960, 1280)  # pixels of a drawn picture
@@ -323,9 +319,7 @@ def table(result: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("images", nargs="*", help="pictures or folders; default: drawn ones of 960 x 1280 pixels")
     add("--pictures", type=int, default=200)
@@ -339,15 +333,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch-size", type=int)
     add("--workers", type=int)
     add("--device", default="auto")
-    add("--threads", type=int, default=0)
     add("--folder", type=Path, help="where results go; default: the folder for temporary files")
-    add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
-    args = parser.parse_args(arguments)
+    args = parse_options(parser, arguments)
     keep_freed_memory()  # as the command does
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
-    machine = describe(device)
+    report = Report(args.output, device)
     backbone = load_backbone(args.backbone, pretrained=not args.random)
     pipeline = Pipeline(
         backbone,
@@ -368,8 +358,8 @@ def main(arguments: list[str] | None = None) -> None:
         kinds = measure(pipeline, sources, args.kinds, rounds, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    result = {
-        "setting": {
+    result = report.add(
+        {
             "backbone": backbone.name,
             "upsampler": pipeline.upsampler.name,
             "image_size": str(args.image_size or backbone.default_image_size),
@@ -380,21 +370,13 @@ def main(arguments: list[str] | None = None) -> None:
             "pictures": len(sources),
             "rounds": rounds,
         },
-        "device": device.type,
-        "backend": os.environ.get("FMUPSAMPLE_BACKEND", "auto"),
-        "kinds": kinds,
-    }
+        kinds=kinds,
+    )
     print("\n" + table(result))
-    results = reports.add(reports.read(args.output, machine), result)
     rows = bars.evaluate([result], BARS)
     print("\n" + bars.table(rows))
-    reports.write(args.output, machine, results, bars=rows)
-    if not args.output:
-        print(json.dumps(machine))
+    report.write(bars=rows)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FmupsampleError as error:
-        raise SystemExit(f"error: {error}") from error
+    tell_faults(main)
