@@ -9,7 +9,7 @@ from test_bench import labelled
 from toy import ToyBackbone
 
 import leave_one_out
-import quality
+import protocols
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.heads import read_head_metadata
 
@@ -21,7 +21,7 @@ def call(tmp_path, monkeypatch):
             return ToyBackbone()
         return ToyBackbone(channels=20, stride=16, name=f"{Path(weights).stem}.v1")
 
-    for module in (leave_one_out, quality):
+    for module in (leave_one_out, protocols):
         monkeypatch.setattr(module, "load_backbone", load)
     for split in ("train", "val"):
         labelled(tmp_path / "camvid" / split, 4)

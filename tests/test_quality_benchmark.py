@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from toy import ToyBackbone
 
+import protocols
 import quality
 import tables
 from contenders import ABLATIONS, ablate, gather, named_file
@@ -59,7 +60,7 @@ def head(tmp_path):
 def run(data, head, monkeypatch):
     """``run(*options)`` -> the report; counts what the backbone computed in ``run.backbone``."""
     backbone = ToyBackbone()
-    monkeypatch.setattr(quality, "load_backbone", lambda *_, **__: backbone)
+    monkeypatch.setattr(protocols, "load_backbone", lambda *_, **__: backbone)
     options = ["--camvid", str(data / "camvid"), "--davis", str(data / "davis"), "--image-size"]
     options += ["48", "--epochs", "4", "--shot-steps", "8", "--pixels", "200", "--rates", "1e-2"]
     options += ["1e-1", "--device", "cpu", "-o", str(data / "out.json")]
@@ -83,7 +84,7 @@ def test_a_run_stops_goes_on_and_tells(run, data, head, capsys, monkeypatch):
     finished = report["cells"]
 
     # Stopped in the middle: what was finished is there, and is not measured again.
-    real, calls = quality.fit_probe, []
+    real, calls = protocols.fit_probe, []
 
     def stopping(*arguments):
         calls.append(arguments)
@@ -91,12 +92,12 @@ def test_a_run_stops_goes_on_and_tells(run, data, head, capsys, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(quality, "fit_probe", stopping)
+    monkeypatch.setattr(protocols, "fit_probe", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(*mine)
     part = json.loads((data / "out.json").read_text())["cells"]
     assert all(cell in part for cell in finished) and len(part) > len(finished)
-    monkeypatch.setattr(quality, "fit_probe", real)
+    monkeypatch.setattr(protocols, "fit_probe", real)
     report = run(*mine, "--markdown", str(text))
     assert all(cell in report["cells"] for cell in part)
 
@@ -117,7 +118,7 @@ def test_a_run_stops_goes_on_and_tells(run, data, head, capsys, monkeypatch):
     assert "boundary" in capsys.readouterr().out
 
     before, calls = run.backbone.calls, []
-    monkeypatch.setattr(quality, "fit_probe", stopping)
+    monkeypatch.setattr(protocols, "fit_probe", stopping)
     run(*mine)  # everything is there: nothing is computed
     assert run.backbone.calls == before and not calls
 

@@ -34,11 +34,10 @@ from fmupsample.backbones import load_backbone
 from fmupsample.labels import open_dataset
 from fmupsample.training.masks import segment_shares, segments
 from fmupsample.upsamplers import JointBilateral, Upsampler, load_head, load_upsampler
+from judge import IGNORED, Judge
 from reports import Report
 
-IGNORED = 255
 SEEDS, SAMPLES, STEPS, BATCH, RATE = 3, 2048, 1500, 4096, 2e-3
-BAND, TOLERANCE = 5, 3  # pixels
 SPLITS = {"train": "train", "test": "val"}
 Kernels = Callable[[Tensor, Tensor, Tensor], Tensor]  # features, image, labels -> weights
 
@@ -99,69 +98,6 @@ def fit(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[Tens
     return weight, (layer.bias - weight @ mean).detach()
 
 
-class Judge:
-    """Confusion of all pixels and of those near edges, and boundary hits, for some probes."""
-
-    def __init__(self, count: int, classes: int) -> None:
-        self.classes = classes
-        self.confusion = torch.zeros(count, 2, classes * classes)
-        self.hits = torch.zeros(count, 4)
-
-    def add(self, found: Tensor, labels: Tensor) -> None:
-        """Classes ``[count, H, W]`` of one image with labels ``[H, W]``."""
-        known = labels != IGNORED
-        near = _dilated(_edges(labels), BAND) & known
-        true = _steps(labels) & known
-        near_true = _dilated(true, TOLERANCE)
-        for k, own in enumerate(found):
-            for part, mask in enumerate((known, near)):
-                pairs = labels[mask] * self.classes + own[mask]
-                self.confusion[k, part] += torch.bincount(pairs, minlength=self.classes**2)
-            said = _steps(own) & known
-            near_said = _dilated(said, TOLERANCE)
-            counts = (said & near_true).sum(), said.sum(), (true & near_said).sum(), true.sum()
-            self.hits[k] += torch.stack(counts)
-
-    def rows(self) -> np.ndarray:
-        """``[count, 3]``: mIoU, mIoU near edges, boundary F, in per cent."""
-        hit, said, met, true = self.hits.T
-        precision, recall = hit / said.clamp_min(1), met / true.clamp_min(1)
-        boundary = 200 * precision * recall / (precision + recall).clamp_min(1e-6)
-        scores = [[_miou(part.view(self.classes, -1)) for part in own] for own in self.confusion]
-        return np.column_stack([scores, boundary.numpy()])
-
-    def foreground(self) -> np.ndarray:
-        """``[count]``: IoU of class 1, in per cent."""
-        matrix = self.confusion[:, 0].view(-1, self.classes, self.classes)
-        union = matrix[:, 1].sum(1) + matrix[:, :, 1].sum(1) - matrix[:, 1, 1]
-        return (100 * matrix[:, 1, 1] / union.clamp_min(1)).numpy()
-
-
-def _miou(matrix: Tensor) -> float:
-    there, own = matrix.sum(1) > 0, matrix.diag()
-    return (100 * own / (matrix.sum(0) + matrix.sum(1) - own).clamp_min(1))[there].mean().item()
-
-
-def _steps(labels: Tensor) -> Tensor:
-    """Pixels whose neighbour below or to the right is of another class."""
-    found = torch.zeros_like(labels, dtype=torch.bool)
-    found[:-1] |= labels[1:] != labels[:-1]
-    found[:, :-1] |= labels[:, 1:] != labels[:, :-1]
-    return found
-
-
-def _edges(labels: Tensor) -> Tensor:
-    """Pixels beside one of another class."""
-    found = _steps(labels)
-    found[1:] |= labels[1:] != labels[:-1]
-    found[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    return found
-
-
-def _dilated(mask: Tensor, reach: int) -> Tensor:
-    return F.max_pool2d(mask[None, None].float(), 2 * reach + 1, 1, reach)[0, 0] > 0
-
-
 class Features:
     """Low-resolution features of all images of a split, for each number of views."""
 
@@ -204,12 +140,34 @@ def measure(name: str, features: Features, classes: int, chosen: int) -> dict:
     views, _, method = name.rpartition(":") if name.split(":")[0].isdigit() else ("1", "", name)
     views = int(views)
     upsampler, kernels = contender(method, features.backbone(views))
+    samples, own, targets = sample(features, views, upsampler, kernels, chosen)
+    patch = features.patch_probes.get((views, chosen))
+    patch = patch or [fit(own, targets, classes, seed) for seed in range(SEEDS)]
+    features.patch_probes[views, chosen] = patch
+    probes = [*patch, *(fit(samples, targets, classes, seed) for seed in range(SEEDS))]
+    judge, kernels_seconds = judged(features, views, upsampler, kernels, probes, classes)
+    rows = judge.rows()
+    row = {
+        "backbone_s": round(features(views, "test")[1], 3),
+        "kernels_s": round(kernels_seconds, 3),
+    }
+    for kind, part in (("preserved", rows[:SEEDS]), ("fitted", rows[SEEDS:])):
+        row[kind] = part.mean(0).round(2).tolist()
+        row[f"{kind}_seeds"] = part.round(2).tolist()
+    if classes == 2:
+        row["foreground"] = judge.foreground().round(2).tolist()
+    return row
+
+
+def sample(
+    features: Features, views: int, upsampler: Upsampler, kernels: Kernels, chosen: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Upsampled features ``[N, C]`` at drawn pixels, those of their cells, and labels ``[N]``."""
     low, _ = features(views, "train")
     images, labels = features.images("train"), features.splits["train"][1]
     take = range(0, len(labels), max(1, len(labels) // chosen))[:chosen]
     generator = torch.Generator().manual_seed(0)
     samples, own, targets = [], [], []
-    fitted_before = features.patch_probes.get((views, chosen))
     with torch.inference_mode():
         for i in range(len(labels)):
             known = (labels[i].flatten() != IGNORED).nonzero()[:, 0]
@@ -220,16 +178,23 @@ def measure(name: str, features: Features, classes: int, chosen: int) -> dict:
             samples.append(upsampler.reassemble_at(weights[0], low[i], drawn).half())
             own.append(in_cells(low[i], drawn, labels.shape[-2:]).half())
             targets.append(labels[i].flatten()[drawn])
-    samples, own, targets = (torch.cat(part).clone() for part in (samples, own, targets))
-    patch = fitted_before or [fit(own, targets, classes, seed) for seed in range(SEEDS)]
-    features.patch_probes[views, chosen] = patch
-    fitted = [fit(samples, targets, classes, seed) for seed in range(SEEDS)]
-    probes = [*patch, *fitted]
+    # Copies: probes are fitted outside inference mode.
+    return torch.cat(samples).clone(), torch.cat(own).clone(), torch.cat(targets).clone()
+
+
+def judged(
+    features: Features,
+    views: int,
+    upsampler: Upsampler,
+    kernels: Kernels,
+    probes: list[tuple[Tensor, Tensor]],
+    classes: int,
+) -> tuple[Judge, float]:
+    """What the probes make of the test images, and the median seconds of kernel weights."""
     weight, bias = torch.cat([w for w, _ in probes]), torch.cat([b for _, b in probes])
-    judge = Judge(len(probes), classes)
-    low, backbone_seconds = features(views, "test")
+    judge, seconds = Judge(len(probes), classes), []
+    low, _ = features(views, "test")
     images, labels = features.images("test"), features.splits["test"][1]
-    seconds = []
     with torch.inference_mode():
         for i in range(len(labels)):
             begun = time.perf_counter()
@@ -238,17 +203,7 @@ def measure(name: str, features: Features, classes: int, chosen: int) -> dict:
             logits = F.conv2d(low[i : i + 1], weight[:, :, None, None], bias)
             upsampled = upsampler.reassemble(weights, logits)[0]
             judge.add(upsampled.unflatten(0, (len(probes), classes)).argmax(1), labels[i])
-    rows = judge.rows()
-    row = {
-        "backbone_s": round(backbone_seconds, 3),
-        "kernels_s": round(float(np.median(seconds)), 3),
-    }
-    for kind, part in (("preserved", rows[:SEEDS]), ("fitted", rows[SEEDS:])):
-        row[kind] = part.mean(0).round(2).tolist()
-        row[f"{kind}_seeds"] = part.round(2).tolist()
-    if classes == 2:
-        row["foreground"] = judge.foreground().round(2).tolist()
-    return row
+    return judge, float(np.median(seconds))
 
 
 def in_cells(x: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,13 +14,12 @@ picture, or for the writer.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 import bars
-import fmupsample.pipeline.features
 from common import options, parse_options, tell_faults
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.measuring import summary
@@ -40,9 +38,8 @@ from fmupsample.images import ImageSize, Source, find_images
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.upsamplers import load_upsampler
 from fmupsample.visualization import VisualizeOptions, visualize
-from fmupsample.visualization.passes import Saver
-from fmupsample.writers.background import BackgroundWriter
 from reports import Report
+from waits import Waits
 
 LIMIT = 10.0  # percent that the pipeline may add on a CPU
 DRAWN = (960, 1280)  # pixels of a drawn picture
@@ -121,65 +118,6 @@ def models_alone(pipeline: Pipeline, kind: Kind, batches: list[Decoded]) -> None
             item.features = torch.empty(0)
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
-
-
-# -- what the computing waits for ------------------------------------------------------------------
-
-
-class Waits:
-    """``with Waits() as waits:`` seconds for which the thread that computes waits, by what for."""
-
-    def __enter__(self) -> Waits:
-        self.seconds = {"decode": 0.0, "write": 0.0}
-        self._stack = contextlib.ExitStack()
-        prefetch = fmupsample.pipeline.features.prefetch
-
-        def watched(*arguments: object, **options: object) -> Iterator:
-            ahead = prefetch(*arguments, **options)
-            try:
-                while True:
-                    with self._timed("decode"):
-                        found = next(ahead, None)
-                    if found is None:
-                        return
-                    yield found
-            finally:
-                ahead.close()
-
-        self._replace(fmupsample.pipeline.features, "prefetch", watched)
-        for owner, name in (
-            (BackgroundWriter, "_put"),
-            (BackgroundWriter, "close"),
-            (Saver, "_hear"),
-            (Saver, "__exit__"),
-        ):
-            self._replace(owner, name, self._watched(getattr(owner, name)))
-        self._depth = 0
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _replace(self, owner: object, name: str, value: object) -> None:
-        self._stack.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, value)
-
-    def _watched(self, method: Callable) -> Callable:
-        def call(*arguments: object) -> object:
-            with self._timed("write"):
-                return method(*arguments)
-
-        return call
-
-    @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        began, self._depth = time.perf_counter(), self._depth + 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if not self._depth:  # closing a writer puts something, too
-                self.seconds[what] += time.perf_counter() - began
 
 
 # -- measuring -------------------------------------------------------------------------------------
