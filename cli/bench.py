@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from fmupsample_cli import options as o
 
 if TYPE_CHECKING:
-    from fmupsample.bench.run import Bench, BenchReport
+    from fmupsample.bench.run import BenchReport
     from fmupsample.labels import Dataset, Survey
 
 MEASURING = "Measuring"
@@ -104,7 +105,7 @@ ReportFolder = Annotated[
         "--output",
         "-o",
         metavar="FOLDER",
-        help="Also write bench.json, bench.md and bench.png there.",
+        help="Also write bench.json, bench.md and (with matplotlib) bench.png there.",
         show_default=False,
         rich_help_panel=o.RESULTS,
     ),
@@ -142,9 +143,13 @@ def bench(
     work. What cannot be measured has a row that says why. Ctrl-C keeps what was measured.
     """
     wanted = _sizes(sizes)
-    dataset, found = _labelled(images, labels, most_pictures, quiet)
+    labelled = _labelled(images, labels, most_pictures, quiet)
+    from functools import partial
+
+    from fmupsample.backbones import load_backbone
     from fmupsample.bench.methods import choose
-    from fmupsample.bench.run import BackboneChoice, Bench, BenchOptions, default_pictures
+    from fmupsample.bench.quality import measure
+    from fmupsample.bench.run import Bench, BenchOptions, default_pictures
     from fmupsample.device import resolve_device
     from fmupsample.images import find_images
     from fmupsample.ops.backend import check_backend, prepare, set_backend
@@ -160,8 +165,8 @@ def bench(
     if output is not None:
         save_files(output, {})  # said now, and not after minutes
     sources = find_images(images) if images else default_pictures()
-    choice = BackboneChoice(backbone, layer, backbone_weights)
-    model = choice.load()
+    load = partial(load_backbone, backbone, layer=layer, weights=backbone_weights)
+    model = load()
     methods = choose(model, _names(upsamplers), head or ())
     with BuildLine(quiet=quiet) as line:
         used = prepare(place, line)
@@ -173,11 +178,15 @@ def bench(
         quiet=quiet,
     )
     with RichProgress(quiet=quiet, unit="calls") as progress:
-        run = Bench(choice, model, methods, sources, place, options, progress)
+        run = Bench(load, model, methods, sources, place, options, progress)
+
+        def save() -> None:
+            _write(output, run.report)
+
         try:
-            run.run(lambda: _write(output, run.report))
-            if dataset is not None and found is not None:
-                _quality(run, dataset, found, max(wanted), output)
+            run.run(save)
+            if labelled is not None:
+                measure(run, labelled[0].pairs, labelled[1].table, save)
             run.report.complete = True
         except KeyboardInterrupt:
             _finish(run.report, output, as_json=json)
@@ -205,10 +214,10 @@ def _names(text: str | None) -> list[str] | None:
 
 def _labelled(
     images: list[str] | None, labels: Path | None, most: int, quiet: bool
-) -> tuple[Dataset | None, Survey | None]:
+) -> tuple[Dataset, Survey] | None:
     """The labelled pictures that count and what their labels hold, before a model is loaded."""
     if labels is None:
-        return None, None
+        return None
     from fmupsample.bench.quality import split, spread
     from fmupsample.errors import UsageError
     from fmupsample.labels import open_dataset, survey
@@ -224,67 +233,41 @@ def _labelled(
     return dataset, found
 
 
-def _quality(run: Bench, dataset: Dataset, found: Survey, size: int, output: Path | None) -> None:
-    from fmupsample.bench.quality import measure
-
-    measure(
-        run.report,
-        run.backbone,
-        run.methods,
-        dataset.pairs,
-        found.table,
-        size,
-        run.device,
-        run.progress,
-        lambda: _write(output, run.report),
-    )
-
-
-def _write(output: Path | None, report: BenchReport) -> None:
-    """bench.json, bench.md and bench.png, each whole or not at all."""
+def _write(output: Path | None, report: BenchReport) -> list[str]:
+    """bench.json, bench.md and, with matplotlib, bench.png: each whole or not at all."""
     if output is None:
-        return
-    import numpy as np
-
+        return []
     from fmupsample.bench.chart import draw
     from fmupsample.bench.tables import markdown
-    from fmupsample.formats.pictures import png
+    from fmupsample.errors import UsageError
     from fmupsample_cli.report import json_text, save_files
 
     text = json_text(report.to_json()) + "\n"
     files = {"bench.json": text.encode(), "bench.md": markdown(report).encode()}
-    picture = draw(report)
-    if picture is not None:
-        files["bench.png"] = png(np.asarray(picture))
+    with suppress(UsageError):  # said at the end
+        picture = draw(report)
+        if picture is not None:
+            files["bench.png"] = picture
     save_files(output, files)
+    return list(files)
 
 
 def _finish(report: BenchReport, output: Path | None, *, as_json: bool) -> None:
-    from fmupsample.bench import tables
+    from fmupsample.bench.tables import tables, where
     from fmupsample_cli.progress import warn
     from fmupsample_cli.report import print_json, print_table
 
-    _write(output, report)
+    written = _write(output, report)
+    if written and report.rows and "bench.png" not in written:
+        warn("bench.png was not drawn: charts need matplotlib, pip install 'fmupsample[plot]'")
     if as_json:
         print_json(report.to_json())
         return
-    for size in report.settings["sizes"]:
-        if str(size) in report.skipped:
-            warn(f"{size} px: {report.skipped[str(size)]}")
-        elif report.at(size):
-            print_table(
-                tables.COLUMNS,
-                tables.cost_rows(report, size),
-                title=tables.title(report, size),
-                right=tables.COLUMNS[1:-1],
-            )
-    if report.quality is not None:
-        print_table(
-            [c.replace(": ", "\n") for c in tables.QUALITY_COLUMNS],
-            tables.quality_rows(report),
-            title=tables.quality_title(report),
-            right=[c.replace(": ", "\n") for c in tables.QUALITY_COLUMNS[1:-1]],
-        )
-    print(f"  {tables.where(report)}")
-    if output is not None:
-        print(f"  written to {output}: bench.json, bench.md, bench.png")
+    for size, why in report.skipped.items():
+        warn(f"{size} px: {why}")
+    for table in tables(report):
+        columns = [column.replace(": ", "\n") for column in table.columns]
+        print_table(columns, table.rows, title=table.title, right=columns[1:-1])
+    print(f"  {where(report)}")
+    if written:
+        print(f"  written to {output}: {', '.join(written)}")

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from pathlib import Path
 
+import allocating
 import pytest
 import torch
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import allocating
-import upsampling
-
-from fmupsample.bench.measuring import Apart, Here, OutOfMemory, summary, time_cases
-
 import bars
+import beside_load
 import errors
-import plots
 import reports
 import throughput
+import upsampling
 from cases import Setting
+from fmupsample.bench.measuring import Apart, Here, OutOfMemory, summary, time_cases
+from fmupsample.errors import UsageError
 from peers import neighbourhood_attention
 
 CPU = torch.device("cpu")
@@ -86,7 +84,7 @@ def test_interleaved_rounds_count_every_case():
 
     rows, skipped = time_cases({name: Here(case(name), CPU) for name in calls}, 4)
     assert [row["rounds"] for row in rows.values()] == [4, 4]
-    assert calls == {"a": 5, "b": 5}  # one to warm up
+    assert calls == {"a": 8, "b": 8}  # each after one that is not timed
     assert not skipped
     assert summary([3.0, 1.0, 2.0])["median_s"] == 2.0
 
@@ -96,11 +94,8 @@ def test_a_case_without_memory_is_left_out():
         raise torch.OutOfMemoryError("out of memory")
 
     cases = {"hungry": Here(hungry, CPU), "fine": Here(lambda: None, CPU)}
-    expected = ["fine"], {"hungry": "out of memory"}
     rows, skipped = time_cases(cases, 2)
-    assert (list(rows), skipped) == expected
-    rows, skipped = time_cases(cases, 2, warm_up=False)
-    assert (list(rows), skipped) == expected
+    assert (list(rows), skipped) == (["fine"], {"hungry": "out of memory"})
 
 
 def test_peak_memory_of_a_larger_call_is_larger():
@@ -164,6 +159,9 @@ def test_bars_on_a_gpu():
 
 
 def test_growth_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plots
+
     machine = {"cpu": "a CPU", "threads": 2, "torch": "2.0", "gpu": None}
 
     def result(**changes: int) -> dict:
@@ -179,21 +177,71 @@ def test_growth_is_drawn(tmp_path):
     alone = [result()]
     assert plots.growth(alone, "fp32", machine) is None
     results = [*alone, result(size=224), result(size=896), result(channels=768)]
-    plots.growth(results, "fp32", machine).save(tmp_path / "growth.png")
+    figure = plots.growth(results, "fp32", machine)
+    figure.savefig(tmp_path / "growth.png")
     with Image.open(tmp_path / "growth.png") as picture:
-        picture.load()
-        assert picture.format == "PNG" and picture.width > 2 * plots.WIDTH
-        shown = {colour for _, colour in picture.getcolors(1 << 20)}
-    assert {plots.COLOURS[0], plots.COLOURS[1], plots.COLOURS[3]} <= shown
-    assert plots.COLOURS[2] not in shown  # masks were not measured
+        assert picture.format == "PNG" and picture.width > 800
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert set(lines) == {"ReSFU, whole", "its reassembly", "F.interpolate"}  # what was measured
+    assert list(lines["its reassembly"].get_xdata()) == [224**2, 448**2, 896**2]
 
 
-def test_results_of_another_machine_are_replaced(tmp_path):
+def test_results_of_another_machine_are_replaced(tmp_path, monkeypatch):
     path, one = tmp_path / "numbers.json", {"cpu": "one", "commit": "a", "load": 0.1}
-    results = [{"setting": {"size": 1}, "device": "cpu", "backend": "torch", "cases": {}}]
-    reports.write(path, one, results)
-    assert reports.read(path, one | {"commit": "b", "load": 3.0}) == results
-    assert reports.read(path, one | {"cpu": "another"}) == []
+
+    def report(machine: dict) -> reports.Report:
+        monkeypatch.setattr(reports, "describe", lambda device: machine)
+        return reports.Report(path, CPU)
+
+    first = report(one)
+    first.add({"size": 1}, cases={"a": 1})
+    first.write()
+    again = report(one | {"commit": "b", "load": 3.0})
+    assert again.results == first.results
+    again.add({"size": 2}, cases={})
+    again.add({"size": 1}, cases={"a": 2})
+    assert [(r["setting"]["size"], r["cases"]) for r in again.results] == [(1, {"a": 2}), (2, {})]
+    assert report(one | {"cpu": "another"}).results == []
+
+
+def test_a_command_alone_and_beside_busy_loops(tmp_path, capfd):
+    out = tmp_path / "beside.json"
+    code = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir()"  # a new folder each time
+    options = ["-o", str(out), "--rounds", "2", "--loops", "3", "--"]
+    beside_load.main([*options, sys.executable, "-S", "-c", code, "{out}"])
+    (result,) = json.loads(out.read_text())["results"]
+    rows = result["cases"]
+    assert list(rows) == ["alone", "beside"] and {row["rounds"] for row in rows.values()} == {2}
+    assert result["ratio"] == rows["beside"]["median_s"] / rows["alone"]["median_s"]
+    assert result["setting"]["loops"] == 3 and result["fair"] == 1 + 3 / result["setting"]["cores"]
+    assert "by a fair share" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ([sys.executable, "-S", "-c", "raise SystemExit('no pictures')"], "code 1: no pictures"),
+        (["/no/such/program"], "cannot be started"),
+        (["--loops", "0", "true"], "1 or more"),
+    ],
+)
+def test_a_command_that_fails_is_one_sentence(command, said):
+    with pytest.raises(UsageError, match=said):
+        beside_load.main(["--rounds", "1", *(["--"] if command[0][0] != "-" else []), *command])
+
+
+def test_busy_loops_end_with_the_command(monkeypatch):
+    started = []
+
+    class Kept(subprocess.Popen):
+        def __init__(self, command, **more):
+            super().__init__(command, **more)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Kept)
+    with pytest.raises(UsageError):
+        beside_load.seconds(["/no/such/program"], 2)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
 
 
 def test_sizes_are_whole_cells():

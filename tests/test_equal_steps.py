@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from test_bench import labelled
 from toy import ToyBackbone
 
-from fmupsample.errors import UsageError
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import equal_steps
+from fmupsample.errors import UsageError
 
 
 @pytest.fixture

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from test_bench import labelled
 from toy import ToyBackbone
 
+import leave_one_out
+import protocols
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.heads import read_head_metadata
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import leave_one_out
-
-import quality
 
 
 @pytest.fixture
@@ -25,7 +21,7 @@ def call(tmp_path, monkeypatch):
             return ToyBackbone()
         return ToyBackbone(channels=20, stride=16, name=f"{Path(weights).stem}.v1")
 
-    for module in (leave_one_out, quality):
+    for module in (leave_one_out, protocols):
         monkeypatch.setattr(module, "load_backbone", load)
     for split in ("train", "val"):
         labelled(tmp_path / "camvid" / split, 4)

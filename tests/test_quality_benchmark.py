@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,12 @@ import torch
 from PIL import Image
 from toy import ToyBackbone
 
-from fmupsample.errors import UsageError
-from fmupsample.upsamplers import ReSFU, ReSFUConfig, save_head
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import protocols
 import quality
 import tables
 from contenders import ABLATIONS, ablate, gather, named_file
+from fmupsample.errors import UsageError
+from fmupsample.upsamplers import ReSFU, ReSFUConfig, save_head
 from labelled import camvid, davis
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 60], [50, 60, 210]], np.uint8)
@@ -62,7 +60,7 @@ def head(tmp_path):
 def run(data, head, monkeypatch):
     """``run(*options)`` -> the report; counts what the backbone computed in ``run.backbone``."""
     backbone = ToyBackbone()
-    monkeypatch.setattr(quality, "load_backbone", lambda *_, **__: backbone)
+    monkeypatch.setattr(protocols, "load_backbone", lambda *_, **__: backbone)
     options = ["--camvid", str(data / "camvid"), "--davis", str(data / "davis"), "--image-size"]
     options += ["48", "--epochs", "4", "--shot-steps", "8", "--pixels", "200", "--rates", "1e-2"]
     options += ["1e-1", "--device", "cpu", "-o", str(data / "out.json")]
@@ -86,7 +84,7 @@ def test_a_run_stops_goes_on_and_tells(run, data, head, capsys, monkeypatch):
     finished = report["cells"]
 
     # Stopped in the middle: what was finished is there, and is not measured again.
-    real, calls = quality.fit_probe, []
+    real, calls = protocols.fit_probe, []
 
     def stopping(*arguments):
         calls.append(arguments)
@@ -94,12 +92,12 @@ def test_a_run_stops_goes_on_and_tells(run, data, head, capsys, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(quality, "fit_probe", stopping)
+    monkeypatch.setattr(protocols, "fit_probe", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(*mine)
     part = json.loads((data / "out.json").read_text())["cells"]
     assert all(cell in part for cell in finished) and len(part) > len(finished)
-    monkeypatch.setattr(quality, "fit_probe", real)
+    monkeypatch.setattr(protocols, "fit_probe", real)
     report = run(*mine, "--markdown", str(text))
     assert all(cell in report["cells"] for cell in part)
 
@@ -120,7 +118,7 @@ def test_a_run_stops_goes_on_and_tells(run, data, head, capsys, monkeypatch):
     assert "boundary" in capsys.readouterr().out
 
     before, calls = run.backbone.calls, []
-    monkeypatch.setattr(quality, "fit_probe", stopping)
+    monkeypatch.setattr(protocols, "fit_probe", stopping)
     run(*mine)  # everything is there: nothing is computed
     assert run.backbone.calls == before and not calls
 
@@ -161,9 +159,9 @@ def test_kernels_are_dropped_from_the_cache_and_features_kept(run, data):
 
 def test_data_that_is_not_as_expected(data):
     assert [len(v) for v in davis(data / "davis").values()] == [3, 3]
-    assert [x.file.stem for x in camvid(data / "camvid", "train", 2)] == ["0", "3"]
+    assert [x.labels.stem for x in camvid(data / "camvid", "train", 2)] == ["0", "3"]
     (data / "camvid" / "val" / "labels" / "1.png").unlink()
-    with pytest.raises(UsageError, match="has no labels"):
+    with pytest.raises(UsageError, match="have no labels"):
         camvid(data / "camvid", "val")
     with pytest.raises(UsageError, match="no sequences"):
         davis(data)

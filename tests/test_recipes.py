@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +11,16 @@ import timm
 import torch
 from PIL import Image
 
+import distil
+import publish
+import train_plain
+import train_source
+from backbone import DEFAULT_ARGS, save_embedded
+from crops import Folder, Source
+from distil import Pool
 from fmupsample import load_backbone
-
-RECIPES = Path(__file__).parents[1] / "weights" / "recipes"
-
-
-@pytest.fixture
-def folder(monkeypatch):
-    """Makes the recipes importable; their names are too common to stay so."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(RECIPES))
-    yield
-    for name in set(sys.modules) - before:
-        if str(RECIPES) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-@pytest.fixture
-def recipes(folder):
-    """The module train_source."""
-    import train_source
-
-    return train_source
+from prune import build_student, narrow
+from train_source import SOURCES
 
 
 @pytest.fixture
@@ -57,10 +44,10 @@ def small(source) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["sup-vit", "conv", "mim-vit", "dino-vit", "wide-vit"])
-def test_a_source_is_a_backbone_as_its_row_says(recipes, pictures, tmp_path, name):
-    source = recipes.SOURCES[name]
+def test_a_source_is_a_backbone_as_its_row_says(pictures, tmp_path, name):
+    source = SOURCES[name]
     out = ["-o", str(tmp_path / "out")]
-    recipes.main([name, *pictures, *out, *small(source), "--steps", "2"])
+    train_source.main([name, *pictures, *out, *small(source), "--steps", "2"])
     backbone = load_backbone(source.architecture, weights=tmp_path / "out" / f"{name}.safetensors")
     assert (backbone.channels, backbone.stride) == (source.width, (source.patch,) * 2)
     assert backbone.name.startswith(f"source-{name}.local-")
@@ -69,29 +56,29 @@ def test_a_source_is_a_backbone_as_its_row_says(recipes, pictures, tmp_path, nam
     assert torch.isfinite(features).all() and features.std((2, 3)).mean() > 1e-3
 
 
-def test_every_source_is_tried_here(recipes):
-    assert sorted(recipes.SOURCES) == ["conv", "dino-vit", "mim-vit", "sup-vit", "wide-vit"]
+def test_every_source_is_tried_here():
+    assert sorted(SOURCES) == ["conv", "dino-vit", "mim-vit", "sup-vit", "wide-vit"]
 
 
 @pytest.mark.parametrize("name", ["conv", "mim-vit"])
-def test_a_run_started_again_goes_on(recipes, pictures, tmp_path, capsys, name):
+def test_a_run_started_again_goes_on(pictures, tmp_path, capsys, name):
     out = ["-o", str(tmp_path / "out")]
-    options = [name, *pictures, *out, *small(recipes.SOURCES[name])]
-    recipes.main([*options, "--steps", "2"])
-    recipes.main([*options, "--steps", "3"])
+    options = [name, *pictures, *out, *small(SOURCES[name])]
+    train_source.main([*options, "--steps", "2"])
+    train_source.main([*options, "--steps", "3"])
     assert "continuing at step 2" in capsys.readouterr().out
     saved = torch.load(tmp_path / "out" / "runs" / name / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 3
 
 
 @pytest.mark.parametrize("objective", ["mask", "contrast"])
-def test_a_part_of_the_patches_is_enough(recipes, objective):
+def test_a_part_of_the_patches_is_enough(objective):
     """On pictures whose patches are all alike, what is seen tells all about what is not."""
     torch.manual_seed(0)
-    vit = recipes.train_plain.make_backbone(
+    vit = train_plain.make_backbone(
         "vit_tiny_patch16_224", {"depth": 1, "dynamic_img_size": True, "num_classes": 0}
     )
-    learner = recipes.train_plain.VITS[objective](vit)
+    learner = train_plain.VITS[objective](vit)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=2e-3)
     pictures = torch.randn(4, 3, 16, 16).repeat(learner.views, 1, 4, 4)  # tiles, once per view
     losses = []
@@ -104,10 +91,10 @@ def test_a_part_of_the_patches_is_enough(recipes, objective):
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_labels_need_classes(recipes, tmp_path, pictures):
+def test_labels_need_classes(tmp_path, pictures):
     only_plain = [*pictures[:2], "--minutes", "1", "-o", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="2 classes or more, not 0"):
-        recipes.train_plain.main(
+        train_plain.main(
             ["--objective", "label", "--architecture", "resnet10t", "--side", "64", *only_plain]
         )
 
@@ -116,16 +103,14 @@ def test_labels_need_classes(recipes, tmp_path, pictures):
 
 
 @pytest.fixture
-def teacher(folder, tmp_path) -> Path:
+def teacher(tmp_path) -> Path:
     """A file of a ViT-S/14 with four blocks and random weights."""
-    import backbone
-
     torch.manual_seed(0)
-    name, args = "vit_small_patch14_dinov2", backbone.DEFAULT_ARGS | {"depth": 4}
+    name, args = "vit_small_patch14_dinov2", DEFAULT_ARGS | {"depth": 4}
     model = timm.create_model(name, **args)
     for parameter in (*model.blocks.parameters(), model.pos_embed):
         torch.nn.init.normal_(parameter, 0, 0.05)
-    backbone.save_embedded(tmp_path / "teacher.safetensors", model, name, args, "t", 224, {})
+    save_embedded(tmp_path / "teacher.safetensors", model, name, args, "t", 224, {})
     return tmp_path / "teacher.safetensors"
 
 
@@ -141,10 +126,6 @@ def options(tmp_path, pictures, teacher) -> list[str]:
 
 
 def test_a_distilled_backbone_is_published(options, tmp_path, capsys):
-    import publish
-
-    import distil
-
     distil.main([*options, "--steps", "2"])
     distil.main([*options, "--steps", "4"])
     assert "continuing at step 2" in capsys.readouterr().out
@@ -162,10 +143,7 @@ def test_a_distilled_backbone_is_published(options, tmp_path, capsys):
     assert torch.isfinite(backbone(torch.randn(1, 3, 42, 28))).all()
 
 
-def test_a_student_as_wide_and_deep_as_the_teacher_is_the_teacher(folder, teacher):
-    import distil
-    from prune import build_student, narrow
-
+def test_a_student_as_wide_and_deep_as_the_teacher_is_the_teacher(teacher):
     teach = distil.Teacher(teacher, "embedded", 3)
     crops = torch.randint(0, 256, (40, 3, 112, 112), dtype=torch.uint8)
     images, model = teach.normalise(crops), teach.backbone.model
@@ -185,9 +163,7 @@ def test_a_student_as_wide_and_deep_as_the_teacher_is_the_teacher(folder, teache
     assert all(value < 0.02 for value in terms.values())
 
 
-def test_held_out_images_are_not_drawn(folder, pictures, tmp_path):
-    from crops import Folder, Source
-
+def test_held_out_images_are_not_drawn(pictures, tmp_path):
     (tmp_path / "plain" / "labels").mkdir()
     (tmp_path / "plain" / "2.png").rename(tmp_path / "plain" / "labels" / "2.png")
     folders = [Folder.parse(str(tmp_path / "plain")), Folder.parse(f"{tmp_path}/labelled:3")]
@@ -199,9 +175,7 @@ def test_held_out_images_are_not_drawn(folder, pictures, tmp_path):
     assert source.draw(28, 42).shape == (3, 28, 42)
 
 
-def test_a_pool_asks_for_crops_in_time(folder):
-    from distil import Pool
-
+def test_a_pool_asks_for_crops_in_time():
     pool = Pool(capacity=6, reuse=2)
     for _ in range(5):
         if pool.hungry:

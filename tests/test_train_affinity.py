@@ -10,16 +10,14 @@ import timm
 import torch
 from torch import nn
 
+import composites
+import train_affinity
+from composites import Composer, read_labelled
 from fmupsample.upsamplers import Affinity, AffinityConfig, load_head
 from fmupsample.upsamplers.normalisation import MEAN, STD
+from lite0 import initialise
 
-RECIPES = Path(__file__).parents[1] / "weights" / "recipes"
 SMALL = {"kernel_size": 3, "embedding": 8, "width": 8, "detail": 4, "key_width": 8}
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +55,6 @@ def data(tmp_path) -> Path:
 
 def test_the_encoder_starts_as_the_network_it_is_made_of(lite0) -> None:
     """At half the size, before paddings differ, it is the network's own first group."""
-    from lite0 import initialise
-
     encoder = Affinity(AffinityConfig()).encoder
     initialise(encoder, lite0.state_dict())
     rgb = torch.rand(1, 3, 32, 48)
@@ -77,8 +73,6 @@ def test_the_encoder_starts_as_the_network_it_is_made_of(lite0) -> None:
 
 
 def test_composites(data) -> None:
-    from composites import Composer, read_labelled
-
     group = read_labelled(data / "discs", one_object=True)
     assert len(group) == 24
     photos = sorted((data / "photos").iterdir())
@@ -97,8 +91,6 @@ def test_composites(data) -> None:
 
 def test_what_is_pasted_has_the_edges_of_its_segment(data, monkeypatch) -> None:
     """On a black ground, what is bright is what the labels say."""
-    import composites
-
     monkeypatch.setattr(composites, "_as_a_camera", lambda rng, image: image)
     composer = composites.Composer([], sorted((data / "photos").iterdir()), 64)
     rng = np.random.default_rng(2)
@@ -113,8 +105,6 @@ def test_what_is_pasted_has_the_edges_of_its_segment(data, monkeypatch) -> None:
 
 
 def test_a_short_run_and_going_on_with_it(data, tmp_path, monkeypatch, lite0, capsys) -> None:
-    import train_affinity
-
     monkeypatch.setattr(train_affinity, "lite0_state", lite0.state_dict)
     monkeypatch.setattr(
         train_affinity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -22,7 +23,7 @@ def describe(device: torch.device) -> dict:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _meminfo("MemTotal"),
+        "memory_bytes": proc_bytes(Path("/proc/meminfo"), "MemTotal"),
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
         "timm": version("timm"),
@@ -38,15 +39,6 @@ def same_machine(one: dict, other: dict) -> bool:
     """Whether results of two descriptions may stand in one file."""
     keys = (one.keys() | other.keys()) - set(PASSING)
     return all(one.get(key) == other.get(key) for key in keys)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be taken on ``device``; ``None`` where it cannot be found out."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        # What PyTorch's allocator holds but does not use is free to us.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _meminfo("MemAvailable")
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -75,13 +67,12 @@ def _gpu(device: torch.device) -> dict:
     }
 
 
-def _meminfo(key: str) -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+def proc_bytes(file: Path, key: str) -> int | None:
+    """The bytes of a line such as ``MemTotal: 16 kB`` of /proc; ``None`` where there is none."""
+    with contextlib.suppress(OSError):
+        for line in file.read_text().splitlines():
             if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     return None
 
 

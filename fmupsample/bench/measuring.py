@@ -14,20 +14,23 @@ import random
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
-from fmupsample.bench.machine import cache_bytes
+from fmupsample.bench.machine import cache_bytes, proc_bytes
 from fmupsample.device import is_out_of_memory
 from fmupsample.heap import return_freed
 
 Case = Callable[[], object]
 LEAST_ROUNDS = 3
-SETTLED_SECONDS = 1.0
 # Calls of which the largest peak counts, and the seconds after which there is no further one.
 PEAK_CALLS, PEAK_SECONDS = 5, 5.0
 
@@ -36,70 +39,55 @@ class OutOfMemory(Exception):
     """A case does not fit: the allocator said so, or the system ended its process."""
 
 
-class Runner(Protocol):
-    """Something that runs one case. Both methods raise :class:`OutOfMemory`."""
-
-    def seconds(self) -> float:
-        """Run it once, the time of it."""
-
-    def peak(self) -> int:
-        """Run it, by how many bytes it raises the memory in use, its result included."""
-
-
 def time_cases(
-    runners: Mapping[str, Runner],
+    runners: Mapping[str, Here | Apart],
     rounds: int,
     *,
     seconds: float | None = None,
-    warm_up: bool = True,
     peaks: Callable[[str], bool] = lambda name: False,
     kept: dict[str, list[float]] | None = None,
     called: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """Run every case ``rounds`` times after a warm-up, interleaved.
+    """Time every case ``rounds`` times, interleaved.
 
     Args:
         seconds: where given, no further round is begun after so long (three are at least).
-        warm_up: ``False`` for calls of minutes, which would take twice as long.
         peaks: of which cases to measure the memory, after the rounds.
         kept: where given, the seconds are put here as they come: what an interrupted run has.
-        called: is told after each call, warm-ups and those for memory included.
+        called: is told after each measurement, of time or of memory.
 
     Returns:
         ``{name: {"median_s", "quartiles_s", "rounds", "peak_bytes"}}``, and ``{name: reason}`` for
         the cases that ran out of memory.
     """
-    times: dict[str, list[float]] = {} if kept is None else kept
+    times = {} if kept is None else kept
     times.update({name: [] for name in runners})
     skipped: dict[str, str] = {}
-    for name in runners if warm_up else ():
+
+    def measured(call: Callable[[], float], name: str) -> float | None:
         try:
-            runners[name].seconds()
+            return call()
         except OutOfMemory as error:
             skipped[name] = str(error)
-            del times[name]
-        called()
-    order = list(times)
-    shuffle = random.Random(0).shuffle
-    begun = time.perf_counter()
+            return None
+        finally:
+            called()
+
+    generator, begun = random.Random(0), time.perf_counter()
     for done in range(rounds):
         if seconds and done >= LEAST_ROUNDS and time.perf_counter() - begun > seconds:
             break
-        shuffle(order)
-        for name in [n for n in order if n in times]:
-            try:
-                times[name].append(runners[name].seconds())
-            except OutOfMemory as error:
-                skipped[name] = str(error)
+        for name in generator.sample(list(times), len(times)):
+            found = measured(runners[name].seconds, name)
+            if found is None:
                 del times[name]
-            called()
+            else:
+                times[name].append(found)
     rows = {name: summary(values) for name, values in times.items()}
     for name in filter(peaks, rows):
-        try:
-            rows[name]["peak_bytes"] = runners[name].peak()
-        except OutOfMemory as error:
-            skipped[f"peak of {name}"] = str(error)
-        called()
+        found = measured(runners[name].peak, f"peak of {name}")
+        if found is not None:
+            rows[name]["peak_bytes"] = found
     return rows, skipped
 
 
@@ -114,35 +102,35 @@ def summary(values: list[float]) -> dict:
 class Here:
     """Runs a case in this process.
 
-    On a GPU the last-level cache is emptied first, and the time is that between two events. The
-    emptying takes the GPU long enough that the host can queue most of a call's kernels behind it;
-    where the host is slower than that, the GPU's waiting is part of the time, as it is for a user.
-
-    Args:
-        settle: on a CPU, run the case untimed just before every call but the first, where that
-            took less than a second: threads are awake and caches warm then, as in a loop.
+    Before the call that is timed there is another: threads are awake and caches warm, as in a loop.
+    On a GPU the last-level cache is emptied in between, and the time is that between two events.
+    The emptying takes the GPU long enough that the host can queue most of a call's kernels behind
+    it; where the host is slower than that, the GPU's waiting is part of the time, as for a user.
     """
 
-    def __init__(self, case: Case, device: torch.device, *, settle: bool = False):
-        self.case, self.device, self.settle = case, device, settle
-        self._short = False
+    def __init__(self, case: Case, device: torch.device):
+        self.case, self.device = case, device
 
     def seconds(self) -> float:
+        """The time of one call.
+
+        Raises:
+            OutOfMemory: it does not fit.
+        """
         with _memory_errors():
             if self.device.type == "cuda":
                 return self._between_events()
-            if self.settle and self._short:
-                self.case()
-            self._synchronize()
-            start = time.perf_counter()
-            kept = self.case()
-            self._synchronize()
-            elapsed = time.perf_counter() - start
-            del kept
-            self._short = elapsed < SETTLED_SECONDS
-            return elapsed
+            timer = Timer(
+                "kept = case()",  # freeing the result is not part of the time
+                globals={"case": self.case},
+                timer=_mps_clock if self.device.type == "mps" else time.perf_counter,
+                num_threads=torch.get_num_threads(),
+            )
+            # The least that it does: one call to warm up, one that is timed.
+            return timer.blocked_autorange(min_run_time=0).median
 
     def _between_events(self) -> float:
+        self.case()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush = torch.empty(4 * cache_bytes(self.device), dtype=torch.uint8, device=self.device)
         torch.cuda.synchronize(self.device)
@@ -154,11 +142,12 @@ class Here:
         del kept
         return start.elapsed_time(end) / 1e3
 
-    def _synchronize(self) -> None:
-        if self.device.type == "mps":
-            torch.mps.synchronize()
-
     def peak(self) -> int:
+        """By how many bytes a call raises the memory in use, its result included.
+
+        Raises:
+            OutOfMemory: it does not fit.
+        """
         if self.device.type != "cuda":
             return peak_of(self.case)
         with _memory_errors():
@@ -169,6 +158,11 @@ class Here:
             torch.cuda.synchronize(self.device)
             del kept
             return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def _mps_clock() -> float:
+    torch.mps.synchronize()
+    return time.perf_counter()
 
 
 class Apart:
@@ -186,57 +180,44 @@ class Apart:
         OutOfMemory: the case cannot be prepared.
     """
 
-    def __init__(self, prepare: Callable[..., Case], *arguments: object, settle: bool = True):
+    def __init__(self, prepare: Callable[..., Case], *arguments: object):
         if "forkserver" in multiprocessing.get_all_start_methods():
             # A server that has imported torch, and nothing else, forks quickly and has no threads.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["torch", "timm", "fmupsample.upsamplers"])
         else:  # Windows
             context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
         threads = torch.get_num_threads()
-        self._process = context.Process(
-            target=_serve, args=(theirs, threads, settle, prepare, arguments), daemon=True
-        )
-        with _not_from_here():
-            self._process.start()
-        theirs.close()
+        self._pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(threads,))
+        self._pid: int | None = None
         try:
-            self._answer()
+            with _not_from_here():  # the process starts with the first call
+                self._pid = self._ask(os.getpid)
+            self._ask(_prepare, prepare, arguments)
         except BaseException:
             self.close(kill=True)
             raise
 
     def seconds(self) -> float:
-        return self._ask("seconds")
+        """As of :class:`Here`."""
+        return self._ask(_run, "seconds")
 
     def peak(self) -> int:
-        return int(self._ask("peak"))
+        """As of :class:`Here`."""
+        return self._ask(_run, "peak")
 
-    def _ask(self, what: str) -> float:
+    def _ask(self, function: Callable, *arguments: object) -> Any:
         try:
-            self._pipe.send(what)
-        except BrokenPipeError:
+            return self._pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
             raise OutOfMemory("its process was ended") from None
-        return self._answer()
-
-    def _answer(self) -> float:
-        try:
-            answer = self._pipe.recv()
-        except EOFError:
-            raise OutOfMemory("its process was ended") from None
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
 
     def close(self, *, kill: bool = False) -> None:
         """End the process, at once or when it is done with what it does."""
-        self._pipe.close()  # the process ends when it finds nobody there
-        if not kill:
-            self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join(10)
+        if kill and self._pid is not None:
+            with contextlib.suppress(OSError):
+                os.kill(self._pid, signal.SIGTERM)
+        self._pool.shutdown()
 
     def __enter__(self) -> Apart:
         return self
@@ -259,36 +240,38 @@ def _not_from_here() -> Iterator[None]:
             os.environ["PYTHONSAFEPATH"] = before
 
 
-def _serve(
-    pipe, threads: int, settle: bool, prepare: Callable[..., Case], arguments: tuple
-) -> None:
-    """The process of :class:`Apart`: answer until nobody asks."""
+# -- in the process of an Apart --------------------------------------------------------------------
+
+_runner: Here | None = None
+
+
+def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
     # Ctrl-C is for the process that asks; it ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # where memory runs out, this process is the one to go
         Path("/proc/self/oom_score_adj").write_text("1000")
-    runner, answer = None, None
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            try:
-                if runner is None:
-                    with _memory_errors():
-                        runner = Here(prepare(*arguments), torch.device("cpu"), settle=settle)
-                    answer = 0
-                else:
-                    answer = getattr(runner, pipe.recv())()
-            except (EOFError, BrokenPipeError):
-                return
-            except Exception as error:
-                answer = error
-            pipe.send(answer)
-            if runner is None:
-                return
+    # Where the process that asks is killed, nobody would end this one.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _prepare(prepare: Callable[..., Case], arguments: tuple) -> None:
+    global _runner
+    with _memory_errors():
+        _runner = Here(prepare(*arguments), torch.device("cpu"))
+
+
+def _run(what: str) -> float:
+    return getattr(_runner, what)()
 
 
 @contextlib.contextmanager
-def _memory_errors():
+def _memory_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -308,30 +291,22 @@ def peak_of(case: Case) -> int:
     start = time.perf_counter()
     for _ in range(PEAK_CALLS):
         return_freed()  # so that the call cannot use it without being seen
-        _reset_peak()
-        before = _status("VmRSS")
+        with contextlib.suppress(OSError):  # where it is refused, the peak is that of the process
+            Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
         with _memory_errors():
             kept = case()
-        largest = max(largest, _status("VmHWM") - before)
+        largest = max(largest, _resident("VmHWM") - before)
         del kept
         if time.perf_counter() - start > PEAK_SECONDS:
             break
     return largest
 
 
-def _reset_peak() -> None:
-    """Let the peak start at the present; where the kernel refuses, it is that of the process."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(key: str) -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+def _resident(key: str) -> int:
+    found = proc_bytes(Path("/proc/self/status"), key)
+    if found is not None:
+        return found
     try:
         import resource
     except ImportError:  # Windows: nothing is known

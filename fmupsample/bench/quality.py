@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
-
-from fmupsample.backbones import Backbone
 from fmupsample.bench.methods import Method
-from fmupsample.bench.run import BenchReport
+from fmupsample.bench.run import Bench
 from fmupsample.device import is_out_of_memory
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images.size import ImageSize
@@ -16,17 +14,15 @@ from fmupsample.labels.classes import ClassTable
 from fmupsample.labels.layouts import Pair
 from fmupsample.pipeline import Pipeline
 from fmupsample.probing.sampled import PIXELS, Comparison
-from fmupsample.progress import SILENT, Progress
 
-MOST_PICTURES = 90
 _RANDOM = "random parameters: give a trained head"
 
 
-def spread(pairs: Sequence[Pair], most: int = MOST_PICTURES) -> list[Pair]:
+def spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
     """``most`` of them at most, evenly over their order."""
     if len(pairs) <= most:
         return list(pairs)
-    return [pairs[round(i * (len(pairs) - 1) / (most - 1))] for i in range(most)]
+    return [pairs[round(i * (len(pairs) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -37,55 +33,52 @@ def split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     """
     if len(pairs) < 3:
         raise UsageError(f"probes need three labelled pictures or more, there are {len(pairs)}")
-    judged = list(pairs[2::3])
-    return [pair for pair in pairs if pair not in judged], judged
+    return [pair for i, pair in enumerate(pairs) if i % 3 < 2], list(pairs[2::3])
 
 
 def measure(
-    report: BenchReport,
-    backbone: Backbone,
-    methods: Sequence[Method],
+    bench: Bench,
     pairs: Sequence[Pair],
     table: ClassTable,
-    size: int,
-    device: torch.device,
-    progress: Progress = SILENT,
     saved: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill ``report.quality``, a row for each method. ``saved`` is called after each.
+    """Fill ``bench.report.quality``, a row for each method, at the largest size.
 
-    Args:
-        size: short side at which pictures are shown.
+    ``saved`` is called after each.
 
     Raises:
         UsageError, ImageError: pictures or labels that cannot be used.
     """
     train, judged = split(pairs)
-    image_size = ImageSize(short=size)
+    backbone = bench.backbone
+    image_size = ImageSize(short=max(bench.options.sizes))
     if backbone.fixed_size is not None:
         image_size = ImageSize(exact=backbone.fixed_size)
-    pipeline = Pipeline(backbone, image_size=image_size, device=device)
-    report.quality = {
+    rows: list[dict[str, Any]] = []
+    bench.report.quality = {
         "image_size": str(image_size),
         "fitted_on": len(train),
         "judged_on": len(judged),
         "classes": list(table.names),
         "pixels": PIXELS,
-        "rows": [],
+        "rows": rows,
     }
-    comparison = Comparison(pipeline, train, judged, table, progress=progress)
-    for method in methods:
+    pipeline = Pipeline(backbone, image_size=image_size, device=bench.device)
+    comparison = Comparison(pipeline, train, judged, table, progress=bench.progress)
+    for method in bench.methods:
         row = {"upsampler": method.name, "preserved": None, "fitted": None, "reason": None}
-        if method.reason or method.weights == "random":
-            row["reason"] = method.reason or _RANDOM
-        else:
-            try:
-                row |= comparison.measure(method.build())
-            except FmupsampleError as error:
-                row["reason"] = str(error)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                row["reason"] = "out of memory"
-        report.quality["rows"].append(row)
+        rows.append(row | _measured(comparison, method))
         saved()
+
+
+def _measured(comparison: Comparison, method: Method) -> dict[str, Any]:
+    if method.reason or method.weights == "random":
+        return {"reason": method.reason or _RANDOM}
+    try:
+        return comparison.measure(method.build())
+    except FmupsampleError as error:
+        return {"reason": str(error)}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"reason": "out of memory"}

@@ -11,23 +11,25 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmupsample.backbones import Backbone, load_backbone
-from fmupsample.bench.machine import describe, free_bytes
-from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory, Runner, summary, time_cases
+from fmupsample.backbones import Backbone
+from fmupsample.bench.machine import describe
+from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory, summary, time_cases
 from fmupsample.bench.methods import Method
 from fmupsample.device import is_out_of_memory
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images.find import Source, find_images, storable
 from fmupsample.images.prepare import fit_to_frame, normalise
 from fmupsample.images.size import ImageSize
-from fmupsample.ops.backend import implementation
+from fmupsample.memory import available_memory
+from fmupsample.ops import backend
 from fmupsample.pipeline import Pipeline
 from fmupsample.progress import SILENT, Progress
 
@@ -36,6 +38,15 @@ BACKBONE = "backbone"
 MOST_PICTURES = 4  # that calls take turns with
 LEAST_SIZE, MOST_SIZE = 16, 4096
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "images"
+
+# Keys of a row: ``peak_bytes`` includes the result, ``of_backbone`` is how many times its pass, and
+# ``reason`` says why something is missing.
+ROW = (
+    *("size", "upsampler", "method", "weights", "pixels", "cells", "parameters", "macs"),
+    *("median_s", "quartiles_s", "rounds", "peak_bytes", "output_bytes", "of_backbone", "reason"),
+)
+# Of each picture the features [C, h, w] and the normalised picture [3, H, W], float32.
+Inputs = list[tuple[np.ndarray, ...]]
 
 
 @dataclass(frozen=True)
@@ -62,22 +73,6 @@ class BenchOptions:
                 )
         if not self.sizes or len(set(self.sizes)) != len(self.sizes):
             raise UsageError("give sizes such as 224,448, each once")
-        if self.rounds < 1 or self.seconds <= 0:
-            raise UsageError("rounds and seconds must be more than 0")
-
-
-@dataclass(frozen=True)
-class BackboneChoice:
-    """The arguments of :func:`fmupsample.load_backbone`, to load it again elsewhere."""
-
-    name: str = "embedded"
-    layer: int | str | None = None
-    weights: Path | None = None
-
-    def load(self, image_size: tuple[int, int] | None = None) -> Backbone:
-        return load_backbone(
-            self.name, layer=self.layer, weights=self.weights, image_size=image_size
-        )
 
 
 @dataclass
@@ -107,64 +102,37 @@ class BenchReport:
         return [row for row in self.rows if row["size"] == size]
 
 
-@dataclass
-class _Inputs:
-    """Some pictures of one size, as they go to another process."""
-
-    images: list[np.ndarray]  # normalised, float32 [3, H, W]
-    features: list[np.ndarray]  # float32 [C, h, w]
-
-    def on(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        pairs = zip(self.features, self.images, strict=True)
-        return [tuple(torch.from_numpy(a)[None].to(device) for a in pair) for pair in pairs]
-
-    @property
-    def pixels(self) -> tuple[int, int]:
-        return self.images[0].shape[1], self.images[0].shape[2]
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        return self.features[0].shape[1], self.features[0].shape[2]
-
-
-def prepare(method: Method, inputs: _Inputs, device: str = "cpu") -> Case:
-    """A call makes the map of the next picture. It is tried once, so that what it loads is there.
+def prepare(load: Callable[[], nn.Module], inputs: Inputs, device: str = "cpu") -> Case:
+    """A call is the forward pass of the next picture; one is made here, so that all is loaded.
 
     Raises:
-        FmupsampleError: the method cannot do this.
+        FmupsampleError: the model cannot do this.
     """
-    upsampler = method.build().to(device)
-    given = itertools.cycle(inputs.on(torch.device(device)))
+    model = load().to(device)
+    given = itertools.cycle(
+        [[torch.from_numpy(array)[None].to(device) for array in one] for one in inputs]
+    )
 
     @torch.no_grad()
     def run() -> Tensor:
-        return upsampler(*next(given))
-
-    run()
-    return run
-
-
-def prepare_backbone(
-    choice: BackboneChoice, size: tuple[int, int], inputs: _Inputs, device: str = "cpu"
-) -> Case:
-    """A call is the forward pass of the next picture."""
-    backbone = choice.load(size).to(device)
-    given = itertools.cycle(inputs.on(torch.device(device)))
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        return backbone(next(given)[1])
+        return model(*next(given))
 
     run()
     return run
 
 
 class Bench:
-    """Measures ``methods``; what is finished is in ``report``, also after an interruption."""
+    """Measures ``methods``; what is finished is in ``report``, also after an interruption.
+
+    Args:
+        load: makes the backbone, in other processes as well; takes ``image_size``.
+        backbone: what it makes.
+        sources: pictures; the first few are used, and a drawn one where there are none.
+    """
 
     def __init__(
         self,
-        choice: BackboneChoice,
+        load: Callable[..., Backbone],
         backbone: Backbone,
         methods: Sequence[Method],
         sources: Sequence[Source],
@@ -172,23 +140,18 @@ class Bench:
         options: BenchOptions | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        """
-        Args:
-            backbone: what ``choice`` loads.
-            sources: pictures; the first few are used, and drawn ones where there are none.
-        """
-        self.choice, self.backbone, self.methods = choice, backbone, list(methods)
+        self.load, self.backbone, self.methods = load, backbone, list(methods)
         self.sources, self.device = list(sources)[:MOST_PICTURES], device
         self.options, self.progress = options or BenchOptions(), progress
         self.report = BenchReport(
             machine=describe(device),
             device=str(device),
-            backend=_backend(device),
+            backend=backend.prepare(device).name,
             settings={
-                "backbone": backbone.name,
-                "layer": backbone.layer,
-                "channels": backbone.channels,
-                "stride": list(backbone.stride),
+                "backbone": self.backbone.name,
+                "layer": self.backbone.layer,
+                "channels": self.backbone.channels,
+                "stride": list(self.backbone.stride),
                 "sizes": list(self.options.sizes),
                 "rounds": self.options.rounds,
                 "pictures": [storable(s.path) for s in self.sources] or ["drawn"],
@@ -201,14 +164,14 @@ class Bench:
     def run(self, saved: Callable[[], None] = lambda: None) -> BenchReport:
         """Every size in turn. ``saved`` is called after each.
 
-        A row has ``size``, ``upsampler``, ``method``, ``weights``, ``pixels``, ``cells``,
-        ``parameters``, ``macs``, ``median_s``, ``quartiles_s``, ``rounds``, ``peak_bytes`` (result
-        included), ``output_bytes``, ``of_backbone`` (times its pass) and ``reason`` (why something
-        is missing); what was not measured is ``None``.
+        Rows have the keys of :data:`ROW`; what was not measured is ``None``.
         """
         for size in self.options.sizes:
             try:
-                inputs, exact = self._inputs(size)
+                exact = tuple(max(1, round(size / m)) * m for m in self.backbone.size_multiple)
+                if self.backbone.fixed_size not in (None, exact):
+                    exact = (size, size)
+                inputs = self._inputs(size, exact)
             except FmupsampleError as error:
                 self.report.skipped[str(size)] = str(error)
             else:
@@ -216,14 +179,11 @@ class Bench:
             saved()
         return self.report
 
-    def _inputs(self, size: int) -> tuple[_Inputs, tuple[int, int]]:
-        """The pictures at this size, and what the backbone was loaded for."""
-        multiples = self.backbone.size_multiple
-        exact = tuple(max(1, round(size / m)) * m for m in multiples)
+    def _inputs(self, size: int, exact: tuple[int, int]) -> Inputs:
+        """Features and picture of each source at this size."""
         backbone = self.backbone
         if backbone.fixed_size not in (None, exact):
-            exact = (size, size)
-            backbone = self.choice.load(exact)
+            backbone = self.load(image_size=exact)
         pipeline = Pipeline(backbone, image_size=ImageSize(exact=exact), device=self.device)
         canvases = [pipeline.load(source)[1] for source in self.sources]
         if not canvases:
@@ -232,134 +192,100 @@ class Bench:
         images = [normalise(c, backbone.mean, backbone.std) for c in canvases]
         with torch.no_grad():
             features = [backbone(image[None].to(self.device))[0].float() for image in images]
-        return _Inputs([i.numpy() for i in images], [f.cpu().numpy() for f in features]), exact
+        return [(f.cpu().numpy(), i.numpy()) for f, i in zip(features, images, strict=True)]
 
-    def _measure(self, size: int, exact: tuple[int, int], inputs: _Inputs) -> None:
-        reasons: dict[str, str] = {}
-        kept: dict[str, list[float]] = {}
-        peaks: dict[str, int] = {}
-        with ExitStack() as stack:
-            try:
-                runners = self._runners(stack, size, exact, inputs, reasons)
-                count = len(runners) * self.options.rounds
-                if self.options.memory:
-                    count += len(runners) - (BACKBONE in runners)
-                self.progress.start(count, f"measuring at {inputs.pixels[0]} px")
-                rows, failed = time_cases(
+    def _measure(self, size: int, exact: tuple[int, int], inputs: Inputs) -> None:
+        rows = {BACKBONE: self._row(size, inputs)}
+        rows |= {method.name: self._row(size, inputs, method) for method in self.methods}
+        times: dict[str, list[float]] = {}
+        memory = self.options.memory
+        try:
+            with ExitStack() as stack:
+                runners = self._runners(stack, exact, inputs, rows)
+                peaks = len(runners) - (BACKBONE in runners) if memory else 0
+                count = len(runners) * self.options.rounds + peaks
+                self.progress.start(count, f"measuring at {exact[0]} px")
+                found, failed = time_cases(
                     runners,
                     self.options.rounds,
                     seconds=self.options.seconds,
-                    warm_up=False,  # they were tried
-                    peaks=lambda name: self.options.memory and name != BACKBONE,
-                    kept=kept,
+                    peaks=lambda name: memory and name != BACKBONE,
+                    kept=times,
                     called=self.progress.advance,
                 )
-                reasons |= {name.removeprefix("peak of "): why for name, why in failed.items()}
-                peaks = {n: row["peak_bytes"] for n, row in rows.items() if "peak_bytes" in row}
-            finally:
-                timed = {name: summary(times) for name, times in kept.items() if times}
-                self._add(size, inputs, timed, peaks, reasons)
+            for name, why in failed.items():
+                rows[name.removeprefix("peak of ")]["reason"] = why
+            for name, row in found.items():
+                rows[name]["peak_bytes"] = row.get("peak_bytes")
+        finally:
+            _fill(rows, times)
+            self.report.rows += rows.values()
+
+    def _row(self, size: int, inputs: Inputs, method: Method | None = None) -> dict[str, Any]:
+        """What is known without measuring (``None``: of the backbone), and why not to measure."""
+        cells, pixels = inputs[0][0].shape[1:], inputs[0][1].shape[1:]
+        row = dict.fromkeys(ROW) | {
+            "size": size,
+            "upsampler": method.name if method else BACKBONE,
+            "method": method and method.row.name,
+            "weights": method.weights if method else "trained",
+            "pixels": list(pixels),
+            "cells": list(cells),
+            "rounds": 0,
+        }
+        if method is None:
+            row["parameters"] = sum(p.numel() for p in self.backbone.parameters())
+            return row
+        row["reason"] = method.reason
+        if method.reason is None:
+            channels = self.backbone.channels
+            row["output_bytes"] = output = 4 * channels * pixels[0] * pixels[1]
+            try:
+                price = method.build().cost(channels, cells, pixels)
+            except FmupsampleError as error:
+                row["reason"] = str(error)
+            else:
+                row |= {"parameters": price.parameters, "macs": price.macs}
+                free = available_memory(self.device)
+                if free is not None and 2 * output > free:
+                    row["reason"] = f"its map needs more than the {free / 1e9:.1f} GB that are free"
+        return row
 
     def _runners(
-        self,
-        stack: ExitStack,
-        size: int,
-        exact: tuple[int, int],
-        inputs: _Inputs,
-        reasons: dict[str, str],
-    ) -> dict[str, Runner]:
+        self, stack: ExitStack, exact: tuple[int, int], inputs: Inputs, rows: dict[str, dict]
+    ) -> dict[str, Here | Apart]:
         """What runs each case, in a process of its own on the CPU; the others get a reason."""
-        runners: dict[str, Runner] = {}
-        self.progress.start(1 + len(self.methods), f"starting at {size} px")
-        cases: dict[str, tuple] = {BACKBONE: (prepare_backbone, self.choice, exact, inputs)}
-        for method in self.methods:
-            cases[method.name] = (prepare, method, inputs)
-            why = method.reason or self._room(inputs)
-            if why:
-                reasons[method.name] = why
-        for name, (make, *arguments) in cases.items():
-            if name not in reasons:
-                try:
-                    if self.device.type == "cpu":
-                        runners[name] = stack.enter_context(Apart(make, *arguments))
-                    else:
-                        case = make(*arguments, str(self.device))
-                        runners[name] = Here(case, self.device)
-                except OutOfMemory as error:
-                    reasons[name] = str(error)
-                except (FmupsampleError, RuntimeError) as error:
-                    reasons[name] = "out of memory" if is_out_of_memory(error) else _line(error)
+        runners: dict[str, Here | Apart] = {}
+        self.progress.start(len(rows), f"starting at {exact[0]} px")
+        cases: dict[str, tuple] = {m.name: (m.build, inputs) for m in self.methods}
+        cases[BACKBONE] = partial(self.load, image_size=exact), [one[1:] for one in inputs]
+        for name in (n for n, row in rows.items() if row["reason"] is None):
+            try:
+                if self.device.type == "cpu":
+                    runners[name] = stack.enter_context(Apart(prepare, *cases[name]))
+                else:
+                    runners[name] = Here(prepare(*cases[name], str(self.device)), self.device)
+            except (OutOfMemory, FmupsampleError, RuntimeError) as error:
+                rows[name]["reason"] = "out of memory" if is_out_of_memory(error) else _line(error)
             self.progress.advance()
         return runners
 
-    def _room(self, inputs: _Inputs) -> str | None:
-        need = 2 * self._output_bytes(inputs)
-        free = free_bytes(self.device) if self.device.type != "mps" else None
-        if free is not None and need > free:
-            return f"its map needs more than the {free / 1e9:.1f} GB that are free"
-        return None
 
-    def _output_bytes(self, inputs: _Inputs) -> int:
-        return 4 * self.backbone.channels * inputs.pixels[0] * inputs.pixels[1]
-
-    def _add(
-        self,
-        size: int,
-        inputs: _Inputs,
-        timed: dict[str, dict],
-        peaks: dict[str, int],
-        reasons: dict[str, str],
-    ) -> None:
-        base = timed.get(BACKBONE, {}).get("median_s")
-        missing = {"median_s": None, "quartiles_s": None, "rounds": 0}
-        shared = {"size": size, "pixels": list(inputs.pixels), "cells": list(inputs.cells)}
-
-        def row(name: str, facts: dict[str, Any]) -> None:
-            own = timed.get(name, missing)
-            times = None if base is None or own["median_s"] is None else own["median_s"] / base
-            why = reasons.get(name) or (None if own["rounds"] else "interrupted")
-            self.report.rows.append(
-                shared
-                | {"upsampler": name, **facts, **own}
-                | {"peak_bytes": peaks.get(name), "of_backbone": times, "reason": why}
-            )
-
-        count = sum(p.numel() for p in self.backbone.parameters())
-        row(BACKBONE, _facts(None, "trained", count, None, None))
-        for method in self.methods:
-            row(method.name, self._described(method, inputs, reasons))
-
-    def _described(
-        self, method: Method, inputs: _Inputs, reasons: dict[str, str]
-    ) -> dict[str, Any]:
-        """What is known of a method without measuring it."""
-        if method.reason:
-            return _facts(method.row.name, method.weights, None, None, None)
-        try:
-            upsampler = method.build()
-            price = upsampler.cost(self.backbone.channels, inputs.cells, inputs.pixels)
-        except FmupsampleError as error:
-            reasons.setdefault(method.name, str(error))
-            return _facts(method.row.name, method.weights, None, None, None)
-        count = sum(p.numel() for p in upsampler.parameters())
-        output = self._output_bytes(inputs)
-        return _facts(method.row.name, method.weights, count, price.macs, output)
-
-
-def _facts(
-    method: str | None, weights: str, parameters: int | None, macs: int | None, output: int | None
-) -> dict[str, Any]:
-    return {
-        "method": method,
-        "weights": weights,
-        "parameters": parameters,
-        "macs": macs,
-        "output_bytes": output,
-    }
+def _fill(rows: dict[str, dict[str, Any]], times: dict[str, list[float]]) -> None:
+    """Put seconds into rows, also those of a run that was interrupted."""
+    for name, row in rows.items():
+        if times.get(name):
+            row |= summary(times[name])
+        elif row["reason"] is None:
+            row["reason"] = "interrupted"
+    base = rows[BACKBONE]["median_s"]
+    for row in rows.values():
+        if base is not None and row["median_s"] is not None:
+            row["of_backbone"] = row["median_s"] / base
 
 
 def default_pictures() -> list[Source]:
-    """The photographs beside the package in a checkout; none (drawn ones) elsewhere."""
+    """The photographs beside the package in a checkout; none (a drawn one) elsewhere."""
     return find_images([_EXAMPLES]) if _EXAMPLES.is_dir() else []
 
 
@@ -373,11 +299,6 @@ def drawn_picture(side: int) -> np.ndarray:
         picture[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = random.uniform(20, 235, 3)
     noisy = picture + random.normal(0, 4, picture.shape)
     return noisy.clip(0, 255).astype(np.uint8)
-
-
-def _backend(device: torch.device) -> str:
-    name = implementation(device).__name__.rpartition(".")[2]
-    return "torch" if name == "plain" else name
 
 
 def _line(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fmupsample.bench.run import BACKBONE, BenchReport
@@ -13,6 +15,50 @@ QUALITY_COLUMNS = (
     *(f"{probe}: {title}" for probe in ("preserved", "fitted") for title in QUALITY.values()),
     "note",
 )
+NOTE = (
+    "Times are medians over interleaved rounds, of the whole map from features and picture. Peak "
+    "memory is what a call takes, its result included. A multiply-add (MAC) counts once, by "
+    "formula, as in published tables."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words stand in the first and in the last column, numbers in the others."""
+
+    heading: str
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        marks = ["---", *["---:"] * (len(self.columns) - 2), "---"]
+        lines = (" | ".join(line) for line in [self.columns, marks, *self.rows])
+        drawn = "\n".join(f"| {line} |" for line in lines)
+        return f"## {self.heading}\n\n{self.title}:\n\n{drawn}"
+
+
+def tables(report: BenchReport) -> list[Table]:
+    """One for each size that was measured, and one for quality."""
+    found = []
+    for size in report.settings["sizes"]:
+        rows = report.at(size)
+        if rows:
+            (height, width), (h, w) = rows[0]["pixels"], rows[0]["cells"]
+            title = (
+                f"{report.settings['channels']} channels, {h}x{w} cells to {height}x{width} "
+                f"pixels, one picture, float32"
+            )
+            found.append(Table(f"{size} px", title, COLUMNS, cost_rows(report, size)))
+    quality = report.quality
+    if quality is not None:
+        title = (
+            f"linear probes, short side {quality['image_size']}: fitted on "
+            f"{quality['fitted_on']} pictures, judged on {quality['judged_on']}, per cent"
+        )
+        rows = [_quality_row(row) for row in quality["rows"]]
+        found.append(Table("Probe quality", title, QUALITY_COLUMNS, rows))
+    return found
 
 
 def cost_rows(report: BenchReport, size: int) -> list[list[str]]:
@@ -23,49 +69,27 @@ def cost_rows(report: BenchReport, size: int) -> list[list[str]]:
 
 
 def _cost_row(row: dict[str, Any]) -> list[str]:
-    median, quartiles = row["median_s"], row["quartiles_s"]
-    note = row["reason"] or ("random parameters" if row["weights"] == "random" else "")
+    times = [row["median_s"], *(row["quartiles_s"] or ())]
+    median, *quartiles = ("-" if t is None else milliseconds(t) for t in times)
     return [
         row["upsampler"],
-        "-" if median is None else milliseconds(median),
-        "-" if median is None else " to ".join(milliseconds(q) for q in quartiles),
+        median,
+        " to ".join(quartiles) or "-",
         "-" if row["of_backbone"] is None else f"{row['of_backbone']:.2f}",
         "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
         "-" if row["parameters"] is None else amount(row["parameters"]),
         "-" if row["macs"] is None else f"{row['macs'] / 1e9:.3f}",
-        note,
+        row["reason"] or ("random parameters" if row["weights"] == "random" else ""),
     ]
 
 
-def quality_rows(report: BenchReport) -> list[list[str]]:
-    """In :data:`QUALITY_COLUMNS`, per cent."""
-    made = []
-    for row in (report.quality or {"rows": []})["rows"]:
-        values = [
-            "-" if row[probe] is None or row[probe][key] is None else f"{100 * row[probe][key]:.1f}"
-            for probe in ("preserved", "fitted")
-            for key in QUALITY
-        ]
-        made.append([row["upsampler"], *values, row["reason"] or ""])
-    return made
-
-
-def title(report: BenchReport, size: int) -> str:
-    """Of the table of one size."""
-    rows = report.at(size)
-    (height, width), (h, w) = rows[0]["pixels"], rows[0]["cells"]
-    return (
-        f"{report.settings['channels']} channels, {h}x{w} cells to {height}x{width} pixels, "
-        f"one picture, float32"
-    )
-
-
-def quality_title(report: BenchReport) -> str:
-    assert report.quality is not None
-    return (
-        f"linear probes, short side {report.quality['image_size']}: fitted on "
-        f"{report.quality['fitted_on']} pictures, judged on {report.quality['judged_on']}, per cent"
-    )
+def _quality_row(row: dict[str, Any]) -> list[str]:
+    values = [
+        "-" if row[probe] is None or row[probe][key] is None else f"{100 * row[probe][key]:.1f}"
+        for probe in ("preserved", "fitted")
+        for key in QUALITY
+    ]
+    return [row["upsampler"], *values, row["reason"] or ""]
 
 
 def where(report: BenchReport) -> str:
@@ -82,29 +106,9 @@ def markdown(report: BenchReport) -> str:
     parts = ["# Upsamplers measured", where(report) + ".", NOTE]
     if not report.complete:
         parts.append("The run was interrupted: what is here had been measured by then.")
-    for size in report.settings["sizes"]:
-        if str(size) in report.skipped:
-            parts.append(f"## {size} px\n\nNot measured: {report.skipped[str(size)]}")
-        elif report.at(size):
-            drawn = _table(COLUMNS, cost_rows(report, size))
-            parts.append(f"## {size} px\n\n{title(report, size)}:\n\n{drawn}")
-    if report.quality is not None:
-        drawn = _table(QUALITY_COLUMNS, quality_rows(report))
-        parts.append(f"## Probe quality\n\n{quality_title(report)}:\n\n{drawn}")
-    return "\n\n".join(parts) + "\n"
-
-
-NOTE = (
-    "Times are medians over interleaved rounds, of the whole map from features and picture. Peak "
-    "memory is what a call takes, its result included. A multiply-add (MAC) counts once, by "
-    "formula, as in published tables."
-)
-
-
-def _table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    # What is said in words stands left, numbers right.
-    marks = ["---" if c in ("upsampler", "note") else "---:" for c in columns]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [list(columns), marks, *rows])
+    for size, why in report.skipped.items():
+        parts.append(f"## {size} px\n\nNot measured: {why}")
+    return "\n\n".join([*parts, *(table.markdown() for table in tables(report))]) + "\n"
 
 
 def milliseconds(seconds: float) -> str:

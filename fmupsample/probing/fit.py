@@ -29,7 +29,7 @@ from fmupsample.probing.probe import Probe, make_probe
 from fmupsample.probing.tasks import Classes, Depth, Task
 from fmupsample.progress import SILENT, Progress
 
-# Found on CamVid with whitened features: see benchmarks/README.md.
+# Found on CamVid with whitened features: see research/benchmarks/README.md.
 RATES = (1e-2, 3e-2, 1e-1, 3e-1)
 FEW_PICTURES = 8  # so few are fitted at one rate, for this many steps
 FEW_RATE, FEW_STEPS = 3e-2, 300

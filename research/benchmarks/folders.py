@@ -1,6 +1,6 @@
 """What a folder of very many pictures costs before the first of them is computed, and after.
 
-    python benchmarks/folders.py --pictures 100000 -o benchmarks/results/folders.json
+    python research/benchmarks/folders.py --pictures 100000 -o folders.json
 
 The pictures are hard links to one tiny file, a thousand in a folder; the results of the "done" run
 are hard links too, with a manifest that has them all. Timed, each as the commands do it: listing,
@@ -10,10 +10,8 @@ files and for shards. Also the same with the last picture missing, which is a ru
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from statistics import median
 import torch
 from PIL import Image
 
+from common import options, parse_options, tell_faults, write_json
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.images import find_images, storable
@@ -124,25 +123,21 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, "JSON")
     add = parser.add_argument
     add("--pictures", type=int, default=100_000)
     add("--shard-size", type=int, default=1000)
     add("--repeats", type=int, default=3)
     add("--folder", type=Path, help="where to make them; default: the folder for temporary files")
-    add("-o", "--output", type=Path, help="JSON")
-    args = parser.parse_args(arguments)
+    args = parse_options(parser, arguments)
     machine = describe(torch.device("cpu"))
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         results = measure(Path(folder), args.pictures, args.shard_size, args.repeats)
     for name, (clock, processor) in results.items():
         print(f"{name:36} {clock:8.2f} s, {processor:.2f} s of the processor")
-    if args.output:
-        found = {"machine": machine, "pictures": args.pictures, "clock_and_cpu_seconds": results}
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+    found = {"machine": machine, "pictures": args.pictures, "clock_and_cpu_seconds": results}
+    write_json(args.output, found)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tell_faults(main)

@@ -1,6 +1,6 @@
 """How much memory upsampling takes, against the size of the picture.
 
-    python benchmarks/memory.py -o benchmarks/results/memory-cpu.json
+    python research/benchmarks/memory.py -o research/benchmarks/results/memory-cpu.json
 
 Kernel weights of larger and larger square pictures, by the shipped head: all at once, and as the
 pipeline makes them, in windows beyond two million pixels. Each case in a process of its own; the
@@ -14,7 +14,6 @@ call differs by 100 MB): what is counted is what is in use.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +22,16 @@ import numpy as np
 import torch
 
 import fmupsample.pipeline.maps
+from common import options, parse_options, tell_faults
 from fmupsample.backbones import load_backbone
-from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import Apart, OutOfMemory
 from fmupsample.images.find import Source
 from fmupsample.images.size import Frame, ImageSize
 from fmupsample.memory import parse_memory
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.upsamplers import load_upsampler
-
-import reports
+from reports import Report
+from tables import markdown_table
 
 SIZES = (560, 1120, 1680, 2240, 3360, 4480)
 # Whole pictures are measured up to here; larger ones take gigabytes.
@@ -88,18 +87,11 @@ def _corner(item: Item, backbone) -> Item:
 
 
 def measure(method: str, size: int, way: str, allowed: int | None) -> dict:
-    result = {
-        "setting": {"method": method, "size": size, "way": way},
-        "device": "cpu",
-        "backend": "torch",
-        "max_memory": allowed,
-    }
     try:
         with Apart(prepare, method, size, way, allowed) as runner:
-            result["peak_bytes"] = runner.peak()
+            return {"peak_bytes": runner.peak()}
     except OutOfMemory as error:
-        result["skipped"] = str(error)
-    return result
+        return {"skipped": str(error)}
 
 
 def growth(results: list[dict]) -> dict[str, dict[str, float]]:
@@ -123,53 +115,43 @@ def growth(results: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def table(results: list[dict]) -> str:
-    lines = ["| picture | method | at once | as the pipeline does |", "|---|---|---|---|"]
+    rows = []
     cells: dict[tuple[int, str], dict[str, str]] = {}
     for r in results:
         s = r["setting"]
         text = f"{r['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in r else r["skipped"]
         cells.setdefault((s["size"], s["method"]), {})[s["way"]] = text
     for (size, method), ways in sorted(cells.items(), key=lambda c: (c[0][1], c[0][0])):
-        lines.append(
-            f"| {size} x {size} | {method} | {ways.get('whole', '')} | {ways.get('windows', '')} |"
-        )
-    return "\n".join(lines)
+        rows.append([f"{size} x {size}", method, ways.get("whole", ""), ways.get("windows", "")])
+    return markdown_table(["picture", "method", "at once", "as the pipeline does"], rows, words=2)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=list(SIZES), help="sides, multiples of 14")
     add("--methods", nargs="+", default=["resfu", "bilateral-cells", "jbu"])
     add("--ways", nargs="+", default=["whole", "windows"])
     add("--max-memory", type=parse_memory, help="as of the command line")
-    add("--threads", type=int, default=0)
-    add("-o", "--output", type=Path, help="JSON; other cases already in it are kept")
-    args = parser.parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parse_options(parser, arguments)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(_RETURNED_BYTES)  # read by the processes of cases
-    machine = describe(torch.device("cpu"))
-    results = reports.read(args.output, machine)
+    report = Report(args.output, torch.device("cpu"))
     for method in args.methods:
         for size in args.sizes:
             for way in args.ways:
                 if way == "whole" and size > MOST_WHOLE:
                     continue
-                result = measure(method, size, way, args.max_memory)
-                results = reports.add(results, result)
-                reports.write(args.output, machine, results, bytes_per_pixel=growth(results))
-                print(
-                    size, method, way, result.get("peak_bytes", result.get("skipped")), flush=True
-                )
-    print("\n" + table(results))
-    for method, ways in growth(results).items():
+                setting = {"method": method, "size": size, "way": way}
+                found = measure(method, size, way, args.max_memory)
+                report.add(setting, max_memory=args.max_memory, **found)
+                report.write(bytes_per_pixel=growth(report.results))
+                print(size, method, way, *found.values(), flush=True)
+    print("\n" + table(report.results))
+    for method, ways in growth(report.results).items():
         said = ", ".join(f"{way} {value:.0f}" for way, value in ways.items())
         flat = len(ways) == 2 and ways["windows"] <= FLAT * ways["whole"]
         print(f"{method}: bytes that one more pixel takes: {said}{'; flat' if flat else ''}")
 
 
 if __name__ == "__main__":
-    main()
+    tell_faults(main)

@@ -1,6 +1,6 @@
 """Train an affinity head from masks: labelled photographs and composites, no backbone.
 
-    python weights/recipes/train_affinity.py DATA -o affinity.safetensors \\
+    python research/recipes/train_affinity.py DATA -o affinity.safetensors \\
         --labelled camvid/train --labelled ccp/train:object --labelled davis:object \\
         --photos photos --photos bsds500 --photos imagenette224
 
@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from composites import Composer, Labelled, read_labelled
-from lite0 import initialise, lite0_state
 from torch import Tensor
 
+from composites import Composer, Labelled, read_labelled
 from fmupsample.training.masks import mask_loss, segment_shares, segments
 from fmupsample.upsamplers.affinity import Affinity, AffinityConfig
 from fmupsample.upsamplers.heads import load_head, save_head
 from fmupsample.upsamplers.normalisation import MEAN, STD
+from lite0 import initialise, lite0_state
 
 # Pixels a cell, cells that shares are taken over, and how often: patches of 14 and 16, and the
 # finer grids of shifted views, whose patches are two cells wide.
@@ -167,7 +167,7 @@ def read_groups(data: Path, names: list[str]) -> tuple[list[list[Labelled]], lis
 def card(arguments: argparse.Namespace, log: list) -> dict:
     return {
         "data": {"masks": arguments.labelled, "photographs": arguments.photos},
-        "recipe": "weights/recipes/train_affinity.py",
+        "recipe": "research/recipes/train_affinity.py",
         "steps": arguments.steps, "batch": arguments.batch, "side": arguments.side,
         "seed": arguments.seed, "start": "tf_efficientnet_lite0 (Apache-2.0)",
         "metrics": log[-1],

@@ -1,10 +1,10 @@
 """How long upsampling takes and how much memory, against what people would compare it with.
 
-    python benchmarks/upsampling.py --quick -o numbers.json
-    python benchmarks/upsampling.py --sweep --plot growth.png -o numbers.json
+    python research/benchmarks/upsampling.py --quick -o numbers.json
+    python research/benchmarks/upsampling.py --sweep --plot growth.png -o numbers.json
 
 Everything in one setting is timed in one run, interleaved, so that ratios mean something even where
-the machine is not steady. benchmarks/README.md says what each number is.
+the machine is not steady. research/benchmarks/README.md says what each number is.
 """
 
 from __future__ import annotations
@@ -16,14 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fmupsample.bench.machine import describe, free_bytes
-from fmupsample.bench.measuring import time_cases
-from fmupsample.device import resolve_device
-from fmupsample.errors import FmupsampleError
-
-import backends
 import bars
-import reports
 from cases import (
     BACKBONES,
     BACKWARD,
@@ -35,8 +28,13 @@ from cases import (
     moved_bytes,
     runners,
 )
+from common import options, parse_options, tell_faults
 from errors import measure_errors, worst_ratio
-from plots import growth
+from fmupsample.bench.measuring import time_cases
+from fmupsample.device import resolve_device
+from fmupsample.memory import available_memory
+from fmupsample.ops.backend import set_backend
+from reports import Report, key
 
 SWEEPS = {
     "size": [224, 448, 896, 2048],
@@ -62,9 +60,7 @@ def sweep_part(text: str) -> tuple[str, list[int]]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="one setting, with errors and the definition")
     add(
@@ -88,14 +84,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--budget", type=float, help="seconds after which no further setting is begun")
     add("--device", default="auto")
-    add("--threads", type=int, default=0)
     add("--backend", default="auto", help="what computes the operators: auto, torch or cuda")
     add("--no-backward", action="store_true")
     add("--no-memory", action="store_true", help="without peak memory")
     add("--no-literal", action="store_true", help="without the definition's time, which is long")
-    add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
     add("--plot", type=Path, help="PNG of the growth with pixels and channels, after a sweep")
-    args = parser.parse_args(arguments)
+    args = parse_options(parser, arguments)
     if not args.quick and args.sweep is None:
         args.quick = True
     args.dtypes = list(DTYPES) if args.dtype == "both" else [args.dtype]
@@ -150,7 +144,7 @@ def room(setting: Setting, args: argparse.Namespace, device: torch.device) -> st
     """
     outputs = [setting.output_bytes(dtype) for dtype in args.dtypes]
     need = sum(outputs) + max(outputs) + HEAD_BYTES * setting.batch * setting.size**2 + 2e9
-    free = free_bytes(device)
+    free = available_memory(device)
     if free is not None and need > free:
         return f"needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     return None
@@ -162,9 +156,6 @@ def measure(
     """Everything about one setting, as it goes into the JSON."""
     wanted, skipped = names(setting, args, device, thorough)
     result = {
-        "setting": asdict(setting),
-        "device": device.type,
-        "backend": backends.in_use(device),
         "output_bytes": {dtype: setting.output_bytes(dtype) for dtype in args.dtypes},
         "moved_bytes": moved_bytes(setting, args.dtypes, device),
     }
@@ -182,9 +173,9 @@ def measure(
     if thorough and not args.no_literal:
         if setting.batch * setting.size**2 > MOST_LITERAL_PIXELS:
             skipped["literal fp32"] = "the definition is measured on one picture of 448 px at most"
-        else:  # once, without a warm-up: it takes long enough not to need one
-            with runners(setting, ["literal fp32"], device, settle=False) as (found, _):
-                result["cases"] |= time_cases(found, 1, warm_up=False)[0]
+        else:  # once: it takes long
+            with runners(setting, ["literal fp32"], device) as (found, _):
+                result["cases"] |= time_cases(found, 1)[0]
     result["skipped"] = skipped
     if thorough:
         result["errors"] = {dtype: measure_errors(dtype, device) for dtype in args.dtypes}
@@ -225,23 +216,34 @@ def show(result: dict) -> None:
         print(f"{name}: not measured, {reason}")
 
 
+def draw(report: Report, dtype: str, path: Path) -> None:
+    """The growth, where matplotlib is there and settings differ in one size alone."""
+    try:
+        from plots import growth
+    except ImportError:
+        print("no plot: it takes matplotlib")
+        return
+    figure = growth(report.results, dtype, report.machine)
+    if figure is None:
+        print("no plot: it takes a sweep of sizes or channels")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     begun = time.perf_counter()
     device = resolve_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    backends.choose(args.backend)
-    machine = describe(device)
-    results = reports.read(args.output, machine)
+    set_backend(args.backend)
+    report = Report(args.output, device)
     skipped: dict[str, str] = {}
 
     def save() -> None:
-        rows = bars.evaluate(results)
-        reports.write(args.output, machine, results, skipped=skipped, bars=rows)
+        report.write(skipped=skipped, bars=bars.evaluate(report.results))
 
     for setting, thorough in settings(args, device):
-        if not thorough and _has_thorough(results, setting, device):
+        if not thorough and _has_thorough(report, setting):
             print(f"\n{setting}: kept as a --quick run measured it, with errors and peaks")
             continue
         reason = room(setting, args, device)
@@ -251,30 +253,20 @@ def main(arguments: list[str] | None = None) -> None:
             skipped[str(setting)] = reason
             print(f"\n{setting}: not measured, {reason}")
             continue
-        result = measure(setting, args, device, thorough)
-        show(result)
-        results = reports.add(results, result)
+        show(report.add(asdict(setting), **measure(setting, args, device, thorough)))
         save()  # after each: a run that is cut short leaves the rest
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print("\n" + bars.table(bars.evaluate(results)))
+    print("\n" + bars.table(bars.evaluate(report.results)))
     save()
     if args.plot:
-        picture = growth(results, args.dtypes[0], machine)
-        if picture is None:
-            print("no plot: it takes a sweep of sizes or channels")
-        else:
-            args.plot.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(args.plot)
+        draw(report, args.dtypes[0], args.plot)
 
 
-def _has_thorough(results: list[dict], setting: Setting, device: torch.device) -> bool:
-    wanted = (*asdict(setting).values(), device.type, backends.in_use(device))
-    return any(reports.key(result) == wanted and "errors" in result for result in results)
+def _has_thorough(report: Report, setting: Setting) -> bool:
+    wanted = report.result(asdict(setting))
+    return any(key(result) == key(wanted) and "errors" in result for result in report.results)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FmupsampleError as error:
-        raise SystemExit(f"error: {error}") from error
+    tell_faults(main)

@@ -1,6 +1,6 @@
 """Turn a run of distil.py into the shipped file: weights with their card in the header, checked.
 
-    python weights/recipes/publish.py --run run/ --card card.json -o weights/embedded.safetensors
+    python research/recipes/publish.py --run run/ --card card.json -o weights/embedded.safetensors
 
 The card (teacher, data, command, metrics, limits) is a JSON object written by hand after measuring;
 steps, crops and seconds are added from the run.
@@ -16,10 +16,9 @@ from pathlib import Path
 import timm
 import torch
 
-from fmupsample.backbones.embedded import load_backbone_file
-
 from backbone import save_embedded
 from distil import patches
+from fmupsample.backbones.embedded import load_backbone_file
 from prune import ARCHITECTURE
 
 TAG = "embedded.v2"

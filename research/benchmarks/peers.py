@@ -2,7 +2,7 @@
 
     git clone https://github.com/wimmerth/anyup /tmp/anyup
     git clone https://github.com/valeoai/NAF /tmp/NAF
-    python benchmarks/peers.py --anyup /tmp/anyup --naf /tmp/NAF --size 224 -o peers.json
+    python research/benchmarks/peers.py --anyup /tmp/anyup --naf /tmp/NAF --size 224 -o peers.json
 
 Their code runs as published, with random weights, from checkouts outside this repository; NAF needs
 the package einops. NAF's attention is NATTEN's, whose kernels need an NVIDIA GPU: on a CPU a plain
@@ -11,7 +11,6 @@ PyTorch stand-in takes their place, and its row says so.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 import types
@@ -23,13 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmupsample.bench.machine import describe
-from fmupsample.bench.measuring import Apart, Case, Here, Runner, time_cases
-from fmupsample.device import resolve_device
-
-import backends
-import reports
 from cases import Setting, Workload
+from common import options, parse_options, tell_faults
+from fmupsample.bench.measuring import Apart, Case, Here, time_cases
+from fmupsample.device import resolve_device
+from reports import Report
 
 
 def own(setting: Setting, device: torch.device, name: str) -> Case:
@@ -109,9 +106,7 @@ def _window(cells: int, kernel: int) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--anyup", type=Path, metavar="DIR", help="a checkout of github.com/wimmerth/anyup")
     add("--naf", type=Path, metavar="DIR", help="a checkout of github.com/valeoai/NAF")
@@ -120,11 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--channels", type=int, default=384)
     add("--ratio", type=int, default=14)
     add("--rounds", type=int, default=3)
-    add("--no-warm-up", action="store_true", help="where a call takes minutes")
     add("--device", default="auto")
-    add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
-    args = parser.parse_args(arguments)
+    args = parse_options(parser, arguments)
     device = resolve_device(args.device)
+    report = Report(args.output, device)
     setting = Setting(args.size, args.channels, args.ratio)
     ours = {
         "ReSFU, whole head": "whole head fp32",
@@ -139,17 +133,17 @@ def main(arguments: list[str] | None = None) -> None:
         name = "NAF" if device.type == "cuda" else "NAF, plain PyTorch for NATTEN"
         wanted[name] = (naf, setting, device, args.naf)
     with ExitStack() as stack:
-        runners: dict[str, Runner] = {}
+        runners: dict[str, Here | Apart] = {}
         for name, (prepare, *rest) in wanted.items():
             if device.type == "cuda":
                 runners[name] = Here(prepare(*rest), device)
             else:
-                runners[name] = stack.enter_context(
-                    Apart(prepare, *rest, settle=not args.no_warm_up)
-                )
-        rows, skipped = time_cases(runners, args.rounds, warm_up=not args.no_warm_up)
+                runners[name] = stack.enter_context(Apart(prepare, *rest))
+        rows, skipped = time_cases(runners, args.rounds)
     base = rows["ReSFU, whole head"]["median_s"]
-    print(f"{setting}, {device.type}, {backends.in_use(device)}, fp32")
+    result = report.add(asdict(setting), cases=rows, skipped=skipped)
+    report.write()
+    print(f"{setting}, {device.type}, {result['backend']}, fp32")
     for name, row in rows.items():
         low, high = row["quartiles_s"]
         print(
@@ -158,16 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     for name, reason in skipped.items():
         print(f"{name}: {reason}")
-    machine = describe(device)
-    result = {
-        "setting": asdict(setting),
-        "device": device.type,
-        "backend": backends.in_use(device),
-        "cases": rows,
-        "skipped": skipped,
-    }
-    reports.write(args.output, machine, reports.add(reports.read(args.output, machine), result))
 
 
 if __name__ == "__main__":
-    main()
+    tell_faults(main)

@@ -9,8 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fmupsample.atomic import replacing
-from fmupsample.errors import OutputError, UsageError
+import torch
+
+from common import write_json
+from fmupsample.bench.machine import describe
+from fmupsample.errors import UsageError
 
 FORMAT = "fmupsample-quality/1"
 
@@ -26,8 +29,8 @@ class Cells:
         UsageError: the file is something else, or of other settings.
     """
 
-    def __init__(self, path: Path | None, machine: dict, settings: dict) -> None:
-        self.path, self.machine = path, machine
+    def __init__(self, path: Path | None, device: torch.device, settings: dict) -> None:
+        self.path, self.machine = path, describe(device)
         # As they will be read back: tuples become lists.
         self.settings = json.loads(json.dumps(settings))
         self.cells: list[dict[str, Any]] = []
@@ -69,8 +72,6 @@ class Cells:
         self.write()
 
     def write(self) -> None:
-        if self.path is None:
-            return
         report = {
             "format": FORMAT,
             "machine": self.machine,
@@ -79,12 +80,7 @@ class Cells:
             "skipped": self.skipped,
             "cells": self.cells,
         }
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as temporary:
-                temporary.write_text(json.dumps(report, indent=1) + "\n")
-        except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error}") from error
+        write_json(self.path, report)
 
 
 def _key(cell: dict) -> tuple:

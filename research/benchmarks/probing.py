@@ -1,11 +1,11 @@
 """What fitting and using a linear probe costs, against making the upsampled features.
 
-    python benchmarks/probing.py -o probing.json
-    python benchmarks/probing.py --camvid DIR --cache DIR -o camvid.json
+    python research/benchmarks/probing.py -o probing.json
+    python research/benchmarks/probing.py --camvid DIR --cache DIR -o camvid.json
 
 An epoch of a few pictures whose features and kernel weights are cached, and one picture from its
-pixels to its mask. Everything is timed interleaved, each case in a process of its own; see
-benchmarks/README.md for what each case is. With --camvid: the probes of some upsamplers on CamVid.
+pixels to its mask. Everything is timed interleaved, each case in a process of its own; README.md
+says what each case is. With --camvid: the probes of some upsamplers on CamVid.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import product
-from json import dumps
 from pathlib import Path, PurePosixPath
 from statistics import mean
 
 import torch
 import torch.nn.functional as F
 
+import bars
+from bars import Bar
+from cases import CLASSES, Setting, Workload
+from common import options, parse_options, tell_faults, write_json
 from fmupsample.backbones import load_backbone
 from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import Apart, Case, OutOfMemory, time_cases
-from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.images.size import ImageSize
 from fmupsample.labels import open_dataset, parse_classes, survey
@@ -45,13 +47,8 @@ from fmupsample.probing.linear import _Stack, _TrainingData
 from fmupsample.probing.tasks import largest
 from fmupsample.upsamplers import load_upsampler
 from fmupsample_cli.progress import RichProgress
-
-import backends
-import bars
-import reports
-from bars import Bar
-from cases import CLASSES, Setting, Workload
 from labelled import CAMVID
+from reports import Report
 
 PICTURES = 4  # of an epoch, and of a batch
 EPOCHS = ("epoch, drawn pixels", "epoch, all pixels", "epoch, materialised")
@@ -190,9 +187,6 @@ def measure(setting: Setting, rounds: int, seconds: float, memory: bool) -> dict
             found, rounds, seconds=seconds, peaks=lambda name: memory and name != "backbone"
         )
     return {
-        "setting": asdict(setting),
-        "device": "cpu",
-        "backend": backends.in_use(torch.device("cpu")),
         "pictures": PICTURES,
         "classes": CLASSES,
         "cases": cases,
@@ -210,7 +204,7 @@ def measure_camvid(args: argparse.Namespace) -> dict:
     if args.limit:
         for data in sets.values():
             data.pairs = data.pairs[: args.limit]
-    names = parse_classes(",".join(CAMVID))
+    names = parse_classes(",".join(CAMVID.names))
     tables = {split: survey(data, given=names).table for split, data in sets.items()}
     store = DiskStore(args.cache)
     rows = []
@@ -261,8 +255,8 @@ def show_camvid(found: dict) -> None:
         line(f"{key}, seconds", lambda row, key=key: row["seconds"][key])
 
 
-def show(result: dict) -> None:
-    print(f"\n{Setting(**result['setting'])}, {PICTURES} pictures an epoch, {CLASSES} classes")
+def show(setting: Setting, result: dict) -> None:
+    print(f"\n{setting}, {PICTURES} pictures an epoch, {CLASSES} classes")
     for name, row in result["cases"].items():
         low, high = (1e3 * q for q in row["quartiles_s"])
         peak = f"{row['peak_bytes'] / 1e6:8.0f} MB" if "peak_bytes" in row else ""
@@ -272,9 +266,7 @@ def show(result: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--size", type=int, default=448, help="pixels of the square picture (448)")
     add("--channels", type=int, default=384)
@@ -288,32 +280,23 @@ def main(arguments: list[str] | None = None) -> None:
     add("--epochs", type=int, default=20)
     add("--limit", type=int, help="pictures of each split (all)")
     add("--cache", type=Path, help="folder for its features and kernel weights")
-    add("--threads", type=int, default=0)
-    add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
-    args = parser.parse_args(arguments)
+    args = parse_options(parser, arguments)
     if args.camvid and not args.cache:
         parser.error("--camvid needs --cache")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    machine = describe(torch.device("cpu"))
     if args.camvid:
-        found = measure_camvid(args)
+        machine, found = describe(torch.device("cpu")), measure_camvid(args)
         show_camvid(found)
-        if args.output:
-            text = dumps({"machine": machine, "camvid": found}, indent=1)
-            args.output.write_text(text + "\n")
+        write_json(args.output, {"machine": machine, "camvid": found})
         return
+    results = Report(args.output, torch.device("cpu"))
     setting = replace(Setting(), size=args.size, channels=args.channels)
     result = measure(setting, args.rounds, args.seconds, not args.no_memory)
-    show(result)
-    results = reports.add(reports.read(args.output, machine), result)
-    rows = bars.evaluate(results, BARS)
+    show(setting, result)
+    results.add(asdict(setting), **result)
+    rows = bars.evaluate(results.results, BARS)
     print("\n" + bars.table(rows))
-    reports.write(args.output, machine, results, bars=rows)
+    results.write(bars=rows)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FmupsampleError as error:
-        raise SystemExit(f"error: {error}") from error
+    tell_faults(main)

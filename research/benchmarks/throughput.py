@@ -1,7 +1,7 @@
 """What the pipeline adds to the time of backbone and upsampler, and what the computing waits for.
 
-    python benchmarks/throughput.py -o benchmarks/results/throughput-cpu.json
-    python benchmarks/throughput.py photos/ --pictures 200 --device cuda -o throughput-gpu.json
+    python research/benchmarks/throughput.py -o throughput-cpu.json
+    python research/benchmarks/throughput.py photos/ --pictures 200 --device cuda -o gpu.json
 
 Whole runs of ``extract`` (tokens, compact files) and ``visualize`` (PCA), as the commands do them,
 from picture files to result files, in turns with the models alone: backbone, kernel weights and
@@ -14,16 +14,12 @@ picture, or for the writer.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
-import os
 import random
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,22 +27,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-import fmupsample.pipeline.features
+import bars
+from common import options, parse_options, tell_faults
 from fmupsample.backbones import load_backbone
-from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import summary
 from fmupsample.device import autocast, resolve_device
-from fmupsample.errors import FmupsampleError
 from fmupsample.heap import keep_freed_memory
 from fmupsample.images import ImageSize, Source, find_images
 from fmupsample.jobs.extract import ExtractOptions, extract
 from fmupsample.jobs.visualize import VisualizeOptions, visualize
 from fmupsample.pipeline import Item, Pipeline
-from fmupsample.runs.writer import BackgroundWriter
 from fmupsample.upsamplers import load_upsampler
-
-import bars
-import reports
+from reports import Report
+from waits import Waits
 
 LIMIT = 10.0  # percent that the pipeline may add on a CPU
 DRAWN = (960, 1280)  # pixels of a drawn picture
@@ -125,63 +118,6 @@ def models_alone(pipeline: Pipeline, kind: Kind, batches: list[Decoded]) -> None
             item.features = torch.empty(0)
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
-
-
-# -- what the computing waits for ------------------------------------------------------------------
-
-
-class Waits:
-    """``with Waits() as waits:`` seconds for which the thread that computes waits, by what for."""
-
-    def __enter__(self) -> Waits:
-        self.seconds = {"decode": 0.0, "write": 0.0}
-        self._stack = contextlib.ExitStack()
-        prefetch = fmupsample.pipeline.features.prefetch
-
-        def watched(*arguments: object, **options: object) -> Iterator:
-            ahead = prefetch(*arguments, **options)
-            try:
-                while True:
-                    with self._timed("decode"):
-                        found = next(ahead, None)
-                    if found is None:
-                        return
-                    yield found
-            finally:
-                ahead.close()
-
-        self._replace(fmupsample.pipeline.features, "prefetch", watched)
-        for owner, name in (
-            (BackgroundWriter, "_put"),
-            (BackgroundWriter, "close"),
-        ):
-            self._replace(owner, name, self._watched(getattr(owner, name)))
-        self._depth = 0
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _replace(self, owner: object, name: str, value: object) -> None:
-        self._stack.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, value)
-
-    def _watched(self, method: Callable) -> Callable:
-        def call(*arguments: object) -> object:
-            with self._timed("write"):
-                return method(*arguments)
-
-        return call
-
-    @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        began, self._depth = time.perf_counter(), self._depth + 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if not self._depth:  # closing a writer puts something, too
-                self.seconds[what] += time.perf_counter() - began
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -321,9 +257,7 @@ def table(result: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("images", nargs="*", help="pictures or folders; default: drawn ones of 960 x 1280 pixels")
     add("--pictures", type=int, default=200)
@@ -337,15 +271,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch-size", type=int)
     add("--workers", type=int)
     add("--device", default="auto")
-    add("--threads", type=int, default=0)
     add("--folder", type=Path, help="where results go; default: the folder for temporary files")
-    add("-o", "--output", type=Path, help="JSON; other settings already in it are kept")
-    args = parser.parse_args(arguments)
+    args = parse_options(parser, arguments)
     keep_freed_memory()  # as the command does
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
-    machine = describe(device)
+    report = Report(args.output, device)
     backbone = load_backbone(args.backbone, pretrained=not args.random)
     pipeline = Pipeline(
         backbone,
@@ -366,8 +296,8 @@ def main(arguments: list[str] | None = None) -> None:
         kinds = measure(pipeline, sources, args.kinds, rounds, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    result = {
-        "setting": {
+    result = report.add(
+        {
             "backbone": backbone.name,
             "upsampler": pipeline.upsampler.name,
             "image_size": str(args.image_size or backbone.default_image_size),
@@ -378,21 +308,13 @@ def main(arguments: list[str] | None = None) -> None:
             "pictures": len(sources),
             "rounds": rounds,
         },
-        "device": device.type,
-        "backend": os.environ.get("FMUPSAMPLE_BACKEND", "auto"),
-        "kinds": kinds,
-    }
+        kinds=kinds,
+    )
     print("\n" + table(result))
-    results = reports.add(reports.read(args.output, machine), result)
     rows = bars.evaluate([result], BARS)
     print("\n" + bars.table(rows))
-    reports.write(args.output, machine, results, bars=rows)
-    if not args.output:
-        print(json.dumps(machine))
+    report.write(bars=rows)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FmupsampleError as error:
-        raise SystemExit(f"error: {error}") from error
+    tell_faults(main)

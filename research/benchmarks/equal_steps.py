@@ -1,6 +1,6 @@
 """The family trained alike: every method for as many steps, on the same crops, and then compared.
 
-    python benchmarks/equal_steps.py --photos DIR --camvid DIR -o FOLDER
+    python research/benchmarks/equal_steps.py --photos DIR --camvid DIR -o FOLDER
 
 Each head is trained by the library's own training (`fmupsample train`, default objective, no choice
 of a best step), then judged by linear probes on CamVid, with pixels of the upsampled maps drawn
@@ -21,19 +21,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 
+import tables
+from cells import Cells
+from common import options, parse_options, tell_faults, write_text
 from fmupsample.analysis.pca import PCABasis, sample_tokens
-from fmupsample.atomic import replacing
 from fmupsample.backbones import Backbone, load_backbone
-from fmupsample.bench.machine import describe
 from fmupsample.device import resolve_device
 from fmupsample.errors import FmupsampleError
-from fmupsample.formats.pictures import jpeg
 from fmupsample.images.find import find_images
 from fmupsample.images.size import ImageSize
-from fmupsample.labels.classes import ClassTable, default_colour
-from fmupsample.labels.layouts import Pair
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.probing.sampled import Comparison
 from fmupsample.progress import Progress
@@ -43,9 +42,6 @@ from fmupsample.training.run import train
 from fmupsample.upsamplers import Upsampler, load_upsampler
 from fmupsample.upsamplers.heads import load_head, read_head_metadata
 from fmupsample_cli.progress import RichProgress, note
-
-import tables
-from cells import Cells
 from labelled import CAMVID, camvid
 
 # What is trained, the quick ones first: where time runs out, these are there.
@@ -60,20 +56,17 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "featup": ("featup", {}),
 }
 UNTRAINED = ("nearest", "bilinear", "jbu")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "images" / "cat.jpg"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "images" / "cat.jpg"
 NAME = "equal_steps"
 KEYS = ("dataset", "upsampler", "fingerprint", "seed")  # of a cell
 Say = Callable[[str], None]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, "folder for heads and results", required=True)
     add = parser.add_argument
     add("--photos", type=Path, required=True, help="folder of pictures to train on")
     add("--camvid", type=Path, required=True, help="folder with train/ and val/")
-    add("-o", "--output", type=Path, required=True, help="folder for heads and results")
     add("--methods", nargs="*", choices=list(TRAINED), default=list(TRAINED))
     add("--steps", type=int, default=150, help="of each method (150)")
     add("--batch-size", type=int, default=1, help="crops a step (1)")
@@ -86,8 +79,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--backbone", default="embedded")
     add("--seed", type=int, default=0)
     add("--device", default="auto")
-    add("--threads", type=int, default=0)
-    return parser.parse_args(arguments)
+    return parse_options(parser, arguments)
 
 
 def settings(args: argparse.Namespace, backbone: Backbone, pictures: int) -> dict[str, Any]:
@@ -154,15 +146,13 @@ def facts(name: str, upsampler: Upsampler, args: argparse.Namespace) -> dict[str
 
 
 def comparison(args: argparse.Namespace, backbone: Backbone, progress: Progress) -> Comparison:
-    colours = tuple(default_colour(n) for n in range(len(CAMVID)))
-    table = ClassTable(tuple(CAMVID), tuple(range(len(CAMVID))), colours)
     train_pairs, val_pairs = (
-        [Pair(p.source, p.file) for p in camvid(args.camvid, split, limit)]
+        camvid(args.camvid, split, limit)
         for split, limit in zip(("train", "val"), args.limits, strict=True)
     )
     size = ImageSize(short=args.probe_size)
     pipeline = Pipeline(backbone, image_size=size, device=resolve_device(args.device))
-    return Comparison(pipeline, train_pairs, val_pairs, table, seed=args.seed, progress=progress)
+    return Comparison(pipeline, train_pairs, val_pairs, CAMVID, seed=args.seed, progress=progress)
 
 
 def side_by_side(
@@ -202,7 +192,7 @@ def run(args: argparse.Namespace, progress: Progress, say: Say) -> Cells:
     pictures = len(find_images([args.photos])[: args.pictures])
     device = resolve_device(args.device)
     path = args.output / f"{NAME}.json"
-    cells = Cells(path, describe(device), settings(args, backbone, pictures))
+    cells = Cells(path, device, settings(args, backbone, pictures))
     cells.write()  # from now on the folder belongs to these settings
     backbone = backbone.to(device)
     compared: Comparison | None = None
@@ -226,23 +216,17 @@ def run(args: argparse.Namespace, progress: Progress, say: Say) -> Cells:
         begun = time.perf_counter()
         cell = dict(zip(KEYS, key, strict=True)) | compared.measure(upsampler)
         cells.add(cell, facts(name, upsampler, args))
-        write(args.output / f"{NAME}.md", tables.markdown(cells.cells, list(upsamplers)).encode())
+        write_text(args.output / f"{NAME}.md", tables.markdown(cells.cells, list(upsamplers)))
         said = ", ".join(f"{p} {100 * cell[p]['miou']:.1f}" for p in tables.PROBES)
         say(f"{name}: {said} ({time.perf_counter() - begun:.0f} s)")
     cells.write()
-    write(args.output / f"{NAME}.jpg", jpeg(side_by_side(args, backbone, upsamplers)))
+    picture = Image.fromarray(side_by_side(args, backbone, upsamplers))
+    picture.save(args.output / f"{NAME}.jpg", quality=92)
     return cells
-
-
-def write(path: Path, data: bytes) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     with RichProgress(unit="steps") as progress:
         cells = run(args, progress, note)
     names = [name for name in (*UNTRAINED, *TRAINED) if name in cells.upsamplers]
@@ -252,7 +236,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FmupsampleError as error:
-        raise SystemExit(f"error: {error}") from error
+    tell_faults(main)

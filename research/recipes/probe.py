@@ -1,7 +1,7 @@
 """How much a backbone knows at its own resolution: a linear probe of single patches.
 
-    python weights/recipes/probe.py camvid/train camvid/val --classes 11 --grid 25x34
-    python weights/recipes/probe.py ccp/train ccp/val --classes 13 --grid 34x22 \
+    python research/recipes/probe.py camvid/train camvid/val --classes 11 --grid 25x34
+    python research/recipes/probe.py ccp/train ccp/val --classes 13 --grid 34x22 \
         --backbone dinov2-s --weights vits14.safetensors --layer 9
 
 Each folder holds ``images`` and ``labels`` (PNG, a class a pixel). Images are resized to the grid

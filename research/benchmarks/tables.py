@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 
 from rich.box import SIMPLE_HEAD
@@ -56,16 +57,23 @@ def markdown(cells: list[dict], names: list[str]) -> str:
     for dataset, title in TITLES.items():
         found = rows(cells, dataset, names)
         if found:
-            head = headings(dataset)
-            lines = [head, ["---"] + ["---:"] * (len(head) - 1), *found]
-            text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-            parts.append(f"{title}\n\n{text}\n")
+            parts.append(f"{title}\n\n{markdown_table(headings(dataset), found)}\n")
     return "\n".join(parts)
 
 
 def _value(numbers: list[float | None]) -> str:
     if any(n is None for n in numbers):
         return "-"
-    percent = [100 * n for n in numbers]
-    spread = f" ± {stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{mean(percent):.1f}{spread}"
+    return with_spread([100 * n for n in numbers])
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """The mean; of several values, plus and minus their standard deviation."""
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A table whose first ``words`` columns are words; the others hold numbers and stand right."""
+    marks = ["---"] * words + ["---:"] * (len(head) - words)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, marks, *rows])

@@ -1,6 +1,6 @@
 """Train a small ViT for dense patch features from nothing, without a teacher.
 
-    python weights/recipes/train_backbone.py --images photos/ bsds500/ --labelled imagenette224/ \
+    python research/recipes/train_backbone.py --images photos/ bsds500/ --labelled imagenette224/ \
         --minutes 18 -o run/
 
 train_source.py uses it. The embedded backbone comes from distil.py.

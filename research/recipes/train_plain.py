@@ -1,8 +1,8 @@
 """Train a small network on one plain objective: labels, masked pixels, or telling pictures apart.
 
-    python weights/recipes/train_plain.py --objective label --architecture resnet10t \
+    python research/recipes/train_plain.py --objective label --architecture resnet10t \
         --labelled imagenette224/ --minutes 12 -o run-conv/
-    python weights/recipes/train_plain.py --objective mask --architecture vit_small_patch8_224 \
+    python research/recipes/train_plain.py --objective mask --architecture vit_small_patch8_224 \
         --model-args '{"depth": 4, "dynamic_img_size": true}' --images photos/ \
         --minutes 12 -o run-mim/
 

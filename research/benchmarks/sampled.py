@@ -1,6 +1,6 @@
 """Linear probes on a real backbone, fitted on sampled pixels and judged on all of them.
 
-    python benchmarks/sampled.py --data camvid --root DIR --size 336x448 --limits 90 60 \\
+    python research/benchmarks/sampled.py --root DIR --size 336x448 --limits 90 60 \\
         --backbone dinov2-s --backbone-weights vits14.safetensors --layer 9 \\
         --methods bilinear jbu affinity 4:bilinear 4:affinity ceiling mine=head.safetensors \\
         -o results.json
@@ -29,16 +29,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from common import options, parse_options, tell_faults
 from fmupsample.backbones import load_backbone
-from fmupsample.bench.machine import describe
+from fmupsample.labels import open_dataset
 from fmupsample.training.masks import segment_shares, segments
 from fmupsample.upsamplers import JointBilateral, Upsampler, load_head, load_upsampler
+from judge import IGNORED, Judge
+from reports import Report
 
-import reports
-
-IGNORED = 255
 SEEDS, SAMPLES, STEPS, BATCH, RATE = 3, 2048, 1500, 4096, 2e-3
-BAND, TOLERANCE = 5, 3  # pixels
 SPLITS = {"train": "train", "test": "val"}
 Kernels = Callable[[Tensor, Tensor, Tensor], Tensor]  # features, image, labels -> weights
 
@@ -68,14 +67,14 @@ class Ceiling(JointBilateral):
 
 def load_pairs(root: Path, size: tuple[int, int], limit: int) -> tuple[Tensor, Tensor]:
     """Images uint8 ``[N, 3, H, W]`` and labels int64 ``[N, H, W]``, evenly spread."""
-    files = sorted((root / "images").iterdir())
-    files = files[:: max(1, len(files) // limit)][:limit]
+    pairs = open_dataset(root).pairs
+    pairs = pairs[:: max(1, len(pairs) // limit)][:limit]
     images, labels = [], []
-    for file in files:
-        with Image.open(file) as image:
+    for pair in pairs:
+        with Image.open(pair.source.path) as image:
             resized = image.convert("RGB").resize(size[::-1], Image.BICUBIC)
         images.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
-        with Image.open(root / "labels" / f"{file.stem}.png") as image:
+        with Image.open(pair.labels) as image:
             resized = image.resize(size[::-1], Image.NEAREST)
         labels.append(torch.from_numpy(np.array(resized).astype(np.int64)))
     return torch.stack(images), torch.stack(labels)
@@ -97,69 +96,6 @@ def fit(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[Tens
         optimizer.step()
     weight = (layer.weight / deviation).detach()
     return weight, (layer.bias - weight @ mean).detach()
-
-
-class Judge:
-    """Confusion of all pixels and of those near edges, and boundary hits, for some probes."""
-
-    def __init__(self, count: int, classes: int) -> None:
-        self.classes = classes
-        self.confusion = torch.zeros(count, 2, classes * classes)
-        self.hits = torch.zeros(count, 4)
-
-    def add(self, found: Tensor, labels: Tensor) -> None:
-        """Classes ``[count, H, W]`` of one image with labels ``[H, W]``."""
-        known = labels != IGNORED
-        near = _dilated(_edges(labels), BAND) & known
-        true = _steps(labels) & known
-        near_true = _dilated(true, TOLERANCE)
-        for k, own in enumerate(found):
-            for part, mask in enumerate((known, near)):
-                pairs = labels[mask] * self.classes + own[mask]
-                self.confusion[k, part] += torch.bincount(pairs, minlength=self.classes**2)
-            said = _steps(own) & known
-            near_said = _dilated(said, TOLERANCE)
-            counts = (said & near_true).sum(), said.sum(), (true & near_said).sum(), true.sum()
-            self.hits[k] += torch.stack(counts)
-
-    def rows(self) -> np.ndarray:
-        """``[count, 3]``: mIoU, mIoU near edges, boundary F, in per cent."""
-        hit, said, met, true = self.hits.T
-        precision, recall = hit / said.clamp_min(1), met / true.clamp_min(1)
-        boundary = 200 * precision * recall / (precision + recall).clamp_min(1e-6)
-        scores = [[_miou(part.view(self.classes, -1)) for part in own] for own in self.confusion]
-        return np.column_stack([scores, boundary.numpy()])
-
-    def foreground(self) -> np.ndarray:
-        """``[count]``: IoU of class 1, in per cent."""
-        matrix = self.confusion[:, 0].view(-1, self.classes, self.classes)
-        union = matrix[:, 1].sum(1) + matrix[:, :, 1].sum(1) - matrix[:, 1, 1]
-        return (100 * matrix[:, 1, 1] / union.clamp_min(1)).numpy()
-
-
-def _miou(matrix: Tensor) -> float:
-    there, own = matrix.sum(1) > 0, matrix.diag()
-    return (100 * own / (matrix.sum(0) + matrix.sum(1) - own).clamp_min(1))[there].mean().item()
-
-
-def _steps(labels: Tensor) -> Tensor:
-    """Pixels whose neighbour below or to the right is of another class."""
-    found = torch.zeros_like(labels, dtype=torch.bool)
-    found[:-1] |= labels[1:] != labels[:-1]
-    found[:, :-1] |= labels[:, 1:] != labels[:, :-1]
-    return found
-
-
-def _edges(labels: Tensor) -> Tensor:
-    """Pixels beside one of another class."""
-    found = _steps(labels)
-    found[1:] |= labels[1:] != labels[:-1]
-    found[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    return found
-
-
-def _dilated(mask: Tensor, reach: int) -> Tensor:
-    return F.max_pool2d(mask[None, None].float(), 2 * reach + 1, 1, reach)[0, 0] > 0
 
 
 class Features:
@@ -204,12 +140,34 @@ def measure(name: str, features: Features, classes: int, chosen: int) -> dict:
     views, _, method = name.rpartition(":") if name.split(":")[0].isdigit() else ("1", "", name)
     views = int(views)
     upsampler, kernels = contender(method, features.backbone(views))
+    samples, own, targets = sample(features, views, upsampler, kernels, chosen)
+    patch = features.patch_probes.get((views, chosen))
+    patch = patch or [fit(own, targets, classes, seed) for seed in range(SEEDS)]
+    features.patch_probes[views, chosen] = patch
+    probes = [*patch, *(fit(samples, targets, classes, seed) for seed in range(SEEDS))]
+    judge, kernels_seconds = judged(features, views, upsampler, kernels, probes, classes)
+    rows = judge.rows()
+    row = {
+        "backbone_s": round(features(views, "test")[1], 3),
+        "kernels_s": round(kernels_seconds, 3),
+    }
+    for kind, part in (("preserved", rows[:SEEDS]), ("fitted", rows[SEEDS:])):
+        row[kind] = part.mean(0).round(2).tolist()
+        row[f"{kind}_seeds"] = part.round(2).tolist()
+    if classes == 2:
+        row["foreground"] = judge.foreground().round(2).tolist()
+    return row
+
+
+def sample(
+    features: Features, views: int, upsampler: Upsampler, kernels: Kernels, chosen: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Upsampled features ``[N, C]`` at drawn pixels, those of their cells, and labels ``[N]``."""
     low, _ = features(views, "train")
     images, labels = features.images("train"), features.splits["train"][1]
     take = range(0, len(labels), max(1, len(labels) // chosen))[:chosen]
     generator = torch.Generator().manual_seed(0)
     samples, own, targets = [], [], []
-    fitted_before = features.patch_probes.get((views, chosen))
     with torch.inference_mode():
         for i in range(len(labels)):
             known = (labels[i].flatten() != IGNORED).nonzero()[:, 0]
@@ -220,16 +178,23 @@ def measure(name: str, features: Features, classes: int, chosen: int) -> dict:
             samples.append(upsampler.reassemble_at(weights[0], low[i], drawn).half())
             own.append(in_cells(low[i], drawn, labels.shape[-2:]).half())
             targets.append(labels[i].flatten()[drawn])
-    samples, own, targets = (torch.cat(part).clone() for part in (samples, own, targets))
-    patch = fitted_before or [fit(own, targets, classes, seed) for seed in range(SEEDS)]
-    features.patch_probes[views, chosen] = patch
-    fitted = [fit(samples, targets, classes, seed) for seed in range(SEEDS)]
-    probes = [*patch, *fitted]
+    # Copies: probes are fitted outside inference mode.
+    return torch.cat(samples).clone(), torch.cat(own).clone(), torch.cat(targets).clone()
+
+
+def judged(
+    features: Features,
+    views: int,
+    upsampler: Upsampler,
+    kernels: Kernels,
+    probes: list[tuple[Tensor, Tensor]],
+    classes: int,
+) -> tuple[Judge, float]:
+    """What the probes make of the test images, and the median seconds of kernel weights."""
     weight, bias = torch.cat([w for w, _ in probes]), torch.cat([b for _, b in probes])
-    judge = Judge(len(probes), classes)
-    low, backbone_seconds = features(views, "test")
+    judge, seconds = Judge(len(probes), classes), []
+    low, _ = features(views, "test")
     images, labels = features.images("test"), features.splits["test"][1]
-    seconds = []
     with torch.inference_mode():
         for i in range(len(labels)):
             begun = time.perf_counter()
@@ -238,17 +203,7 @@ def measure(name: str, features: Features, classes: int, chosen: int) -> dict:
             logits = F.conv2d(low[i : i + 1], weight[:, :, None, None], bias)
             upsampled = upsampler.reassemble(weights, logits)[0]
             judge.add(upsampled.unflatten(0, (len(probes), classes)).argmax(1), labels[i])
-    rows = judge.rows()
-    row = {
-        "backbone_s": round(backbone_seconds, 3),
-        "kernels_s": round(float(np.median(seconds)), 3),
-    }
-    for kind, part in (("preserved", rows[:SEEDS]), ("fitted", rows[SEEDS:])):
-        row[kind] = part.mean(0).round(2).tolist()
-        row[f"{kind}_seeds"] = part.round(2).tolist()
-    if classes == 2:
-        row["foreground"] = judge.foreground().round(2).tolist()
-    return row
+    return judge, float(np.median(seconds))
 
 
 def in_cells(x: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -268,9 +223,7 @@ def contender(method: str, backbone) -> tuple[Upsampler, Kernels]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--root", type=Path, required=True, help="folder with train/ and val/")
     add("--classes", type=int, required=True)
@@ -281,11 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--backbone-weights", type=Path)
     add("--layer", type=int)
     add("--methods", nargs="+", required=True)
-    add("--threads", type=int, default=0)
-    add("-o", "--output", type=Path, help="JSON; other rows already in it are kept")
-    args = parser.parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parse_options(parser, arguments)
     size = tuple(int(n) for n in args.size.split("x"))
     splits = {
         split: load_pairs(args.root / folder, size, limit)
@@ -299,8 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
         "labelled": args.labelled or args.limits[0],
         "backbone": features.backbone(1).name,
     }
-    machine = describe(torch.device("cpu"))
-    known = reports.read(args.output, machine)
+    report = Report(args.output, torch.device("cpu"))
     for name in args.methods:
         row = measure(name, features, args.classes, setting["labelled"])
         print(
@@ -308,10 +256,9 @@ def main(arguments: list[str] | None = None) -> None:
             f"{row['kernels_s']} s",
             flush=True,
         )
-        row = {"setting": {**setting, "method": name}, "device": "cpu", "backend": "torch", **row}
-        known = reports.add(known, row)
-        reports.write(args.output, machine, known)
+        report.add({**setting, "method": name}, **row)
+        report.write()
 
 
 if __name__ == "__main__":
-    main()
+    tell_faults(main)

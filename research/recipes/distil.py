@@ -1,6 +1,6 @@
 """Distil a vision transformer into a shallow, narrow one: how ``embedded.safetensors`` is made.
 
-    python weights/recipes/distil.py --teacher vits14.safetensors --layer 9 \
+    python research/recipes/distil.py --teacher vits14.safetensors --layer 9 \
         --images imagenette224:4 photos:2 bsds500:1 camvid/train:2 ccp/train:2 --minutes 60 -o run/
 
 The student starts from the first blocks of the teacher, their MLPs narrowed (prune.py): it has the
@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fmupsample
-
 from crops import Folder, Source, middle
 from prune import build_student, narrow, ridge
 

@@ -8,11 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fmupsample.ops import plain, reassemble
-from fmupsample.upsamplers import ReSFU, ReSFUConfig
-
-from backends import chosen, in_use
 from cases import DTYPES, TESTS, Setting, literal_head
+from fmupsample.ops import backend, plain, reassemble
+from fmupsample.upsamplers import ReSFU, ReSFUConfig
 
 # Small enough for the definition, large enough for borders and several tiles.
 SETTING = Setting(size=112, channels=64, ratio=14, batch=2)
@@ -59,7 +57,7 @@ def measure_errors(dtype: str, device: torch.device) -> dict[str, dict[str, floa
             lambda v, w: literal(v, w, True), lambda t: t.to(kind, copy=True), weights
         ),
     }
-    if in_use(device) != "torch":
+    if backend.prepare(device).name != "torch":
         found["tiles"] = tiles()
 
     heads = _heads(kind, device)
@@ -89,9 +87,13 @@ def _heads(kind: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     made = {"exact": exact, "definition": literal_head(head, cpu)(x, image.to(kind))}
     head = head.to(device)
     made["ours"] = head(x.to(device), image.to(device))
-    if in_use(device) != "torch":
-        with chosen("torch"):
+    if backend.prepare(device).name != "torch":
+        before = backend.get_backend()
+        backend.set_backend("torch")
+        try:
             made["tiles"] = head(x.to(device), image.to(device))
+        finally:
+            backend.set_backend(before)
     return {who: result.cpu().double() for who, result in made.items()}
 
 

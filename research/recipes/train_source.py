@@ -1,7 +1,7 @@
 """Train one of several small feature sources, so that a head can be taught and tested on features
 that differ.
 
-    python weights/recipes/train_source.py sup-vit --images photos/ bsds500/ \
+    python research/recipes/train_source.py sup-vit --images photos/ bsds500/ \
         --labelled imagenette224/ -o sources/
 
 A head for every backbone must not know one family of features only. The sources differ in

@@ -1,11 +1,11 @@
 """A head for any backbone on backbones that it never saw.
 
-    python benchmarks/leave_one_out.py --sources DIR --photos DIR --camvid DIR -o FOLDER
+    python research/benchmarks/leave_one_out.py --sources DIR --photos DIR --camvid DIR -o FOLDER
 
 For each feature source, a universal head is trained on all the others, and one of its own on this
 source alone, with equal steps; then linear probes on CamVid compare both with bilinear and joint
 bilateral upsampling (`quality.py`). Sources are the backbone files in DIR (see
-`weights/recipes/train_source.py`) and the embedded backbone; two layers of one file are left out
+`research/recipes/train_source.py`) and the embedded backbone; two layers of one file are left out
 together. A run that was stopped goes on when it is given the same folder. Written are the heads, a
 JSON of `quality.py` for each source, and `leave_one_out.md`.
 """
@@ -17,18 +17,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-import torch
-
+import quality
+from common import options, parse_options, tell_faults, write_text
 from fmupsample.backbones import Backbone, load_backbone
-from fmupsample.errors import FmupsampleError, UsageError
+from fmupsample.errors import UsageError
 from fmupsample.images.find import find_images
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.run import train
 from fmupsample_cli.progress import RichProgress, note
-
-import quality
+from tables import markdown_table, with_spread
 
 # What is compared, and how (keys of a cell in the JSON of quality.py).
 NAMES = ("bilinear", "jbu", "universal", "specialised")
@@ -62,14 +61,11 @@ class Source:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, "folder for heads and results", required=True)
     add = parser.add_argument
     add("--sources", type=Path, required=True, help="folder of backbone files")
     add("--photos", type=Path, required=True, help="folder of pictures to train on")
     add("--camvid", type=Path, required=True, help="folder with train/ and val/")
-    add("-o", "--output", type=Path, required=True, help="folder for heads and results")
     add("--layers", nargs="*", default=[], metavar="NAME=N",
         help="more layers of these sources to train on")  # fmt: skip
     add("--held-out", nargs="*", metavar="NAME", help="sources to leave out, one at a time (all)")
@@ -86,8 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=10, help="of a probe (10)")
     add("--rates", nargs="+", default=["0.1", "0.3"], help="learning rates to choose from")
     add("--seeds", type=int, default=2, help="of the probes (2)")
-    add("--threads", type=int, default=0)
-    return parser.parse_args(arguments)
+    return parse_options(parser, arguments)
 
 
 def find_sources(folder: Path, layers: Sequence[str]) -> list[Source]:
@@ -153,24 +148,23 @@ def judge(source: Source, heads: dict[str, Path], args: argparse.Namespace) -> l
 
 def table(found: dict[str, list[dict]]) -> str:
     """A row for each source and upsampler; then what share of a head's own gain is kept."""
-    head = ["source", "upsampler", *MEASURES.values()]
-    lines = [head, ["---", "---", *["---:"] * len(MEASURES)]]
+    rows = []
     for source, cells in found.items():
         for name in NAMES:
-            values = [_show(_numbers(cells, name, key)) for key in MEASURES]
-            lines.append([source, name, *values])
+            values = [with_spread(_numbers(cells, name, key)) for key in MEASURES]
+            rows.append([source, name, *values])
     gains = {}
     for name in ("universal", "specialised"):
         gains[name] = [
             mean(_gain(cells, name, key) for cells in found.values()) for key in MEASURES
         ]
-        lines.append(["*mean gain*", name, *(f"{gain:+.1f}" for gain in gains[name])])
+        rows.append(["*mean gain*", name, *(f"{gain:+.1f}" for gain in gains[name])])
     shares = (
         f"{100 * one / own:.0f} %" if own > 0 else "-"
         for one, own in zip(gains["universal"], gains["specialised"], strict=True)
     )
-    lines.append(["*share of the gain*", "universal", *shares])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    rows.append(["*share of the gain*", "universal", *shares])
+    return markdown_table(["source", "upsampler", *MEASURES.values()], rows, words=2) + "\n"
 
 
 def _numbers(cells: list[dict], name: str, key: tuple[str, str]) -> list[float]:
@@ -184,15 +178,8 @@ def _gain(cells: list[dict], name: str, key: tuple[str, str]) -> float:
     return mean(_numbers(cells, name, key)) - mean(_numbers(cells, "bilinear", key))
 
 
-def _show(values: list[float]) -> str:
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{spread}"
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     sources = find_sources(args.sources, args.layers)
     first = [source for source in sources if source.layer is None]
     left_out = [s for s in first if args.held_out is None or s.name in args.held_out]
@@ -212,12 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
             found[source.name] = judge(source, heads, args)
     if found:
         text = table(found)
-        (args.output / "leave_one_out.md").write_text(text)
+        write_text(args.output / "leave_one_out.md", text)
         print(text)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FmupsampleError as error:
-        raise SystemExit(f"error: {error}") from error
+    tell_faults(main)

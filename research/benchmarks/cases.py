@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory, Runner
+from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory
 from fmupsample.device import is_out_of_memory
 from fmupsample.ops import reassemble
+from fmupsample.ops.backend import get_backend, set_backend
 from fmupsample.upsamplers import JointBilateral, ReSFU, ReSFUConfig
 
-import backends
-
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLASSES = 21  # masks of the value-first case
 
@@ -271,25 +270,23 @@ def literal_head(head: ReSFU, device: torch.device) -> Callable[[Tensor, Tensor]
 
 def prepare(setting: Setting, name: str, backend: str) -> Case:
     """For :class:`measuring.Apart`: the case on the CPU."""
-    backends.choose(backend)
+    set_backend(backend)
     return Workload(setting, torch.device("cpu")).case(name)
 
 
 @contextmanager
 def runners(
-    setting: Setting, names: Iterable[str], device: torch.device, *, settle: bool = True
-) -> Iterator[tuple[dict[str, Runner], dict[str, str]]]:
+    setting: Setting, names: Iterable[str], device: torch.device
+) -> Iterator[tuple[dict[str, Here | Apart], dict[str, str]]]:
     """What runs each case, in a process of its own on the CPU; and the cases that do not fit."""
-    found: dict[str, Runner] = {}
+    found: dict[str, Here | Apart] = {}
     skipped: dict[str, str] = {}
     work = None if device.type == "cpu" else Workload(setting, device)
     with ExitStack() as stack:
         for name in names:
             try:
                 if work is None:
-                    found[name] = stack.enter_context(
-                        Apart(prepare, setting, name, backends.asked, settle=settle)
-                    )
+                    found[name] = stack.enter_context(Apart(prepare, setting, name, get_backend()))
                 else:
                     found[name] = Here(work.case(name), device)
             except OutOfMemory as error:
