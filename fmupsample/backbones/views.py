@@ -121,7 +121,7 @@ class ViewedBackbone(Backbone):
             images = images[..., down : images.shape[-2] - down, across : images.shape[-1] - across]
             self._check(images)
         else:
-            self._check(images)
+            images = self._taken(images)
             padded = F.pad(images, (across, across, down, down), mode="replicate")
         features = self._interleaved(padded, images.shape)
         if self.views == 2:

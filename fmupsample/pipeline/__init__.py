@@ -1,7 +1,7 @@
 """From picture files to features and upsampled maps.
 
-pipeline = Pipeline(backbone, upsampler, image_size=ImageSize.parse("448"), device=device)
-for item in pipeline.items(find_images(["photos"]), on_error=report):
+pipeline = Pipeline(backbone, upsampler, image_size=448)
+for item in pipeline.items(["photos/", "cat.jpg"]):
     hr = pipeline.upsample(item)                    # [C, H, W]
     few = pipeline.upsample(item, value=scores)     # [V, H, W] of any map [V, h, w]
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from fmupsample.distributed import processes_here
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
 from fmupsample.heap import return_freed
 from fmupsample.images.arrays import planes
-from fmupsample.images.find import Source, stamp
+from fmupsample.images.find import Source, as_sources, stamp
+from fmupsample.images.inputs import read_input
 from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, plan_frame
 from fmupsample.layers.parts import InParts
@@ -74,7 +77,9 @@ class FeaturePipeline:
 
     Args:
         backbone: moved to ``device``.
-        image_size: ``None``: the backbone's own size, as the short side.
+        image_size: what :meth:`.ImageSize.of` reads: the short side (448), ``(H, W)``, "448x672" or
+            "native"; ``None``: the backbone's own size, as the short side.
+        device: as ``--device``; "auto" is a GPU where there is one.
         fit: ``"resize"`` or ``"pad"``, see :func:`fmupsample.images.plan_frame`.
         precision: of the backbone's arithmetic. Features are float32 in any case, and so are kernel
             weights; values given in another dtype are reassembled in it.
@@ -100,9 +105,9 @@ class FeaturePipeline:
         self,
         backbone: Backbone,
         *,
-        image_size: ImageSize | None = None,
+        image_size: ImageSize | int | str | tuple[int, int] | None = None,
         fit: str = "resize",
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         precision: str = "fp32",
         batch_size: int | None = None,
         workers: int | None = None,
@@ -118,6 +123,7 @@ class FeaturePipeline:
             raise UsageError(f"a window of {window} pixels is not possible: give its side")
         if fit not in ("resize", "pad"):
             raise UsageError(f"--fit {fit} is unknown: use resize or pad")
+        image_size = ImageSize.of(image_size)
         check_image_size(image_size, backbone)
         self.backbone = backbone.to(self.device).eval()
         self.image_size = image_size
@@ -156,13 +162,38 @@ class FeaturePipeline:
         except ImageError as error:
             raise ImageError(f"{source}: {error}") from None
 
-    def items(self, sources: Iterable[Source], *, on_error: OnError) -> Iterator[Item]:
+    def item(self, image: Any) -> Item:
+        """One image in hand, with its features: a path, Pillow image, uint8 array or tensor.
+
+        Raises:
+            ImageError, ShapeError, UsageError: as of :func:`fmupsample.images.inputs.read_input`;
+                ImageError also where the backbone needs more memory than there is.
+        """
+        named = image if isinstance(image, str | Path) else getattr(image, "filename", "")
+        path = Path(named or "the image")
+        source = Source(path, PurePosixPath(path.name))
+        pixels, original = read_input(image, lambda size: self._frame(source, size).placed)
+        frame = self._frame(source, original)
+        loaded = _Loaded(0, source, None, frame, fit_to_frame(pixels, frame))
+        [item] = self._batch([loaded], _raise)
+        return item
+
+    def items(
+        self,
+        sources: Iterable[Source | str | Path] | str | Path,
+        *,
+        on_error: OnError | None = None,
+    ) -> Iterator[Item]:
         """Each picture, or frame of a video, with its features, in the order of ``sources``.
 
         Pictures are decoded in threads ahead, and those of equal canvas size share a batch.
-        ``on_error`` is told, in the caller's thread, about each picture that could not be used;
-        every other error ends the loop.
+
+        Args:
+            sources: what :func:`fmupsample.images.find_images` found, or paths, folders, patterns.
+            on_error: told, in the caller's thread, about each picture that could not be used; every
+                other error ends the loop. ``None``: they all do.
         """
+        on_error = on_error or _raise
         # Enough pictures in hand to fill batches from neighbours of differing sizes.
         window = 1 if self.batch_size == 1 else 3 * self.batch_size
         buckets: dict[tuple[int, int], list[_Loaded]] = {}
@@ -190,7 +221,7 @@ class FeaturePipeline:
 
         loaded = prefetch(
             partial(self._loaded, reader=reader),
-            reader.watch(sources),
+            reader.watch(as_sources(sources)),
             workers=self.workers,
             ahead=ahead,
             in_turns=in_turns,
@@ -320,6 +351,10 @@ class FeaturePipeline:
             )
         )
         return values[:, :height, :width]
+
+
+def _raise(_source: Source, error: FmupsampleError) -> None:
+    raise error
 
 
 def _default_workers() -> int:
