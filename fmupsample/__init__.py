@@ -1,8 +1,12 @@
 """Upsample the patch features of frozen vision foundation models to image resolution.
 
+    f = fmupsample.features("cat.jpg")                  # or a folder, with backbone="dinov2-s"
+    f.array, f.pca(), f.similarity((120, 80))           # [C, H, W], [H, W, 3], [H, W]
+
     backbone = fmupsample.load_backbone("dinov2-s")     # any timm name or alias
     up = fmupsample.load_upsampler(backbone)            # its head, or a file, or "bilinear", "jbu"
-    features = up(backbone(images), images)             # [B, C, H, W]
+    images = backbone.prepare(["cat.jpg", "dog.jpg"], image_size=(448, 448))
+    dense = up(backbone(images), images)                # [B, C, H, W]
     crop = fmupsample.open("cat.safetensors")[:, :64, :64]      # of what `fmupsample extract` wrote
 
 Names resolve on first use, so that importing the package costs nothing.
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from fmupsample.backbones import Backbone, load_backbone
     from fmupsample.formats import CompactFeatures, FeatureArray, open_shards
     from fmupsample.formats import open_features as open  # noqa: F401 - as in _HOMES
+    from fmupsample.image_features import ImageFeatures, features
     from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers import (
         ReSFU,
@@ -36,11 +41,13 @@ _HOMES = {
     "Backbone": "backbones",
     "CompactFeatures": "formats",
     "FeatureArray": "formats",
+    "ImageFeatures": "image_features",
     "PCABasis": "analysis",
     "Pipeline": "pipeline",
     "ReSFU": "upsamplers",
     "ReSFUConfig": "upsamplers",
     "Upsampler": "upsamplers",
+    "features": "image_features",
     "load_backbone": "backbones",
     "load_head": "upsamplers",
     "load_official": "upsamplers",
@@ -56,12 +63,14 @@ __all__ = [
     "CompactFeatures",
     "FeatureArray",
     "FmupsampleError",
+    "ImageFeatures",
     "PCABasis",
     "Pipeline",
     "ReSFU",
     "ReSFUConfig",
     "Upsampler",
     "__version__",
+    "features",
     "load_backbone",
     "load_head",
     "load_official",

@@ -149,12 +149,16 @@ def as_sources(inputs: Any) -> Iterator[Source]:
                 f"a picture of type {type(item).__name__} cannot be found: give paths; what is in "
                 "memory goes into Pipeline.item(image)"
             )
-        elif (path := Path(item)).is_dir() or (
-            _MAGIC.intersection(str(path)) and not path.is_file()
-        ):
-            yield from find_images([path])
+        elif is_several(item):
+            yield from find_images([item])
         else:
-            yield Source(path, PurePosixPath(path.name))
+            yield Source(Path(item), PurePosixPath(Path(item).name))
+
+
+def is_several(path: str | os.PathLike[str]) -> bool:
+    """Whether it names a folder or a pattern, and no file."""
+    found = Path(path)
+    return found.is_dir() or bool(_MAGIC.intersection(str(found)) and not found.exists())
 
 
 def _named(

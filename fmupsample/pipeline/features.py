@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -169,8 +170,7 @@ class FeaturePipeline:
             ImageError, ShapeError, UsageError: as of :func:`fmupsample.images.inputs.read_input`;
                 ImageError also where the backbone needs more memory than there is.
         """
-        named = image if isinstance(image, str | Path) else getattr(image, "filename", "")
-        path = Path(named or "the image")
+        path = Path(image if isinstance(image, str | os.PathLike) else "image")
         source = Source(path, PurePosixPath(path.name))
         pixels, original = read_input(image, lambda size: self._frame(source, size).placed)
         frame = self._frame(source, original)
