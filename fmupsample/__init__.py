@@ -7,6 +7,7 @@
     up = fmupsample.load_upsampler(backbone)            # its head, or a file, or "bilinear", "jbu"
     images = backbone.prepare(["cat.jpg", "dog.jpg"], image_size=(448, 448))
     dense = up(backbone(images), images)                # [B, C, H, W]
+    fmupsample.extract("photos/", "features/")          # also visualize, train, probe
     crop = fmupsample.open("cat.safetensors")[:, :64, :64]      # of what `fmupsample extract` wrote
 
 Names resolve on first use, so that importing the package costs nothing.
@@ -21,6 +22,7 @@ from fmupsample._version import __version__
 from fmupsample.errors import FmupsampleError
 
 if TYPE_CHECKING:
+    from fmupsample import probe
     from fmupsample.analysis.pca import PCABasis
     from fmupsample.backbones import Backbone, load_backbone
     from fmupsample.formats import CompactFeatures, FeatureArray, open_shards
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         load_upsampler,
         save_head,
     )
+    from fmupsample.verbs import extract, train, visualize
 
 _HOMES = {
     "Backbone": "backbones",
@@ -47,6 +50,7 @@ _HOMES = {
     "ReSFU": "upsamplers",
     "ReSFUConfig": "upsamplers",
     "Upsampler": "upsamplers",
+    "extract": "verbs",
     "features": "image_features",
     "load_backbone": "backbones",
     "load_head": "upsamplers",
@@ -55,6 +59,8 @@ _HOMES = {
     "open": "formats",
     "open_shards": "formats",
     "save_head": "upsamplers",
+    "train": "verbs",
+    "visualize": "verbs",
 }
 
 # Without "open": it is written `fmupsample.open`, and a star import shall not hide Python's own.
@@ -70,13 +76,17 @@ __all__ = [
     "ReSFUConfig",
     "Upsampler",
     "__version__",
+    "extract",
     "features",
     "load_backbone",
     "load_head",
     "load_official",
     "load_upsampler",
     "open_shards",
+    "probe",
     "save_head",
+    "train",
+    "visualize",
 ]
 
 
@@ -84,8 +94,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         inside = "open_features" if name == "open" else name
         return getattr(import_module(f"fmupsample.{_HOMES[name]}"), inside)
+    if name == "probe":
+        return import_module("fmupsample.probe")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOMES))
+    return sorted({*globals(), *_HOMES, "probe"})

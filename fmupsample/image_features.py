@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from fmupsample.analysis.pca import PCABasis
-from fmupsample.backbones import Backbone, load_backbone
-from fmupsample.device import resolve_device
+from fmupsample.backbones import Backbone
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images.find import Source, is_several
 from fmupsample.images.size import ImageSize
-from fmupsample.pipeline import Item, Pipeline
-from fmupsample.upsamplers import Upsampler, load_upsampler
+from fmupsample.pipeline import Item, Pipeline, open_pipeline
+from fmupsample.upsamplers import Upsampler
 from fmupsample.visualization.draw import Artist, Point, colours
 
 
@@ -188,12 +187,8 @@ def features(
     Raises:
         FmupsampleError: models that cannot be had; an image that cannot be used.
     """
-    if not isinstance(backbone, str) and layer is not None:
-        raise UsageError(f"this backbone gives layer {backbone.layer}: load it with another layer")
-    place = resolve_device(device)
-    model = _loaded(backbone, layer, place) if isinstance(backbone, str) else backbone
-    method = upsampler if isinstance(upsampler, Upsampler) else load_upsampler(model, upsampler)
-    pipeline = Pipeline(model, method, image_size=image_size, device=place)
+    models = {"backbone": backbone, "upsampler": upsampler, "layer": layer}
+    pipeline = open_pipeline(**models, image_size=image_size, device=device)
     if isinstance(images, str | os.PathLike):
         several = is_several(images)
     else:
@@ -224,8 +219,3 @@ def _each(
             on_error(image, error)
         else:
             yield ImageFeatures(pipeline, item)
-
-
-@lru_cache(maxsize=1)
-def _loaded(name: str, layer: int | str | None, device: torch.device) -> Backbone:
-    return load_backbone(name, layer=layer).to(device)

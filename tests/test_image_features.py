@@ -137,11 +137,11 @@ def test_images_that_cannot_be_used(pictures: Path) -> None:
 def test_models_by_name(tmp_path: Path, monkeypatch, tiny_backbone) -> None:
     loaded = []
 
-    def load(name, layer=None):
+    def load(name, layer=None, **_):
         loaded.append((name, layer))
         return tiny_backbone
 
-    monkeypatch.setattr("fmupsample.image_features.load_backbone", load)
+    monkeypatch.setattr("fmupsample.pipeline.opening.load_backbone", load)
     path = draw(tmp_path / "a.png", 64, 64)
     options = {"backbone": "tiny", "image_size": (64, 64), "device": "cpu"}
     for _ in range(2):
@@ -149,7 +149,7 @@ def test_models_by_name(tmp_path: Path, monkeypatch, tiny_backbone) -> None:
     assert f.shape == (64, 64, 64) and loaded == [("tiny", 2)]
     with pytest.raises(UsageError, match="neither an upsampler"):
         fmupsample.features(path, upsampler="bilinaer", **options)
-    with pytest.raises(UsageError, match="load it with another layer"):
+    with pytest.raises(UsageError, match="for a backbone by name"):
         fmupsample.features(path, backbone=tiny_backbone, layer=2)
 
 

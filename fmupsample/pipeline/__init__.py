@@ -8,6 +8,7 @@ for item in pipeline.items(["photos/", "cat.jpg"]):
 
 from fmupsample.pipeline.features import FeaturePipeline, Item
 from fmupsample.pipeline.maps import Kernels, Pipeline
+from fmupsample.pipeline.opening import open_pipeline
 from fmupsample.pipeline.sizes import map_sizes
 
-__all__ = ["FeaturePipeline", "Item", "Kernels", "Pipeline", "map_sizes"]
+__all__ = ["FeaturePipeline", "Item", "Kernels", "Pipeline", "map_sizes", "open_pipeline"]
