@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fmupsample.backbones.levels import Feature, extract, resolve_layer, survey
+from fmupsample.backbones.levels import (
+    Feature,
+    extract,
+    extract_with_global,
+    resolve_layer,
+    survey,
+)
 from fmupsample.backbones.transform import Transform
 from fmupsample.errors import ShapeError, UsageError
 from fmupsample.fingerprint import fingerprint
@@ -125,25 +132,50 @@ class Backbone(nn.Module):
         weight = self._weight()
         return torch.stack(ready).to(weight.device, weight.dtype)
 
-    def forward(self, images: Any) -> Tensor:
+    @cached_property
+    def global_channels(self) -> int:
+        """D, the length of the vectors of whole images.
+
+        Raises:
+            BackboneError: the model has none.
+        """
+        weight = self._weight()
+        # Two cells of the last level, which may lie deeper than the level of the features.
+        size = self.fixed_size or tuple(-(-64 // n) * n for n in self.size_multiple)
+        with torch.no_grad():
+            return self(weight.new_zeros(1, 3, *size), return_global=True)[1].shape[1]
+
+    def forward(
+        self, images: Any, *, return_global: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Features ``[B, C, h, w]`` of ``images`` ``[B, 3, H, W]``, normalised with mean and std.
 
         What is no tensor goes through :meth:`prepare` first.
 
+        Args:
+            return_global: give ``(features, vectors)``, with a vector ``[B, D]`` of each whole
+                image: what timm's model without its classifier returns (the class token, or what
+                the model pools), of its last layer. In the same pass, to the last layer.
+
         Raises:
+            BackboneError: ``return_global`` of a model that has no such vector.
             ShapeError: not four dimensions, not three channels, or a size the model cannot take.
             UsageError: another dtype or device than the backbone's, or pixels from 0 to 255.
         """
         images = self._taken(images)
         self._check_numbers(images)
-        features = extract(self.model, images, self._feature)
+        vectors = None
+        if return_global:
+            features, vectors = extract_with_global(self.model, images, self._feature)
+        else:
+            features = extract(self.model, images, self._feature)
         expected = (images.shape[0], self.channels, *self.grid(images.shape[-2:]))
         if tuple(features.shape) != expected:
             raise ShapeError(
                 f"{self.name} returned features {list(features.shape)} for pictures "
                 f"{list(images.shape)}; {list(expected)} was expected"
             )
-        return features
+        return features if vectors is None else (features, vectors)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in eval mode whatever is asked: dropout and batch statistics are part of training,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PCA_NAME = "pca.safetensors"
 # What options mean that are only recorded where they differ from it.
-_UNSAID = {"views": 1}
+_UNSAID = {"views": 1, "global": False}
 # Headers read for the estimate; with more pictures, evenly spaced ones stand for the rest.
 _SAMPLE = 1000
 
@@ -52,6 +52,8 @@ class ExtractOptions:
         output_size: ``"image"``, ``"original"``, ``"HxW"`` or ``"x4"``.
         tokens_only: the low-resolution features, nothing upsampled.
         pca: keep this many principal components instead of all channels.
+        global_vector: keep a vector of the whole picture beside the map, see
+            :meth:`.Backbone.forward`.
         shard_size: write tar files of so many pictures each, see :mod:`fmupsample.writers.shards`;
             ``None``: a file a picture.
     """
@@ -63,6 +65,7 @@ class ExtractOptions:
     pca: int | None = None
     weight_bits: int = 16
     shard_size: int | None = None
+    global_vector: bool = False
 
     def checked(self, pipeline: Pipeline) -> ExtractOptions:
         """The same in normal form.
@@ -84,6 +87,11 @@ class ExtractOptions:
             raise UsageError("no upsampler was given: name one, or ask for --tokens-only")
         if self.format == COMPACT:
             self._check_compact(pipeline)
+        if self.global_vector:
+            if self.format == "npy":
+                raise UsageError("npy files hold the map alone: use --format safetensors with "
+                                 "--global")  # fmt: skip
+            _ = pipeline.backbone.global_channels  # which raises where there is none
         if self.shard_size is not None:
             if self.shard_size < 1:
                 raise UsageError(f"a shard of {self.shard_size} pictures is not possible")
@@ -163,6 +171,8 @@ def describe(pipeline: Pipeline, options: ExtractOptions) -> dict[str, Any]:
         described["views"] = backbone.views
     if pipeline.window is not None:
         described["window"] = pipeline.window
+    if options.global_vector:
+        described["global"] = True
     if options.format == COMPACT:
         described["weight_bits"] = options.weight_bits
     if options.shard_size is not None:

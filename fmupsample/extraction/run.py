@@ -194,6 +194,7 @@ class Run:
         progress: Progress,
     ) -> None:
         self.pipeline, self.out, self.plan = pipeline, out, plan
+        pipeline.global_vectors = getattr(plan.options, "global_vector", False)
         self.manifest, self.report, self.progress = manifest, report, progress
         self.tasks: dict[Source, Task] = {task.source: task for task in plan.tasks}
         # Results of earlier runs: removed once another file has taken their place.
@@ -327,11 +328,16 @@ class Run:
     def kind(self, item: Item, value: Tensor, first: Tensor) -> tuple[Any, tuple[int, ...]]:
         """What makes the file, and the shape it is told, given the first part for it."""
         options = self.plan.options
+        vector = item.global_vector
+        if vector is not None:
+            vector = check_finite(vector, item.source, "the vector of the whole picture").cpu()
         if options.format != COMPACT:
-            return FORMATS[options.format], (value.shape[0], *first.shape[1:])
+            made = partial(FORMATS[options.format], vector=vector)
+            return made, (value.shape[0], *first.shape[1:])
         sizes = map_sizes(item.frame, item.grid, self.size(item))
         layout = compact_layout(self.pipeline.upsampler, item.grid, *sizes)
-        made = partial(CompactFile, layout=layout, weight_bits=options.weight_bits)
+        bits = options.weight_bits
+        made = partial(CompactFile, layout=layout, weight_bits=bits, vector=vector)
         return made, tuple(value.shape)
 
     def parts(self, item: Item, basis: Projection | None) -> Iterator[Output | Tensor]:
@@ -347,6 +353,8 @@ class Run:
             if not started:
                 kind, shape = self.kind(item, value, rows)
                 record["shape"] = [value.shape[0], *self.size(item)]
+                if item.global_vector is not None:
+                    record["global"] = list(item.global_vector.shape)
                 path = self.path(item.source)
                 yield Output(path, kind, shape, dtype, _meta(record), record)
                 started = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -52,6 +52,7 @@ class Item:
             canvas that was shown in windows, something that gives any part of it.
         window: ``(H, W)`` of the windows in which the backbone saw the canvas; ``None``: whole.
         stamp: of the file, before it was read, see :func:`fmupsample.images.find.stamp`.
+        global_vector: float32 ``[D]`` of the whole picture, where the pipeline was asked for it.
     """
 
     source: Source
@@ -61,6 +62,7 @@ class Item:
     guidance: Tensor | InParts
     window: tuple[int, int] | None = None
     stamp: tuple[int, int] | None = None
+    global_vector: Tensor | None = None
 
     @property
     def image(self) -> Tensor:
@@ -94,6 +96,8 @@ class FeaturePipeline:
             windows are halved.
 
     Attributes:
+        global_vectors: whether items have a vector of the whole picture, see
+            :meth:`.Backbone.forward`; of one shown in windows, from its overview.
         reader: decodes for all calls of :meth:`items` where it is set, so that the next frames of a
             video may come in another call; it is closed by whoever sets it. ``None``: each call has
             its own.
@@ -133,6 +137,7 @@ class FeaturePipeline:
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
         self.workers = _default_workers() if workers is None else workers
         self.window = window
+        self.global_vectors = False
         self.reader: FrameReader | None = None
 
     def frame(self, original: tuple[int, int]) -> Frame:
@@ -307,14 +312,22 @@ class FeaturePipeline:
     def _features(self, batch: list[_Loaded], window: tuple[int, int] | None) -> list[Item]:
         images = [self.guidance(p.canvas, window) for p in batch]  # [3, H, W]
         if window is None:
-            features = self._run_backbone(torch.stack(images)).float()  # [B, C, h, w]
+            features, vectors = self._seen(torch.stack(images))  # [B, C, h, w]
         else:
             return_freed()  # what decoding took
-            features = [self._windowed(image, window) for image in images]
+            found = (self._windowed(image, window) for image in images)
+            features, vectors = zip(*found, strict=True)
         return [
-            Item(p.source, p.frame, p.canvas, features[i], images[i], window, p.stamp)
+            Item(p.source, p.frame, p.canvas, features[i], images[i], window, p.stamp, vectors[i])
             for i, p in enumerate(batch)
         ]
+
+    def _seen(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Features of whole images, float32, and their vectors where they are wanted."""
+        if not self.global_vectors:
+            return self._run_backbone(images).float(), [None] * len(images)
+        features, vectors = self._run_backbone(images, return_global=True)
+        return features.float(), vectors.float()
 
     def guidance(
         self, canvas: np.ndarray, window: tuple[int, int] | None = None
@@ -326,8 +339,8 @@ class FeaturePipeline:
         pixels = planes(canvas).to(self.device)
         return InParts(pixels, partial(normalise_part, mean=mean, std=std))
 
-    def _windowed(self, image: InParts, window: tuple[int, int]) -> Tensor:
-        """Features ``[C, h, w]`` of a picture shown in windows, and once whole, made small."""
+    def _windowed(self, image: InParts, window: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Features ``[C, h, w]``, and the vector, of a picture shown in windows and once whole."""
         multiple = self.backbone.size_multiple
         # Views are shifted: a window shows them what is around it.
         around = getattr(self.backbone, "reach", (0, 0))
@@ -335,7 +348,8 @@ class FeaturePipeline:
         found = features_in_windows(run, image, window, multiple, self.batch_size, around)
         size = tuple(image.shape[1:])
         small = overview_of(image, overview_size(size, window, multiple))
-        return with_coarse_part(found, self._run_backbone(small[None])[0], size, window)
+        coarse, vectors = self._seen(small[None])
+        return with_coarse_part(found, coarse[0], size, window), vectors[0]
 
     def _run_backbone(self, images: Tensor, **more: bool) -> Tensor:
         with autocast(self.device, self.dtype):
