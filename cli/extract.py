@@ -87,6 +87,15 @@ Pca = Annotated[
         rich_help_panel=o.RESULTS,
     ),
 ]
+Global = Annotated[
+    bool,
+    typer.Option(
+        "--global",
+        help="Also keep a vector of the whole picture (the class token, or what the model pools) "
+        "in the file, as `global`.",
+        rich_help_panel=o.RESULTS,
+    ),
+]
 ShardSize = Annotated[
     int | None,
     typer.Option(
@@ -134,6 +143,7 @@ def extract(
     output_size: OutputSize = "image",
     tokens_only: TokensOnly = False,
     pca: Pca = None,
+    global_vector: Global = False,
     shard_size: ShardSize = None,
     device: o.Device = "auto",
     backend: o.Backend = o.BackendName.auto,
@@ -219,7 +229,14 @@ def extract(
 
             sources = with_frames(sources, clips)
         wanted = ExtractOptions(
-            format.value, dtype.value, output_size, tokens_only, pca, weight_bits, shard_size
+            format.value,
+            dtype.value,
+            output_size,
+            tokens_only,
+            pca,
+            weight_bits,
+            shard_size,
+            global_vector,
         )
         cluster = None
         if ray is not None:

@@ -68,22 +68,15 @@ def look_into(
     Raises:
         UsageError: options for videos that cannot be honoured, or without a video.
     """
-    from fmupsample.errors import UsageError
     from fmupsample.images import is_video
+    from fmupsample.video import wanted_clips
 
-    given = {"--every": every, "--from": start, "--to": stop}
-    named = [option for option, value in given.items() if value is not None]
     if not any(is_video(source) for source in sources):
-        if named:
-            verb = "is" if len(named) == 1 else "are"
-            raise UsageError(f"{' and '.join(named)} {verb} for videos, and there is none here")
-        return []
-    from fmupsample.video import Span, scan_videos
+        return wanted_clips(sources, every, start, stop)
     from fmupsample_cli.progress import RichProgress
 
-    span = Span.parse(every, start, stop)
     with RichProgress(quiet=quiet, unit="videos") as progress:
-        return scan_videos(sources, span, progress=progress)
+        return wanted_clips(sources, every, start, stop, progress=progress)
 
 
 def pictures_in(sources: Sequence[Source]) -> list[Source]:

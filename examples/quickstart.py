@@ -12,7 +12,6 @@ from PIL import Image
 
 import fmupsample
 from fmupsample.analysis.similarity import similarity_maps
-from fmupsample.images import find_images
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     # A pipeline decodes and resizes as the backbone wants it; one item is one picture.
     pipeline = fmupsample.Pipeline(backbone, up)
-    [item] = pipeline.items(find_images([options.picture]), on_error=stop)
+    try:
+        [item] = pipeline.items([options.picture])
+    except fmupsample.FmupsampleError as error:
+        raise SystemExit(f"error: {error}") from None
     x = item.features  # [C, h, w], one vector per patch
     print(f"{backbone.name}: {x.shape[0]} channels on a {x.shape[1]} x {x.shape[2]} grid")
 
@@ -51,11 +53,6 @@ def main(arguments: list[str] | None = None) -> None:
     _, similarity = similarity_maps(x, kernels.apply, [(height // 2, width // 2)])  # [1, H, W]
     share = (similarity > 0.8).float().mean()
     print(f"{share:.0%} of the picture has a cosine above 0.8 to its middle")
-
-
-def stop(_source: object, error: Exception) -> None:
-    """A picture that cannot be read ends this program."""
-    raise SystemExit(f"error: {error}")
 
 
 if __name__ == "__main__":

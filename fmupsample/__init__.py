@@ -1,8 +1,13 @@
 """Upsample the patch features of frozen vision foundation models to image resolution.
 
+    f = fmupsample.features("cat.jpg")                  # or a folder, with backbone="dinov2-s"
+    f.array, f.pca(), f.similarity((120, 80))           # [C, H, W], [H, W, 3], [H, W]
+
     backbone = fmupsample.load_backbone("dinov2-s")     # any timm name or alias
     up = fmupsample.load_upsampler(backbone)            # its head, or a file, or "bilinear", "jbu"
-    features = up(backbone(images), images)             # [B, C, H, W]
+    images = backbone.prepare(["cat.jpg", "dog.jpg"], image_size=(448, 448))
+    dense = up(backbone(images), images)                # [B, C, H, W]
+    fmupsample.extract("photos/", "features/")          # also visualize, train, probe
     crop = fmupsample.open("cat.safetensors")[:, :64, :64]      # of what `fmupsample extract` wrote
 
 Names resolve on first use, so that importing the package costs nothing.
@@ -17,35 +22,45 @@ from fmupsample._version import __version__
 from fmupsample.errors import FmupsampleError
 
 if TYPE_CHECKING:
+    from fmupsample import probe
     from fmupsample.analysis.pca import PCABasis
     from fmupsample.backbones import Backbone, load_backbone
     from fmupsample.formats import CompactFeatures, FeatureArray, open_shards
     from fmupsample.formats import open_features as open  # noqa: F401 - as in _HOMES
+    from fmupsample.image_features import ImageFeatures, features
     from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers import (
         ReSFU,
         ReSFUConfig,
         Upsampler,
+        load_head,
         load_official,
         load_upsampler,
         save_head,
     )
+    from fmupsample.verbs import extract, train, visualize
 
 _HOMES = {
     "Backbone": "backbones",
     "CompactFeatures": "formats",
     "FeatureArray": "formats",
+    "ImageFeatures": "image_features",
     "PCABasis": "analysis",
     "Pipeline": "pipeline",
     "ReSFU": "upsamplers",
     "ReSFUConfig": "upsamplers",
     "Upsampler": "upsamplers",
+    "extract": "verbs",
+    "features": "image_features",
     "load_backbone": "backbones",
+    "load_head": "upsamplers",
     "load_official": "upsamplers",
     "load_upsampler": "upsamplers",
     "open": "formats",
     "open_shards": "formats",
     "save_head": "upsamplers",
+    "train": "verbs",
+    "visualize": "verbs",
 }
 
 # Without "open": it is written `fmupsample.open`, and a star import shall not hide Python's own.
@@ -54,17 +69,24 @@ __all__ = [
     "CompactFeatures",
     "FeatureArray",
     "FmupsampleError",
+    "ImageFeatures",
     "PCABasis",
     "Pipeline",
     "ReSFU",
     "ReSFUConfig",
     "Upsampler",
     "__version__",
+    "extract",
+    "features",
     "load_backbone",
+    "load_head",
     "load_official",
     "load_upsampler",
     "open_shards",
+    "probe",
     "save_head",
+    "train",
+    "visualize",
 ]
 
 
@@ -72,8 +94,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         inside = "open_features" if name == "open" else name
         return getattr(import_module(f"fmupsample.{_HOMES[name]}"), inside)
+    if name == "probe":
+        return import_module("fmupsample.probe")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOMES))
+    return sorted({*globals(), *_HOMES, "probe"})

@@ -464,7 +464,7 @@ def test_out_of_memory_while_upsampling_fails_one_picture(photos, tmp_path, monk
     monkeypatch.setattr("fmupsample.pipeline.maps._CHUNK_BYTES", 4 * 32 * 48 * 4)
     report = run(photos, tmp_path / "out", upsampler=Heavy())
     assert len(report.done) == 4
-    assert "use a smaller --output-size" in report.failed[0]["error"]
+    assert "or a smaller --output-size" in report.failed[0]["error"]
     assert not list((tmp_path / "out").rglob(".fmupsample*"))
 
 

@@ -9,8 +9,17 @@ from safetensors.torch import save_file
 
 from fmupsample.errors import HeadError, ShapeError, UsageError
 from fmupsample.upsamplers import (
+    A2U,
+    CARAFE,
+    A2UConfig,
+    Bicubic,
     Bilinear,
+    CARAFEConfig,
+    GuidedFilter,
+    IndexNet,
+    IndexNetConfig,
     JointBilateral,
+    MaxUnpooling,
     Nearest,
     ReSFU,
     ReSFUConfig,
@@ -103,6 +112,40 @@ def test_a_head_file_round_trip(tmp_path):
     assert len(again.fingerprint) == 12
     assert read_head_metadata(path)["card"] == {"steps": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["toy.safetensors"]  # no temporary file left
+
+
+@pytest.mark.parametrize(
+    "up",
+    [
+        Nearest(), Bilinear(), Bicubic(), JointBilateral(3, 0.5, 0.25), GuidedFilter(2, 0.5),
+        A2U(A2UConfig(6, 3)), IndexNet(IndexNetConfig(6, 3)), MaxUnpooling(),
+    ],
+    ids=lambda up: up.name,
+)  # fmt: skip
+def test_every_upsampler_has_head_files(tmp_path, up):
+    """Those that are trained are saved in test_family.py."""
+    path = tmp_path / "h.safetensors"
+    save_head(path, up, backbone() if up.guidance_is_image else None)
+    again = load_upsampler(backbone(), path)
+    assert type(again) is type(up) and again.options() == up.options()
+    assert again.fingerprint == (up.name if not up.state_dict() else again.fingerprint)
+    channels = {"indexnet": 3, "a2u": 3, "max-unpooling": 6}.get(up.name, 3)
+    x, image = torch.randn(1, 6, 3, 4), torch.randn(1, channels, 6, 8)
+    torch.testing.assert_close(again(x, image), up.eval()(x, image), atol=0, rtol=0)
+
+
+def test_what_head_files_cannot_hold_is_refused(tmp_path):
+    path = tmp_path / "h.safetensors"
+    with pytest.raises(UsageError, match=r"CARAFE is no upsampler.* the stack"):
+        save_head(path, CARAFE(CARAFEConfig(channels=6)))
+    for name, config in (
+        ("jbu", '{"sigma_range": NaN}'), ("jbu", '{"kernel_size": "5"}'), ("jbu", '{"size": 5}'),
+        ("jbu", '{"kernel_size": 4}'), ("guided", '{"radius": true}'), ("a2u", '{"channels": 0.5}'),
+    ):  # fmt: skip
+        save_head(path, JointBilateral())
+        _rewrite(path, upsampler=name, config=config)
+        with pytest.raises(HeadError, match="is unusable"):
+            load_head(path)
 
 
 @pytest.mark.parametrize(

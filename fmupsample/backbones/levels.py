@@ -110,16 +110,47 @@ def extract(model: nn.Module, images: Tensor, feature: Feature) -> Tensor:
     return features
 
 
-def _hooked(model: nn.Module, images: Tensor, module: str) -> Tensor:
+def extract_with_global(
+    model: nn.Module, images: Tensor, feature: Feature
+) -> tuple[Tensor, Tensor]:
+    """Features ``[B, C, h, w]``, and what ``model`` returns of whole images, ``[B, D]``.
+
+    All in one pass, which goes on beyond the layer of the features to the last one.
+
+    Raises:
+        BackboneError: the model does not pool its features.
+    """
+    if feature.module is not None:
+        features, last = _hooked(model, images, feature.module, last=True)
+    else:
+        last, (features,) = model.forward_intermediates(
+            images,
+            indices=[feature.index],
+            norm=feature.norm,
+            stop_early=False,
+            output_fmt="NCHW",
+            intermediates_only=False,
+        )
+    pooled = model.forward_head(last) if hasattr(model, "forward_head") else last
+    if pooled.ndim != 2:
+        raise BackboneError(
+            f"this model has no vector of the whole image: its head gives {list(pooled.shape)}"
+        )
+    return features, pooled
+
+
+def _hooked(
+    model: nn.Module, images: Tensor, module: str, *, last: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     caught: list[Tensor] = []
     handle = model.get_submodule(module).register_forward_hook(
         lambda _module, _inputs, output: caught.append(output)
     )
     try:
-        model.forward_features(images)
+        end = model.forward_features(images)
     finally:
         handle.remove()
-    return caught[-1]
+    return (caught[-1], end) if last else caught[-1]
 
 
 @torch.no_grad()

@@ -105,12 +105,16 @@ class ViewedBackbone(Backbone):
         height, width = self.single.grid(size)
         return height * self.cells, width * self.cells
 
-    def forward(self, images: Tensor, *, surrounded: bool = False) -> Tensor:
+    def forward(
+        self, images: Tensor, *, surrounded: bool = False, return_global: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Features ``[B, C, n h, n w]`` of ``images`` ``[B, 3, H, W]``.
 
         Args:
             surrounded: ``images`` are parts of larger images and hold ``reach`` more pixels on
                 every side. Otherwise the views repeat the border of the image.
+            return_global: give ``(features, vectors)``, with the mean ``[B, D]`` of the vectors
+                that the single backbone has of the views.
 
         Raises:
             ShapeError: as of :meth:`.Backbone.forward`.
@@ -121,23 +125,35 @@ class ViewedBackbone(Backbone):
             images = images[..., down : images.shape[-2] - down, across : images.shape[-1] - across]
             self._check(images)
         else:
-            self._check(images)
+            images = self._taken(images)
             padded = F.pad(images, (across, across, down, down), mode="replicate")
-        features = self._interleaved(padded, images.shape)
+        vectors: list[Tensor] | None = [] if return_global else None
+        features = self._interleaved(padded, images.shape, vectors)
         if self.views == 2:
             _fill_quincunx(features)
-            return features
-        return self._moved(features, slice(None))
+        else:
+            features = self._moved(features, slice(None))
+        return features if vectors is None else (features, torch.stack(vectors).mean(0))
 
-    def _interleaved(self, padded: Tensor, shape: torch.Size) -> Tensor:
-        """Put the features of each view at their places; cells that no view sees are not set."""
+    def _interleaved(
+        self, padded: Tensor, shape: torch.Size, vectors: list[Tensor] | None
+    ) -> Tensor:
+        """Put the features of each view at their places; cells that no view sees are not set.
+
+        Args:
+            vectors: is given the views' own, ``[B, D]`` each.
+        """
         batch, _, height, width = shape
         count, finer = self.cells, None
         at_once = max(1, _PIXELS_AT_ONCE // (batch * height * width))
         for first in range(0, len(self._places), at_once):
             places = self._places[first : first + at_once]
             shown = [self._view(padded, place, (height, width)) for place in places]
-            found = self.single(torch.cat(shown))
+            if vectors is None:
+                found = self.single(torch.cat(shown))
+            else:
+                found, pooled = self.single(torch.cat(shown), return_global=True)
+                vectors += pooled.split(batch)
             if finer is None:
                 kind = torch.float32 if found.element_size() < 4 else found.dtype
                 channels, h, w = found.shape[1:]

@@ -25,8 +25,11 @@ class FeatureArray:
         shape: ``(V, H, W)``.
         meta: what the file says about itself, strings.
         device: where results are made.
+        global_vector: float32 ``[D]`` of the whole picture, of files by ``extract --global``; else
+            ``None``.
     """
 
+    global_vector: Tensor | None = None
     dtype = torch.float32
     ndim = 3
 

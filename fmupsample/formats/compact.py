@@ -141,11 +141,13 @@ class CompactFile(SafetensorsFile):
         *,
         layout: Layout,
         weight_bits: int,
+        vector: Tensor | None = None,
     ) -> None:
         self.layout = layout
         self._weights = WEIGHT_BITS[weight_bits]
         self._rows = 0
-        super().__init__(path, shape, dtype, {**meta, "format": FORMAT, "layout": layout.to_json()})
+        meta = {**meta, "format": FORMAT, "layout": layout.to_json()}
+        super().__init__(path, shape, dtype, meta, vector)
 
     def append(self, rows: Tensor) -> None:
         if not self._channels:

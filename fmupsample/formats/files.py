@@ -1,8 +1,8 @@
 """One feature map per file, written channel slice by channel slice so that memory stays bounded.
 
-``safetensors`` holds ``features`` and string metadata in its header; ``npy`` the bare array (its
-metadata is in the manifest); ``pt`` a dict of the tensor and the metadata, which
-``torch.load(path, weights_only=True)`` reads.
+``safetensors`` holds ``features``, ``global`` where it is wanted, and string metadata in its
+header; ``npy`` the bare array (its metadata is in the manifest); ``pt`` a dict of the tensors and
+the metadata, which ``torch.load(path, weights_only=True)`` reads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from fmupsample.errors import UsageError
 
+VECTOR = "global"  # the name of the vector of the whole picture
+_META = "__metadata__"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -30,15 +33,21 @@ class TensorFile:
         path: created or overwritten; call :meth:`close` when all slices are in.
         shape: ``(C, H, W)``.
         meta: strings about the map.
+        vector: of the whole picture, ``[D]``, to be kept beside the map.
     """
 
     suffix: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16")
 
     def __init__(
-        self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, meta: dict[str, str]
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        meta: dict[str, str],
+        vector: Tensor | None = None,
     ) -> None:
-        self.shape, self.dtype, self.meta = shape, dtype, meta
+        self.shape, self.dtype, self.meta, self.vector = shape, dtype, meta, vector
         self._channels = 0
         self._file: BinaryIO = path.open("wb")
         try:
@@ -97,14 +106,22 @@ class SafetensorsFile(TensorFile):
 
     def _begin(self) -> None:
         entry = self._entry(self.dtype, self.shape, 0)
-        self._write_header({"__metadata__": self.meta, "features": entry})
+        self._write_header({_META: self.meta, "features": entry})
+
+    def _end(self) -> None:
+        if self.vector is not None:
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(raw_bytes(self.vector))
 
     def _entry(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
         end = start + math.prod(shape) * dtype.itemsize
         return {"dtype": self._NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
 
     def _write_header(self, header: dict[str, Any]) -> int:
-        """Write it; where the data begins."""
+        """Write it, with the vector as the last entry; where the data begins."""
+        if self.vector is not None:
+            start = max(entry["data_offsets"][1] for name, entry in header.items() if name != _META)
+            header[VECTOR] = self._entry(self.vector.dtype, tuple(self.vector.shape), start)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the data is aligned for memory mapping
         self._file.write(len(text).to_bytes(8, "little") + text)
@@ -140,7 +157,10 @@ class PtFile(TensorFile):
         whole = self._parts[0].clone() if len(self._parts) == 1 else torch.cat(self._parts)
         # By way of memory: written to directly, torch hides the error of a full disk.
         buffer = io.BytesIO()
-        torch.save({"features": whole, "meta": self.meta}, buffer)
+        found = {"features": whole, "meta": self.meta}
+        if self.vector is not None:
+            found[VECTOR] = self.vector
+        torch.save(found, buffer)
         self._file.write(buffer.getbuffer())
 
 

@@ -25,6 +25,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _STORED = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
 }  # fmt: skip
+_TENSORS = {"features", "values", "weights", "global"}
 _WEIGHTS = (torch.uint8, torch.float16, torch.float32)
 
 
@@ -55,7 +56,7 @@ def open_features(path: str | Path, *, device: torch.device | str = "cpu") -> Fe
             meta = dict(file.metadata() or {})
             names = set(file.keys())
             # Tensors of this library are views of the mapped file.
-            found = {k: file.get_tensor(k) for k in names & {"features", "values", "weights"}}
+            found = {k: file.get_tensor(k) for k in names & _TENSORS}
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise FeaturesError(
             f"{printable(path)} is not a readable safetensors file (damaged or cut off?): {error}"
@@ -97,7 +98,7 @@ def _safetensors_inside(data: np.ndarray) -> tuple[dict[str, Tensor], dict[str, 
     if not all(isinstance(value, str) for value in meta.values()):
         raise ValueError("its metadata is no text")
     found = {}
-    for name in header.keys() & {"features", "values", "weights"}:
+    for name in header.keys() & _TENSORS:
         entry = header[name]
         kind, shape = _STORED[entry["dtype"]], [int(n) for n in entry["shape"]]
         start, end = (begin + int(n) for n in entry["data_offsets"])
@@ -134,7 +135,16 @@ def _array(
         raise FeaturesError(
             f"{shown} holds no features [C, H, W]: is it a file of `fmupsample extract`?"
         )
-    return DenseFeatures(features, meta, device)
+    return _with_vector(shown, DenseFeatures(features, meta, device), found)
+
+
+def _with_vector(shown: str, array: FeatureArray, found: dict[str, Tensor]) -> FeatureArray:
+    vector = found.get("global")
+    if vector is not None:
+        if vector.ndim != 1 or vector.dtype not in _FLOATS:
+            raise FeaturesError(f"{shown} is damaged: its global vector is {list(vector.shape)}")
+        array.global_vector = vector.float().to(array.device)
+    return array
 
 
 def _compact(
@@ -159,7 +169,7 @@ def _compact(
         raise damaged("weights are missing" if shape else "it has weights that it does not need")
     if weights is not None and (tuple(weights.shape) != shape or weights.dtype not in _WEIGHTS):
         raise damaged(f"weights {weights.dtype} {list(weights.shape)} in place of {list(shape)}")
-    return CompactFeatures(values, weights, layout, meta, device)
+    return _with_vector(shown, CompactFeatures(values, weights, layout, meta, device), found)
 
 
 def _numpy(path: Path) -> Tensor:

@@ -132,6 +132,35 @@ def find_images(
     return sorted(found.values(), key=lambda s: (s.relative.parts, os.fspath(s.path)))
 
 
+def as_sources(inputs: Any) -> Iterator[Source]:
+    """The pictures of a run in the order of ``inputs``: paths, or sources as they are; or only one.
+
+    Folders and patterns give what :func:`find_images` finds. Whether a named file exists is found
+    out when it is read.
+
+    Raises:
+        UsageError: something else, a folder without pictures.
+    """
+    for item in [inputs] if isinstance(inputs, str | os.PathLike | Source) else inputs:
+        if isinstance(item, Source):
+            yield item
+        elif not isinstance(item, str | os.PathLike):
+            raise UsageError(
+                f"a picture of type {type(item).__name__} cannot be found: give paths; what is in "
+                "memory goes into Pipeline.item(image)"
+            )
+        elif is_several(item):
+            yield from find_images([item])
+        else:
+            yield Source(Path(item), PurePosixPath(Path(item).name))
+
+
+def is_several(path: str | os.PathLike[str]) -> bool:
+    """Whether it names a folder or a pattern, and no file."""
+    found = Path(path)
+    return found.is_dir() or bool(_MAGIC.intersection(str(found)) and not found.exists())
+
+
 def _named(
     inputs: Sequence[str | Path], list_file: str | Path | None
 ) -> Iterator[tuple[Path, PurePosixPath | None, str]]:

@@ -97,6 +97,19 @@ def read_picture(
     return pixels, full or (height, width)
 
 
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """An image that Pillow has opened or made, as :func:`read_image` gives those of files.
+
+    Raises:
+        ImageError: damaged, cut off, or without an agreed white.
+    """
+    opened = _opened(getattr(image, "filename", "") or "the image")
+    try:
+        return _array(_to_rgb(image))
+    except Exception as error:
+        raise opened.explain(error) from error
+
+
 def read_size(path: str | Path) -> tuple[int, int]:
     """Size ``(H, W)`` of the upright picture, from the file's header alone.
 
@@ -124,15 +137,15 @@ class _opened:
             if min(self.image.size) < 1:
                 raise ImageError(f"{self.shown}: the picture has no pixels")
         except Exception as error:
-            raise self._explain(error) from error
+            raise self.explain(error) from error
         return self.image
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.image.close()
         if isinstance(error, Exception):
-            raise self._explain(error) from error
+            raise self.explain(error) from error
 
-    def _explain(self, error: Exception) -> ImageError:
+    def explain(self, error: Exception) -> ImageError:
         # Decoders fail with nearly every exception there is (struct.error, SyntaxError, KeyError,
         # zlib.error, ...): whatever a file provokes must not end a run over many files.
         if isinstance(error, ImageError):
@@ -214,7 +227,8 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     known = image.mode != "I" or image.format in ("PNG", "PPM", "TIFF")
     if image.mode == "F" or bits > 16 or not known:
         raise ImageError(
-            f"{printable(image.filename)} has {'floating-point' if image.mode == 'F' else '32-bit'}"
+            f"{printable(getattr(image, 'filename', '') or 'the image')} has "
+            f"{'floating-point' if image.mode == 'F' else '32-bit'}"
             " pixels, for which black and white are not defined; save it with 8 or 16 bits"
         )
     grey = np.asarray(image).astype(np.int64)

@@ -58,6 +58,19 @@ class ImageSize:
             )
         return cls(short=numbers[0]) if len(numbers) == 1 else cls(exact=(numbers[0], numbers[1]))
 
+    @classmethod
+    def of(cls, size: ImageSize | int | str | tuple[int, int] | None) -> ImageSize | None:
+        """From whatever a program gives: what :meth:`parse` reads, ``(H, W)``, or ``None``.
+
+        Raises:
+            UsageError: anything else.
+        """
+        if size is None or isinstance(size, cls):
+            return size
+        if isinstance(size, tuple | list):
+            return cls.parse("x".join(map(str, size)))
+        return cls.parse(size)
+
     def __str__(self) -> str:
         if self.exact:
             return f"{self.exact[0]}x{self.exact[1]}"

@@ -56,6 +56,8 @@ class ExtractOptions:
         output_size: ``"image"``, ``"original"``, ``"HxW"`` or ``"x4"``.
         tokens_only: the low-resolution features, nothing upsampled.
         pca: keep this many principal components instead of all channels.
+        global_vector: keep a vector of the whole picture beside the map, see
+            :meth:`.Backbone.forward`.
         shard_size: write tar files of so many images each, see :mod:`fmupsample.runs.shards`;
             ``None``: a file an image.
     """
@@ -67,6 +69,7 @@ class ExtractOptions:
     pca: int | None = None
     weight_bits: int = 16
     shard_size: int | None = None
+    global_vector: bool = False
 
     def checked(self, pipeline: Pipeline) -> ExtractOptions:
         """The same in normal form.
@@ -88,6 +91,11 @@ class ExtractOptions:
             raise UsageError("no upsampler was given: name one, or ask for --tokens-only")
         if self.format == COMPACT:
             self._check_compact(pipeline)
+        if self.global_vector:
+            if self.format == "npy":
+                raise UsageError("npy files hold the map alone: use --format safetensors with "
+                                 "--global")  # fmt: skip
+            _ = pipeline.backbone.global_channels  # which raises where there is none
         if self.shard_size is not None:
             if self.shard_size < 1:
                 raise UsageError(f"a shard of {self.shard_size} pictures is not possible")
@@ -152,6 +160,7 @@ class Extract(Job):
         self.smaller = "use --dtype fp16, --pca 32 or a smaller --output-size"
         self.suffix = suffix_of(self.options.format)
         self.shard_size = self.options.shard_size
+        pipeline.global_vectors = self.options.global_vector
         self.basis: Projection | None = None
 
     # -- the plan -----------------------------------------------------------------------------
@@ -178,6 +187,8 @@ class Extract(Job):
             "dtype": options.dtype,
             "format": options.format,
         }
+        if options.global_vector:
+            described["global"] = True
         if options.format == COMPACT:
             described["weight_bits"] = options.weight_bits
         if options.shard_size is not None:
@@ -302,6 +313,8 @@ class Extract(Job):
             if output is None:
                 kind, shape = self._kind(item, value, rows)
                 record["shape"] = [value.shape[0], *self._size(item)]
+                if item.global_vector is not None:
+                    record["global"] = list(item.global_vector.shape)
                 dtype = DTYPES[options.dtype]
                 output = Output(task, kind, shape, dtype, _meta(record), record)
                 yield output
@@ -315,10 +328,15 @@ class Extract(Job):
 
     def _kind(self, item: Item, value: Tensor, first: Tensor) -> tuple[Any, tuple[int, ...]]:
         """What makes the file, and the shape it is told, given the first part for it."""
+        vector = item.global_vector
+        if vector is not None:
+            vector = check_finite(vector, item.source, "the vector of the whole picture").cpu()
         if self.options.format != COMPACT:
-            return FORMATS[self.options.format], (value.shape[0], *first.shape[1:])
+            made = partial(FORMATS[self.options.format], vector=vector)
+            return made, (value.shape[0], *first.shape[1:])
         layout = self._layout(item.grid, *map_sizes(item.frame, item.grid, self._size(item)))
-        made = partial(CompactFile, layout=layout, weight_bits=self.options.weight_bits)
+        bits = self.options.weight_bits
+        made = partial(CompactFile, layout=layout, weight_bits=bits, vector=vector)
         return made, tuple(value.shape)
 
     def _layout(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from fmupsample.distributed import processes_here
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
 from fmupsample.heap import return_freed
 from fmupsample.images.arrays import planes
-from fmupsample.images.find import Source, stamp
+from fmupsample.images.find import Source, as_sources, stamp
+from fmupsample.images.inputs import read_input
 from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, plan_frame
 from fmupsample.layers.parts import InParts
@@ -49,6 +52,7 @@ class Item:
             canvas that was shown in windows, something that gives any part of it.
         window: ``(H, W)`` of the windows in which the backbone saw the canvas; ``None``: whole.
         stamp: of the file, before it was read, see :func:`fmupsample.images.find.stamp`.
+        global_vector: float32 ``[D]`` of the whole picture, where the pipeline was asked for it.
     """
 
     source: Source
@@ -58,6 +62,7 @@ class Item:
     guidance: Tensor | InParts
     window: tuple[int, int] | None = None
     stamp: tuple[int, int] | None = None
+    global_vector: Tensor | None = None
 
     @property
     def image(self) -> Tensor:
@@ -75,7 +80,9 @@ class FeaturePipeline:
 
     Args:
         backbone: moved to ``device``.
-        image_size: ``None``: the backbone's own size, as the short side.
+        image_size: what :meth:`.ImageSize.of` reads: the short side (448), ``(H, W)``, "448x672" or
+            "native"; ``None``: the backbone's own size, as the short side.
+        device: as ``--device``; "auto" is a GPU where there is one.
         fit: ``"resize"`` or ``"pad"``, see :func:`fmupsample.images.plan_frame`.
         precision: of the backbone's arithmetic. Features are float32 in any case, and so are kernel
             weights; values given in another dtype are reassembled in it.
@@ -89,6 +96,8 @@ class FeaturePipeline:
             windows are halved.
 
     Attributes:
+        global_vectors: whether items have a vector of the whole picture, see
+            :meth:`.Backbone.forward`; of one shown in windows, from its overview.
         reader: decodes for all calls of :meth:`items` where it is set, so that the next frames of a
             video may come in another call; it is closed by whoever sets it. ``None``: each call has
             its own.
@@ -101,9 +110,9 @@ class FeaturePipeline:
         self,
         backbone: Backbone,
         *,
-        image_size: ImageSize | None = None,
+        image_size: ImageSize | int | str | tuple[int, int] | None = None,
         fit: str = "resize",
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         precision: str = "fp32",
         batch_size: int | None = None,
         workers: int | None = None,
@@ -119,6 +128,7 @@ class FeaturePipeline:
             raise UsageError(f"a window of {window} pixels is not possible: give its side")
         if fit not in ("resize", "pad"):
             raise UsageError(f"--fit {fit} is unknown: use resize or pad")
+        image_size = ImageSize.of(image_size)
         check_image_size(image_size, backbone)
         self.backbone = backbone.to(self.device).eval()
         self.image_size = image_size
@@ -127,6 +137,7 @@ class FeaturePipeline:
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
         self.workers = _default_workers() if workers is None else workers
         self.window = window
+        self.global_vectors = False
         self.reader: FrameReader | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -175,13 +186,37 @@ class FeaturePipeline:
         except ImageError as error:
             raise ImageError(f"{source}: {error}") from None
 
-    def items(self, sources: Iterable[Source], *, on_error: OnError) -> Iterator[Item]:
+    def item(self, image: Any) -> Item:
+        """One image in hand, with its features: a path, Pillow image, uint8 array or tensor.
+
+        Raises:
+            ImageError, ShapeError, UsageError: as of :func:`fmupsample.images.inputs.read_input`;
+                ImageError also where the backbone needs more memory than there is.
+        """
+        path = Path(image if isinstance(image, str | os.PathLike) else "image")
+        source = Source(path, PurePosixPath(path.name))
+        pixels, original = read_input(image, lambda size: self._frame(source, size).placed)
+        frame = self._frame(source, original)
+        loaded = _Loaded(0, source, None, frame, fit_to_frame(pixels, frame))
+        [item] = self._batch([loaded], _raise)
+        return item
+
+    def items(
+        self,
+        sources: Iterable[Source | str | Path] | str | Path,
+        *,
+        on_error: OnError | None = None,
+    ) -> Iterator[Item]:
         """Each picture, or frame of a video, with its features, in the order of ``sources``.
 
         Pictures are decoded in threads ahead, and those of equal canvas size share a batch.
-        ``on_error`` is told, in the caller's thread, about each picture that could not be used;
-        every other error ends the loop.
+
+        Args:
+            sources: what :func:`fmupsample.images.find_images` found, or paths, folders, patterns.
+            on_error: told, in the caller's thread, about each picture that could not be used; every
+                other error ends the loop. ``None``: they all do.
         """
+        on_error = on_error or _raise
         # Enough pictures in hand to fill batches from neighbours of differing sizes.
         window = 1 if self.batch_size == 1 else 3 * self.batch_size
         buckets: dict[tuple[int, int], list[_Loaded]] = {}
@@ -209,7 +244,7 @@ class FeaturePipeline:
 
         loaded = prefetch(
             partial(self._loaded, reader=reader),
-            reader.watch(sources),
+            reader.watch(as_sources(sources)),
             workers=self.workers,
             ahead=ahead,
             in_turns=in_turns,
@@ -295,14 +330,22 @@ class FeaturePipeline:
     def _features(self, batch: list[_Loaded], window: tuple[int, int] | None) -> list[Item]:
         images = [self.guidance(p.canvas, window) for p in batch]  # [3, H, W]
         if window is None:
-            features = self._run_backbone(torch.stack(images)).float()  # [B, C, h, w]
+            features, vectors = self._seen(torch.stack(images))  # [B, C, h, w]
         else:
             return_freed()  # what decoding took
-            features = [self._windowed(image, window) for image in images]
+            found = (self._windowed(image, window) for image in images)
+            features, vectors = zip(*found, strict=True)
         return [
-            Item(p.source, p.frame, p.canvas, features[i], images[i], window, p.stamp)
+            Item(p.source, p.frame, p.canvas, features[i], images[i], window, p.stamp, vectors[i])
             for i, p in enumerate(batch)
         ]
+
+    def _seen(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Features of whole images, float32, and their vectors where they are wanted."""
+        if not self.global_vectors:
+            return self._run_backbone(images).float(), [None] * len(images)
+        features, vectors = self._run_backbone(images, return_global=True)
+        return features.float(), vectors.float()
 
     def guidance(
         self, canvas: np.ndarray, window: tuple[int, int] | None = None
@@ -314,8 +357,8 @@ class FeaturePipeline:
         pixels = planes(canvas).to(self.device)
         return InParts(pixels, partial(normalise_part, mean=mean, std=std))
 
-    def _windowed(self, image: InParts, window: tuple[int, int]) -> Tensor:
-        """Features ``[C, h, w]`` of a picture shown in windows, and once whole, made small."""
+    def _windowed(self, image: InParts, window: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Features ``[C, h, w]``, and the vector, of a picture shown in windows and once whole."""
         multiple = self.backbone.size_multiple
         # Views are shifted: a window shows them what is around it.
         around = getattr(self.backbone, "reach", (0, 0))
@@ -323,7 +366,8 @@ class FeaturePipeline:
         found = features_in_windows(run, image, window, multiple, self.batch_size, around)
         size = tuple(image.shape[1:])
         small = overview_of(image, overview_size(size, window, multiple))
-        return with_coarse_part(found, self._run_backbone(small[None])[0], size, window)
+        coarse, vectors = self._seen(small[None])
+        return with_coarse_part(found, coarse[0], size, window), vectors[0]
 
     def _run_backbone(self, images: Tensor, **more: bool) -> Tensor:
         with autocast(self.device, self.dtype):
@@ -339,6 +383,10 @@ class FeaturePipeline:
             )
         )
         return values[:, :height, :width]
+
+
+def _raise(_source: Source, error: FmupsampleError) -> None:
+    raise error
 
 
 def _default_workers() -> int:

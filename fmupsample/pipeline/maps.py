@@ -61,9 +61,9 @@ class Pipeline(FeaturePipeline):
         backbone: Backbone,
         upsampler: Upsampler | None = None,
         *,
-        image_size: ImageSize | None = None,
+        image_size: ImageSize | int | str | tuple[int, int] | None = None,
         fit: str = "resize",
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         precision: str = "fp32",
         batch_size: int | None = None,
         workers: int | None = None,
@@ -106,7 +106,9 @@ class Pipeline(FeaturePipeline):
             "window": self.window,
             "max_memory": self.max_memory,
         }
-        return Pipeline(self.backbone, **{**same, **changed})
+        other = Pipeline(self.backbone, **{**same, **changed})
+        other.global_vectors = self.global_vectors
+        return other
 
     def to(self, device: torch.device) -> None:
         """Move the models, in place."""

@@ -65,7 +65,7 @@ class FilmRenderer(Renderer):
 
     def similarity(self, item: Item, look: Look, *, first: bool) -> Drawing:
         """How alike the frame is to what was looked at; that is marked in the first frame."""
-        _, high = self._similarities(item, [], look.query[None])
+        _, high = self.similarities(item, [], look.query[None])
         size = self._tile_size(item)
         photo = self._photo(item, size)
         heat = resize(heat_colours(high[0].cpu().numpy(), *look.range), size)
@@ -90,7 +90,7 @@ class FilmRenderer(Renderer):
         """The feature at ``point``, and the range of similarities to it in this frame."""
         centre = point.centre(item)
         query = self._features_at(item, [centre])[0]
-        _, high = self._similarities(item, [], query[None])
+        _, high = self.similarities(item, [], query[None])
         return Look(point, centre, query, heat_range(high[0].cpu().numpy()))
 
 

@@ -213,7 +213,7 @@ class Renderer:
             except ImageError as error:
                 results.append(error)
         if inside:
-            maps = self._similarities(item, [centre for _, centre in inside])
+            maps = self.similarities(item, [centre for _, centre in inside])
             for (n, centre), low, high in zip(inside, *maps, strict=True):
                 try:
                     check_finite(high, item.source, "the similarity map")
@@ -222,7 +222,7 @@ class Renderer:
                     results[n] = error
         return results
 
-    def _similarities(
+    def similarities(
         self,
         item: Item,
         centres: Sequence[tuple[float, float]],

@@ -17,7 +17,7 @@ from fmupsample.video.frames import size_of
 from fmupsample.wording import counted, human_bytes
 
 # What options mean that are only recorded where they differ from it.
-_UNSAID = {"views": 1}
+_UNSAID = {"views": 1, "global": False}
 # Headers read for the estimate; with more images, evenly spaced ones stand for the rest.
 _SAMPLE = 1000
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,11 @@ class Upsampler(nn.Module):
     def kernel_size_for(self, cells: tuple[int, int]) -> int | None:
         """K for maps on a grid of ``cells`` (h, w)."""
         return self.kernel_size
+
+    def options(self) -> dict[str, Any]:
+        """Return what, with the parameters, makes another one like it: for its head file."""
+        config = getattr(self, "config", None)
+        return {} if config is None else config.to_dict()
 
     def use_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Be told how the pictures given as guidance are normalised; most methods do not care.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,9 @@ class GuidedFilter(Upsampler):
         """Three slopes and an offset are fitted per cell, enlarged, and applied."""
         c, lr, hr = channels, prod(cells), prod(pixels)
         return 0, (3 * c + 9 + 9 * c) * lr + (4 * BILINEAR * c + 3 * c) * hr
+
+    def options(self) -> dict[str, Any]:
+        return {"radius": self.radius, "eps": self.eps}
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None

@@ -27,7 +27,7 @@ from fmupsample.errors import HeadError, OutputError, RenamedWarning, UsageError
 from fmupsample.fingerprint import fingerprint
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.earlier import in_todays_words
-from fmupsample.upsamplers.registry import learned_method, learned_names
+from fmupsample.upsamplers.registry import METHODS, Method, resolve
 
 FORMAT = "fmupsample-head/1"
 ANY = "any"  # in the place of a backbone's name: a head for all of them
@@ -68,23 +68,29 @@ def describe_backbone(backbone: BackboneLike) -> dict[str, Any]:
 def save_head(
     path: str | Path,
     head: Upsampler,
-    backbone: BackboneLike | None,
+    backbone: BackboneLike | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a head file; it appears under its name only when complete.
 
     Args:
-        head: of a method in :func:`~fmupsample.upsamplers.registry.learned_names`.
+        head: any upsampler of this package, with parameters or without.
         backbone: ``None``: the head serves any.
 
     Raises:
         OutputError: the file cannot be written.
+        UsageError: an upsampler that :func:`load_head` does not know.
     """
     path = Path(path)
+    if head.name not in METHODS or not isinstance(head, resolve(METHODS[head.name].kind)):
+        raise UsageError(
+            f"{type(head).__name__} is no upsampler that a head file can hold: save its "
+            "state_dict(), or for a stage of a stack the stack"
+        )
     metadata = {
         "format": FORMAT,
         "upsampler": head.name,
-        "config": json.dumps(head.config.to_dict()),
+        "config": json.dumps(head.options()),
         "backbone": json.dumps({"name": ANY} if backbone is None else describe_backbone(backbone)),
         "card": json.dumps(dict(card or {})),
     }
@@ -141,11 +147,11 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
         HeadError: unreadable, damaged, or made for another backbone.
     """
     metadata = read_head_metadata(path)
-    if metadata["upsampler"] not in learned_names():
+    if metadata["upsampler"] not in METHODS:
         raise HeadError(f"{path} holds an unknown upsampler {metadata['upsampler']!r}")
     if backbone is not None:
         check_fit(path, metadata["backbone"], backbone)
-    method = learned_method(metadata["upsampler"])
+    method = METHODS[metadata["upsampler"]]
     if metadata["stored_as"] != method.name:
         warnings.warn(
             f"{path} is a head of {method.name}, which was called {metadata['stored_as']} then",
@@ -155,7 +161,7 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
     try:
         # Without memory first: a damaged configuration may ask for any amount of it.
         with torch.device("meta"):
-            expected = method.build(metadata["config"]).state_dict()
+            expected = _build(method, metadata["config"]).state_dict()
     except UsageError as error:
         raise HeadError(
             f"the configuration in the head file {path} is unusable: {error}"
@@ -166,12 +172,22 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise HeadError(f"the head file {path} is damaged: {error}") from error
     _check_state(path, state, expected)
-    head = method.build(metadata["config"])
+    head = _build(method, metadata["config"])
     head.load_state_dict(state)
-    head.fingerprint = fingerprint(state)
+    head.fingerprint = fingerprint(state) if state else head.name
     if backbone is not None:
         head.use_with(backbone.mean, backbone.std)
     return head.eval().requires_grad_(False)
+
+
+def _build(method: Method, options: Mapping[str, Any]) -> Upsampler:
+    if method.config is None:  # plain arguments, which nothing else checks
+        usual = method.build({}).options()
+        for key, value in options.items():
+            fits = key in usual and type(value) in (int, type(usual[key])) and abs(value) < 1e6
+            if not fits:
+                raise UsageError(f"{method.name} has no {key} {str(value)[:40]!r}")
+    return method.build(options)
 
 
 def _check_state(path: str | Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -188,7 +204,7 @@ def _check_state(path: str | Path, state: dict[str, Tensor], expected: dict[str,
                 f"the head file {path} is damaged: {name} has shape {list(tensor.shape)}, "
                 f"its configuration asks for {list(expected[name].shape)}"
             )
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in (*_FLOATS, expected[name].dtype):
             raise HeadError(f"the head file {path} is damaged: {name} holds {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise HeadError(f"the head file {path} is damaged: {name} holds NaN or infinity")

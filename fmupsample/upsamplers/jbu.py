@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,10 @@ class JointBilateral(Upsampler):
 
     def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
         return 0, (3 + channels) * self.kernel_size**2 * prod(pixels)
+
+    def options(self) -> dict[str, Any]:
+        names = ("kernel_size", "sigma_space", "sigma_range")
+        return {name: getattr(self, name) for name in names}
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None

@@ -5,7 +5,7 @@ clips = scan_videos(sources, Span(every=5, start=10, stop=20))
 extract(pipeline, with_frames(sources, clips), Path("features"))
 """
 
-from fmupsample.video.clips import Clip, scan, scan_videos
+from fmupsample.video.clips import Clip, scan, scan_videos, wanted_clips
 from fmupsample.video.frames import Film, FrameReader, FrameSource, films_of, with_frames
 from fmupsample.video.span import Span, parse_time, show_time
 
@@ -22,5 +22,6 @@ __all__ = [
     "scan",
     "scan_videos",
     "show_time",
+    "wanted_clips",
     "with_frames",
 ]

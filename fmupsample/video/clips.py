@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmupsample.errors import ImageError
+from fmupsample.errors import ImageError, UsageError
 from fmupsample.images.find import Source, is_video, printable
 from fmupsample.images.read import check_regular
 from fmupsample.prefetch import prefetch
@@ -78,6 +78,29 @@ class Clip:
             "breaks_off": self.broken or None,
             "error": self.error or None,
         }
+
+
+def wanted_clips(
+    sources: Sequence[Source],
+    every: int | None,
+    start: str | None,
+    stop: str | None,
+    *,
+    progress: Progress = SILENT,
+) -> list[Clip]:
+    """The frames that ``--every``, ``--from`` and ``--to`` mean of each video in ``sources``.
+
+    Raises:
+        UsageError: options that cannot be honoured, or without a video.
+    """
+    given = {"--every": every, "--from": start, "--to": stop}
+    named = [option for option, value in given.items() if value is not None]
+    if any(is_video(source) for source in sources):
+        return scan_videos(sources, Span.parse(every, start, stop), progress=progress)
+    if named:
+        verb = "is" if len(named) == 1 else "are"
+        raise UsageError(f"{' and '.join(named)} {verb} for videos, and there is none here")
+    return []
 
 
 def scan_videos(

@@ -95,7 +95,7 @@ def measure(
     work: Path, count: int, shard_size: int, repeats: int
 ) -> dict[str, tuple[float, float]]:
     backbone = load_backbone("embedded")
-    pipeline = Pipeline(backbone, load_upsampler(backbone, "nearest"))
+    pipeline = Pipeline(backbone, load_upsampler(backbone, "nearest"), device="cpu")
     (work / "one").mkdir()
     Image.new("RGB", (32, 32), (200, 60, 40)).save(work / "one/one.png")
     link(work / "one/one.png", count, lambda i: work / f"in/{i // EACH:04}/{i:07}.png")
