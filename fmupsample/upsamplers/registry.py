@@ -145,6 +145,10 @@ _ROWS = (
         exportable=True, own_heads=True, formerly=("resfu-universal", "resfu"),
     ),
     Method(
+        "jafar", "jafar:JAFAR", "jafar:JAFARConfig", Needs.OWN_HEAD, "JAFAR",
+        "attention to all cells", official={"jafar": "official.jafar:load_jafar"},
+    ),
+    Method(
         "resfu", "resfu:ReSFU", "resfu:ReSFUConfig", Needs.OWN_HEAD, "ReSFU",
         "similarity by paired differences, of bilinear samples", in_decoders=True, exportable=True,
         official={"resfu": "official.resfu:load_resfu"},

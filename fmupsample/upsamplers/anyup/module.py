@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from fmupsample.layers.chunks import recorded
 from fmupsample.layers.norms import convolved
 from fmupsample.layers.parts import InParts, in_parts
-from fmupsample.ops.grid import cell_shares
 from fmupsample.ops.memory import on_huge_pages
 from fmupsample.upsamplers.anyup.attention import WindowAttention, reach_of
 from fmupsample.upsamplers.anyup.config import AnyUpConfig
@@ -29,8 +28,8 @@ from fmupsample.upsamplers.anyup.modules import (
     FeatureEncoder,
     Rotation,
     root_mean_square_norm,
-    rotated,
 )
+from fmupsample.upsamplers.anyup.queries import ProjectedRows
 from fmupsample.upsamplers.anyup.tiles import (
     Replayed,
     Stored,
@@ -38,8 +37,8 @@ from fmupsample.upsamplers.anyup.tiles import (
     encoded,
     encoded_means,
     linear,
+    rotate,
 )
-from fmupsample.upsamplers.anyup.winograd import Convolution3x3
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.universal import UniversalUpsampler
 
@@ -174,7 +173,7 @@ class AnyUp(UniversalUpsampler):
         source = Replayed(lambda rows: image[sample, :, rows].flatten(1), whole, x.device).then(
             linear(self.image.first), maps[0]
         )
-        source = encoded(source, self.image, maps[1]).then(self._rotate(whole, x))
+        source = encoded(source, self.image, maps[1]).then(rotate(self.rotation, whole, x))
         keys = source.then(linear(self.key_image.first), maps[1])
         keys = self._keys(
             x[sample : sample + 1], encoded_means(keys, self.key_image, cells, maps[2])[None]
@@ -186,39 +185,11 @@ class AnyUp(UniversalUpsampler):
             source, size, x.dtype
         )
 
-    def _rotate(self, size: tuple[int, int], like: Tensor) -> Callable[[Tensor, slice], Tensor]:
-        """The rotary embedding as a step. Angles add up, and so their cosines need few products."""
-        down, across = (angle.detach() for angle in self.rotation.angles(size, like))
-        sines = [(a.cos(), a.sin()) for a in (down[:, :, None], across[:, None])]
-
-        def step(tile: Tensor, rows: slice) -> Tensor:
-            (cos_y, sin_y), (cos_x, sin_x) = sines
-            cos_y, sin_y = cos_y[:, rows], sin_y[:, rows]
-            cos = (cos_y * cos_x).addcmul_(sin_y, sin_x, value=-1)
-            sin = (sin_y * cos_x).addcmul_(cos_y, sin_x)
-            return rotated(tile.unflatten(1, (-1, size[1])), cos, sin).flatten(1)
-
-        return step
-
     def _queries(self, source: TiledMap, size: tuple[int, int], dtype: torch.dtype) -> Queries:
         """Rows of queries from the map that the encoder of queries gave, at any size."""
-        weight = (self.query.weight[:, :, 0, 0] * self.query_norm).detach()
-        around = Convolution3x3(self.query_around.weight.to(dtype))
+        rows_of = ProjectedRows(source, size, self.query_around, self.query_norm, self.query, dtype)
         heads = self.config.heads
-
-        def rows_of(rows: slice) -> Tensor:
-            first, last = max(0, rows.start - 1), min(size[0], rows.stop + 1)
-            part = _at_size(source, slice(first, last), size)
-            beyond = (0, 0, first - rows.start + 1, rows.stop + 1 - last)
-            found = around(F.pad(part, beyond) if any(beyond) else part)  # [rows, E, W]
-            eps = torch.finfo(found.dtype).eps
-            power = torch.linalg.vector_norm(found, dim=1, keepdim=True).square_()
-            scale = power.div_(found.shape[1]).add_(eps).rsqrt_()
-            query = torch.matmul(weight.to(found), found).mul_(scale)
-            query.add_(self.query.bias.detach().to(found)[:, None])
-            return query.unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
-
-        return rows_of
+        return lambda rows: rows_of(rows).unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
 
     @staticmethod
     def _band(pairs: list[tuple[WindowAttention, Queries]], rows: slice) -> Tensor:
@@ -238,15 +209,3 @@ class AnyUp(UniversalUpsampler):
 
 def _small(one: int) -> bool:
     return 3 * one <= _THREE_MAPS_BYTES
-
-
-def _at_size(source: TiledMap, rows: slice, size: tuple[int, int]) -> Tensor:
-    """Rows ``[E, rows, W]`` of the map at another size, as ``adaptive_avg_pool2d`` makes it."""
-    (height, width), (own_height, own_width) = size, source.size
-    if size == source.size:
-        return source.read(rows).unflatten(1, (-1, width))
-    region = slice(rows.start * own_height // height, -(-rows.stop * own_height // height))
-    part = source.read(region).unflatten(1, (-1, own_width))
-    down = cell_shares(height, own_height, rows, region).to(part)
-    across = cell_shares(width, own_width, slice(0, width), slice(0, own_width)).to(part)
-    return down @ part @ across.T

@@ -22,7 +22,7 @@ from fmupsample.layers.moments import affine
 from fmupsample.ops.grid import cell_shares
 from fmupsample.ops.memory import on_huge_pages
 from fmupsample.upsamplers.anyup.config import GROUPS
-from fmupsample.upsamplers.anyup.modules import Encoder, ResidualBlock
+from fmupsample.upsamplers.anyup.modules import Encoder, ResidualBlock, Rotation, rotated
 
 # Pixels of a tile: 128 channels of them fit the caches of a processor, or fill an accelerator.
 _TILE_PIXELS = {"cpu": 2**12}
@@ -61,9 +61,9 @@ class TiledMap(ABC):
         self.size = size
         self._pixels = _TILE_PIXELS.get(device.type, _TILE_PIXELS_ACCELERATOR)
 
-    def tiles(self) -> Iterator[slice]:
-        """The rows of one tile after the other."""
-        height, width = self.size
+    def tiles(self, size: tuple[int, int] | None = None) -> Iterator[slice]:
+        """The rows of one tile after the other, of this map or of one of another size."""
+        height, width = size or self.size
         step = max(1, self._pixels // width)
         for row in range(0, height, step):
             yield slice(row, min(row + step, height))
@@ -227,6 +227,21 @@ def linear(layer: nn.Conv2d) -> Step:
     return lambda tile, rows: weight.to(tile) @ tile
 
 
+def rotate(rotation: Rotation, size: tuple[int, int], like: Tensor) -> Step:
+    """The rotary embedding. Angles add up, and so their cosines need few products."""
+    down, across = (angle.detach() for angle in rotation.angles(size, like))
+    sines = [(a.cos(), a.sin()) for a in (down[:, :, None], across[:, None])]
+
+    def step(tile: Tensor, rows: slice) -> Tensor:
+        (cos_y, sin_y), (cos_x, sin_x) = sines
+        cos_y, sin_y = cos_y[:, rows], sin_y[:, rows]
+        cos = (cos_y * cos_x).addcmul_(sin_y, sin_x, value=-1)
+        sin = (sin_y * cos_x).addcmul_(cos_y, sin_x)
+        return rotated(tile.unflatten(1, (-1, size[1])), cos, sin).flatten(1)
+
+    return step
+
+
 def refined(source: TiledMap, block: ResidualBlock, scratch: Stored | None = None) -> TiledMap:
     """The source after a residual block."""
     branch, weight = _Branch(block, source, scratch), _matrix(block.conv2)
@@ -262,6 +277,18 @@ def encoded_means(
         hidden.add(branch(tile, rows), rows)
     weight = _matrix(last.conv2).to(hidden.whole())
     return means.whole() + torch.einsum("oe,ehw->ohw", weight, hidden.whole())
+
+
+def at_size(source: TiledMap, rows: slice, size: tuple[int, int]) -> Tensor:
+    """Rows ``[E, rows, W]`` of the map at another size, as ``adaptive_avg_pool2d`` makes it."""
+    (height, width), (own_height, own_width) = size, source.size
+    if size == source.size:
+        return source.read(rows).unflatten(1, (-1, width))
+    region = slice(rows.start * own_height // height, -(-rows.stop * own_height // height))
+    part = source.read(region).unflatten(1, (-1, own_width))
+    down = cell_shares(height, own_height, rows, region).to(part)
+    across = cell_shares(width, own_width, slice(0, width), slice(0, own_width)).to(part)
+    return down @ part @ across.T
 
 
 def _matrix(layer: nn.Conv2d) -> Tensor:
