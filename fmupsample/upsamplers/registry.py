@@ -140,6 +140,11 @@ _ROWS = (
         "attention to the cells in a window", official={"anyup": "official.anyup:load_anyup"},
     ),
     Method(
+        "naf", "naf:NAF", "naf:NAFConfig", Needs.ANY_HEAD, "NAF",
+        "attention to 9 x 9 cells, by the picture alone",
+        official={"naf": "official.naf:load_naf"},
+    ),
+    Method(
         "bilateral-cells", "bilateral:BilateralCells", "bilateral:BilateralCellsConfig",
         Needs.ANY_HEAD, "Bilateral cells", "cells near in place, colour and features",
         exportable=True, own_heads=True, formerly=("resfu-universal", "resfu"),

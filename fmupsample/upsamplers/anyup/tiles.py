@@ -281,13 +281,23 @@ def encoded_means(
 
 def at_size(source: TiledMap, rows: slice, size: tuple[int, int]) -> Tensor:
     """Rows ``[E, rows, W]`` of the map at another size, as ``adaptive_avg_pool2d`` makes it."""
-    (height, width), (own_height, own_width) = size, source.size
-    if size == source.size:
-        return source.read(rows).unflatten(1, (-1, width))
-    region = slice(rows.start * own_height // height, -(-rows.stop * own_height // height))
-    part = source.read(region).unflatten(1, (-1, own_width))
-    down = cell_shares(height, own_height, rows, region).to(part)
-    across = cell_shares(width, own_width, slice(0, width), slice(0, own_width)).to(part)
+
+    def read(region: slice) -> Tensor:
+        return source.read(region).unflatten(1, (-1, source.size[1]))
+
+    return averaged(read, source.size, rows, size)
+
+
+def averaged(
+    read: Callable[[slice], Tensor], own: tuple[int, int], rows: slice, size: tuple[int, int]
+) -> Tensor:
+    """Rows ``[E, rows, W]`` at another size of a map of ``own`` size, given what reads its rows."""
+    if size == own:
+        return read(rows)
+    region = slice(rows.start * own[0] // size[0], -(-rows.stop * own[0] // size[0]))
+    part = read(region)
+    down = cell_shares(size[0], own[0], rows, region).to(part)
+    across = cell_shares(size[1], own[1], slice(0, size[1]), slice(0, own[1])).to(part)
     return down @ part @ across.T
 
 
