@@ -13,7 +13,9 @@ from fmupsample.upsamplers import (
     A2U,
     CARAFE,
     FADE,
+    JAFAR,
     LDAAQU,
+    NAF,
     SAPA,
     A2UConfig,
     AnyUp,
@@ -26,9 +28,11 @@ from fmupsample.upsamplers import (
     FADEConfig,
     IndexNet,
     IndexNetConfig,
+    JAFARConfig,
     LDAAQUConfig,
     LearnedBilateral,
     LearnedBilateralConfig,
+    NAFConfig,
     PixelShuffle,
     PixelShuffleConfig,
     ReSFU,
@@ -109,6 +113,24 @@ def test_multiply_adds_of_anyup():
         up(x, image)
     price = up.cost(24, (6, 8), (42, 56))
     assert counter.get_total_flops() / 2 == price.macs - 9 * 24 * 42 * 56  # reassembly is no layer
+
+
+def test_multiply_adds_of_jafar():
+    up = JAFAR(JAFARConfig(24, embedding=16)).requires_grad_(True)
+    counter = FlopCounterMode(display=False)
+    x, image = torch.randn(1, 24, 6, 8), torch.randn(1, 3, 42, 56)
+    with counter:
+        up(x, image)
+    assert counter.get_total_flops() / 2 == up.cost(24, (6, 8), (42, 56)).macs
+
+
+def test_multiply_adds_of_naf():
+    up = NAF(NAFConfig(embedding=16, rotary_heads=2, kernel_size=5)).requires_grad_(True)
+    counter = FlopCounterMode(display=False)
+    x, image = torch.randn(1, 24, 6, 8), torch.randn(1, 3, 42, 56)
+    with counter:
+        up(x, image)
+    assert counter.get_total_flops() / 2 == up.cost(24, (6, 8), (42, 56)).macs
 
 
 STACKS = [row for row in METHODS.values() if row.config == "stack:StackConfig"]

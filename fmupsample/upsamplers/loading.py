@@ -52,7 +52,7 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         # One that serves all is found by its name alone.
         names = (None, *any_backbone_names()) if named is None else (named.name,)
         found = next(filter(None, (find_head(backbone, name) for name in names)), None)
-        checkpoint = None if named is None else published(named.name)
+        checkpoint = None if named is None else published(named.name, backbone.name)
         if found is None and checkpoint is not None:
             return _from_checkpoint(fetched(checkpoint), backbone)
         if found is None:
@@ -74,6 +74,12 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
 
 def _from_checkpoint(path: Path, backbone: BackboneLike) -> Upsampler:
     head = load_checkpoint(path)
+    channels = head.config.channels
+    if channels not in (0, backbone.channels):
+        raise HeadError(
+            f"{path} is for features of {channels} channels, those of {backbone.name} have "
+            f"{backbone.channels}"
+        )
     head.use_with(backbone.mean, backbone.std)
     return head
 
