@@ -13,7 +13,7 @@ from fmupsample.upsamplers import JAFAR, JAFARConfig
 from fmupsample.upsamplers.anyup import tiles
 from fmupsample.upsamplers.jafar import attention, module
 
-# What github.com/PaulCouairon/JAFAR at 7961385 gives with random weights in float64 (every second
+# What github.com/PaulCouairon/JAFAR at 94d4d54 gives with random weights in float64 (every second
 # row and third column), and those weights.
 FILE = Path(__file__).parent / "golden/jafar.npz"
 CASES = range(4)  # whole ratio, another, an output smaller than the image, one that is larger
