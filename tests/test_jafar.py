@@ -10,8 +10,9 @@ import torch
 import fmupsample
 from fmupsample.errors import HeadError, ShapeError, UsageError
 from fmupsample.upsamplers import JAFAR, JAFARConfig
-from fmupsample.upsamplers.anyup import tiles
-from fmupsample.upsamplers.jafar import attention, module
+from fmupsample.upsamplers.encoders import image as image_networks
+from fmupsample.upsamplers.encoders import maps
+from fmupsample.upsamplers.jafar import attention
 
 # What github.com/PaulCouairon/JAFAR at 94d4d54 gives with random weights in float64 (every second
 # row and third column), and those weights.
@@ -58,7 +59,7 @@ def test_official_parameters_are_checked() -> None:
     without = {k: v for k, v in state().items() if k != "query_encoder.2.norm2.bias"}
     with pytest.raises(HeadError, match=r"missing \['query_image.blocks.1.norm2.bias'\]"):
         fmupsample.load_official("jafar", without)
-    with pytest.raises(HeadError, match="in_proj_bias"):
+    with pytest.raises(HeadError, match="in_proj_weight"):
         fmupsample.load_official("jafar", {})
     wrong = state() | {"cross_decode.cross_attn.attention.q_proj_weight": torch.zeros(3, 3)}
     with pytest.raises(HeadError, match="not those of its attention"):
@@ -119,12 +120,12 @@ def test_tiles_equal_the_whole(most, budget, size, monkeypatch) -> None:
     x, image = inputs((6, 7), (42, 47), batch=2)
     expected = up.requires_grad_(True).kernels(x, image, size).detach()
     up.requires_grad_(False)
-    monkeypatch.setattr(tiles, "_TILE_PIXELS", {"cpu": 100})
-    monkeypatch.setattr(module, "_THREE_MAPS_BYTES", most)
+    monkeypatch.setattr(maps, "_TILE_PIXELS", {"cpu": 100})
+    monkeypatch.setattr(image_networks, "_THREE_MAPS_BYTES", most)
     monkeypatch.setattr(JAFAR, "bytes_per_pixel", budget)
     made = []
     monkeypatch.setattr(
-        tiles.Stored, "empty", lambda *a, make=tiles.Stored.empty: made.append(1) or make(*a)
+        maps.Stored, "empty", lambda *a, make=maps.Stored.empty: made.append(1) or make(*a)
     )
     (found,) = up.kernels_in_rows(x, image, size, 100)
     assert bool(made) == (budget > 1)

@@ -10,11 +10,13 @@ import torch
 import fmupsample
 from fmupsample.errors import HeadError, ShapeError, UsageError
 from fmupsample.upsamplers import NAF, NAFConfig
-from fmupsample.upsamplers.anyup.winograd import Convolution3x3
-from fmupsample.upsamplers.naf import attention, module, rows
+from fmupsample.upsamplers.encoders import maps
+from fmupsample.upsamplers.encoders.maps import Replayed, Stored
+from fmupsample.upsamplers.encoders.winograd import Convolution3x3
+from fmupsample.upsamplers.naf import attention, module
 from fmupsample.upsamplers.naf.attention import neighbours, plan
 from fmupsample.upsamplers.naf.encoder import Encoder
-from fmupsample.upsamplers.naf.rows import ReadMap, encoded
+from fmupsample.upsamplers.naf.rows import encoded
 
 # What github.com/valeoai/NAF at ad4e24d gives with random weights in float64 (every second row and
 # third column), and those weights. In the place of NATTEN's kernels stood its definition: lists of
@@ -131,7 +133,7 @@ def test_bands_equal_the_whole(stored, size, monkeypatch) -> None:
     x, image = inputs((6, 7), (42, 47), batch=2)
     expected = up.requires_grad_(True)(x, image, size=size).detach()
     up.requires_grad_(False)
-    monkeypatch.setattr(rows, "_BAND_PIXELS", {"cpu": 100})
+    monkeypatch.setattr(maps, "_TILE_PIXELS", {"cpu": 100})
     monkeypatch.setattr(attention, "_SCORE_BYTES", {"cpu": 1})
     monkeypatch.setattr(module, "_STORED_BYTES", 2**40 if stored else 0)
     found = up(x, image, size=size)
@@ -141,18 +143,18 @@ def test_bands_equal_the_whole(stored, size, monkeypatch) -> None:
 @pytest.mark.parametrize("size", [(1, 7), (9, 1), (2, 2), (7, 9)])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_the_encoder_in_rows(size, kernel_size, monkeypatch) -> None:
-    monkeypatch.setattr(rows, "_BAND_PIXELS", {"cpu": 3 * size[1]})
+    monkeypatch.setattr(maps, "_TILE_PIXELS", {"cpu": 3 * size[1]})
     torch.manual_seed(0)
     encoder = Encoder(8, kernel_size, 2).double().requires_grad_(False)
     image = torch.randn(3, *size, dtype=torch.float64)
     expected = encoder(image[None])[0]
-    source = ReadMap(lambda part: image[:, part], size, image.device)
-    maps = tuple(torch.empty(8, *size, dtype=torch.float64) for _ in range(2))
-    for given in (None, maps):
+    source = Replayed(lambda part: image[:, part].flatten(1), size, image.device)
+    stored = tuple(Stored(torch.empty(8, *size, dtype=torch.float64)) for _ in range(2))
+    for given in (None, stored):
         found = encoded(source, encoder, given)
         parts = [found.read(slice(y, y + 1)) for y in range(size[0])]
-        torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-12, rtol=0)
-    torch.testing.assert_close(maps[0], expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(torch.cat(parts, 1), expected.flatten(1), atol=1e-12, rtol=0)
+    torch.testing.assert_close(stored[0].data, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("width", [1, 2, 9])

@@ -137,7 +137,7 @@ _ROWS = (
     ),
     Method(
         "anyup", "anyup:AnyUp", "anyup:AnyUpConfig", Needs.ANY_HEAD, "AnyUp",
-        "attention to the cells in a window", official={"anyup": "official.anyup:load_anyup"},
+        "attention to the cells in a window", official={"anyup": "official.encoders:load_anyup"},
     ),
     Method(
         "naf", "naf:NAF", "naf:NAFConfig", Needs.ANY_HEAD, "NAF",
@@ -151,7 +151,7 @@ _ROWS = (
     ),
     Method(
         "jafar", "jafar:JAFAR", "jafar:JAFARConfig", Needs.OWN_HEAD, "JAFAR",
-        "attention to all cells", official={"jafar": "official.jafar:load_jafar"},
+        "attention to all cells", official={"jafar": "official.encoders:load_jafar"},
     ),
     Method(
         "resfu", "resfu:ReSFU", "resfu:ReSFUConfig", Needs.OWN_HEAD, "ReSFU",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fmupsample.errors import UsageError
-from fmupsample.upsamplers.anyup.config import GROUPS
 from fmupsample.upsamplers.config import Config
+from fmupsample.upsamplers.encoders.networks import GROUPS
 
 
 @dataclass(frozen=True)
@@ -18,13 +17,6 @@ class JAFARConfig(Config):
 
     def __post_init__(self) -> None:
         self.require_positive("channels")
-        for name in ("embedding", "heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= 4096:
-                raise UsageError(f"JAFARConfig: {name} must be 1 to 4096, not {value!r}")
+        self.require_counts("embedding", "heads")
         # Rotary embedding pairs channels.
-        for divisor in (2, GROUPS, self.heads):
-            if self.embedding % divisor:
-                raise UsageError(
-                    f"JAFARConfig: embedding {self.embedding} is not a multiple of {divisor}"
-                )
+        self.require_multiple("embedding", 2, GROUPS, self.heads)

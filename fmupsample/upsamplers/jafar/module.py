@@ -19,32 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmupsample.errors import ShapeError
 from fmupsample.layers.chunks import recorded
 from fmupsample.layers.norms import convolved
 from fmupsample.layers.parts import InParts, in_parts
 from fmupsample.ops.memory import on_huge_pages
-from fmupsample.upsamplers.anyup.config import GROUPS
-from fmupsample.upsamplers.anyup.modules import Encoder, Rotation, root_mean_square_norm
-from fmupsample.upsamplers.anyup.queries import ProjectedRows
-from fmupsample.upsamplers.anyup.tiles import (
-    Replayed,
-    Stored,
-    encoded,
-    encoded_means,
-    linear,
-    rotate,
-)
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import Size, per_place
+from fmupsample.upsamplers.encoders.image import ImageNetworks
+from fmupsample.upsamplers.encoders.maps import Replayed
+from fmupsample.upsamplers.encoders.networks import Encoder
+from fmupsample.upsamplers.guidance import check_channels
 from fmupsample.upsamplers.jafar.attention import attend
 from fmupsample.upsamplers.jafar.config import JAFARConfig
 
-# A third map saves two convolutions of every pixel where it is not larger than this.
-_THREE_MAPS_BYTES = 256 << 20
 
-
-class JAFAR(Upsampler):
+class JAFAR(Upsampler, ImageNetworks):
     """Upsample features of the backbone that it was trained for.
 
     ``[B, C, h, w]`` and the normalised image ``[B, 3, H, W]`` -> ``[B, C, H, W]`` at any
@@ -61,24 +50,15 @@ class JAFAR(Upsampler):
         super().__init__()
         self.config = config
         e = config.embedding
-        self.image = Encoder(3, e)
-        self.rotation = Rotation(e)
-        self.query_image = Encoder(e, e)
-        self.key_image = Encoder(e, e)
+        self.add_networks(e, standardised=True)
         self.key_features = Encoder(config.channels, e)
         self.key_gain, self.key_shift = (nn.Conv2d(e, e, 1, bias=False) for _ in range(2))
-        self.standardise = nn.GroupNorm(GROUPS, e, affine=False)
-        self.query_around = nn.Conv2d(e, e, 3, padding=1, bias=False)
-        self.query_norm, self.key_norm = (nn.Parameter(torch.ones(e)) for _ in range(2))
-        self.query, self.key = nn.Conv2d(e, e, 1), nn.Conv2d(e, e, 1)
 
     def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
         """Encoders and a 3x3 convolution at HR; keys at LR; (E + C) LR HR of attention."""
         lr, hr = prod(cells), prod(pixels)
-        encoders = (self.image, self.query_image, self.key_image)
-        convolution = per_place(*encoders, self.query_around, self.query) * hr
-        convolution += per_place(self.key_features, self.key_gain, self.key_shift, self.key) * lr
-        return convolution, lr * (self.config.embedding + channels) * hr
+        keys = per_place(self.key_features, self.key_gain, self.key_shift, self.key)
+        return self.image_macs() * hr + keys * lr, lr * (self.config.embedding + channels) * hr
 
     def kernels(
         self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
@@ -127,12 +107,7 @@ class JAFAR(Upsampler):
         self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None
     ) -> tuple[int, int]:
         size = super().check(x, guidance, size)
-        if x.shape[1] != self.config.channels:
-            raise ShapeError(f"this {self.name} was built for {self.config.channels} channels")
-        if guidance is not None and guidance.shape[1] != 3:
-            raise ShapeError(
-                f"{self.name} takes the normalised picture with 3 channels, got {guidance.shape[1]}"
-            )
+        check_channels(self.name, x, self.config.channels, guidance, 3, stem=True)
         return size
 
     def _attended(self, weights: Tensor, value: Tensor, queries: Tensor) -> Tensor:
@@ -144,48 +119,27 @@ class JAFAR(Upsampler):
 
     def _recorded_kernels(self, x: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         """In plain layers, for gradients."""
-        turned = self.rotation(self.image(image))
-        queries = self.query_image(turned)
-        if queries.shape[-2:] != size:
-            queries = F.adaptive_avg_pool2d(queries, size)
-        queries = convolved(self.standardise(queries), self.query_around)
-        queries = convolved(root_mean_square_norm(queries, self.query_norm), self.query)
-        keys = self._keys(x, F.adaptive_avg_pool2d(self.key_image(turned), x.shape[-2:])).flatten(1)
+        queries, means = self.of_image(image, x.shape[-2:], size)
+        keys = self._keys(x, means).flatten(1)
         missing = -keys.shape[1] % prod(size)
         return torch.cat([queries, F.pad(keys, (0, missing)).unflatten(1, (-1, *size))], 1)
 
     def _tiled_kernels(
         self, x: Tensor, image: InParts, size: tuple[int, int], budget: int
     ) -> Tensor:
-        """In tiles; one map of the image's size is stored where that takes ``budget`` bytes."""
+        """In tiles; maps of the image's size may take ``budget`` bytes beside the result."""
         e, whole = self.config.embedding, tuple(image.shape[-2:])
         planes = -(-e * prod(x.shape[-2:]) // prod(size))
         found = on_huge_pages(x.new_empty(len(x), e + planes, *size))
-        one = e * prod(whole) * x.element_size()
-        stored = one <= budget
-        own = Stored.empty(e, whole, x) if stored else None
-        more = None
-        if stored and 3 * one <= min(budget, _THREE_MAPS_BYTES):
-            more = Stored.empty(e, whole, x)
         for sample, packed in enumerate(found):
-            scratch = None
-            if stored:  # the queries take its place, row by row, once they are encoded
-                scratch = Stored(packed[:e]) if size == whole else Stored.empty(e, whole, x)
-            source = Replayed(
-                lambda rows, i=sample: image[i, :, rows].flatten(1), whole, x.device
-            ).then(linear(self.image.first), own)
-            source = encoded(source, self.image, scratch).then(rotate(self.rotation, whole, x))
-            keys = source.then(linear(self.key_image.first), scratch)
-            means = encoded_means(keys, self.key_image, x.shape[-2:], more)
+            source = Replayed(lambda rows, i=sample: image[i, :, rows].flatten(1), whole, x.device)
+            # Where the image is as large as the result, queries take the place of an encoder's map
+            # row by row.
+            scratch = packed[:e] if size == whole else None
+            queries, means = self.of_image_in_tiles(source, x.shape[-2:], size, x, budget, scratch)
+            for rows in queries.tiles():
+                packed[:e, rows] = queries(rows).transpose(0, 1)
             keys = self._keys(x[sample : sample + 1], means[None]).flatten()
-            source = source.then(linear(self.query_image.first))
-            source = encoded(source, self.query_image, scratch)
-            rows_of = ProjectedRows(
-                source, size, self.query_around, self.query_norm, self.query, x.dtype,
-                self.standardise,
-            )  # fmt: skip
-            for rows in source.tiles(size):
-                packed[:e, rows] = rows_of(rows).transpose(0, 1)
             packed[e:].flatten()[: len(keys)] = keys
             packed[e:].flatten()[len(keys) :] = 0
         return found
@@ -195,5 +149,4 @@ class JAFAR(Upsampler):
         features = self.key_features(F.normalize(x, dim=1))
         modulated = convolved(features, self.key_gain) * self.standardise(image)
         modulated = modulated + convolved(features, self.key_shift)
-        keys = convolved(root_mean_square_norm(modulated, self.key_norm), self.key)
-        return keys * (self.config.embedding // self.config.heads) ** -0.5
+        return self.keys_from(modulated, self.config.heads)

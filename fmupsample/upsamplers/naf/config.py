@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fmupsample.errors import UsageError
-from fmupsample.upsamplers.anyup.config import GROUPS
 from fmupsample.upsamplers.config import Config
+from fmupsample.upsamplers.encoders.networks import GROUPS
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,6 @@ class NAFConfig(Config):
         if self.channels:
             raise UsageError("a NAF head takes any number of channels: channels must be 0")
         self.require_odd("kernel_size")
-        for name in ("embedding", "heads", "rotary_heads", "blocks", "kernel_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= 4096:
-                raise UsageError(f"NAFConfig: {name} must be 1 to 4096, not {value!r}")
+        self.require_counts("embedding", "heads", "rotary_heads", "blocks", "kernel_size")
         # Rotary embedding pairs channels, half of them for the rows.
-        for divisor in (2 * GROUPS, self.heads, 4 * self.rotary_heads):
-            if self.embedding % divisor:
-                raise UsageError(
-                    f"NAFConfig: embedding {self.embedding} is not a multiple of {divisor}"
-                )
+        self.require_multiple("embedding", 2 * GROUPS, self.heads, 4 * self.rotary_heads)

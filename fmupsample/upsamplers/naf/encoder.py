@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fmupsample.layers.chunks import recorded
 from fmupsample.layers.norms import convolved
-from fmupsample.upsamplers.anyup.config import GROUPS
+from fmupsample.upsamplers.encoders.networks import GROUPS, mirrored, normalised
 
 _BASE = 100.0  # the ratio of the largest to the smallest period of the rotary embedding
 
@@ -45,18 +45,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer, norm in self.layers():
             if norm is not None:
-                weight, bias = norm.weight.to(x), norm.bias.to(x)
-                x = F.silu(F.group_norm(x, norm.num_groups, weight, bias, norm.eps))
-            x = convolved(_mirrored(x, layer.kernel_size[0] // 2), layer)
+                x = F.silu(normalised(norm, x))
+            x = convolved(mirrored(x, layer.kernel_size[0] // 2), layer)
         return x
-
-
-def _mirrored(x: Tensor, reach: int) -> Tensor:
-    for dim in (2, 3) if reach else ():
-        # One row or column cannot be mirrored.
-        mode = "reflect" if x.shape[dim] > reach else "replicate"
-        x = F.pad(x, (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0), mode=mode)
-    return x
 
 
 class Rotation(nn.Module):

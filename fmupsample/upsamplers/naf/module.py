@@ -20,13 +20,14 @@ from fmupsample.errors import ShapeError
 from fmupsample.layers.chunks import recorded
 from fmupsample.layers.parts import in_parts
 from fmupsample.ops.memory import on_huge_pages
-from fmupsample.upsamplers.anyup.tiles import CellMeans, averaged
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import Size, per_place
+from fmupsample.upsamplers.encoders.averages import CellMeans, at_size
+from fmupsample.upsamplers.encoders.maps import Replayed, Stored, TiledMap
 from fmupsample.upsamplers.naf.attention import NeighbourhoodAttention
 from fmupsample.upsamplers.naf.config import NAFConfig
 from fmupsample.upsamplers.naf.encoder import Encoder, Rotation
-from fmupsample.upsamplers.naf.rows import ReadMap, bands, encoded
+from fmupsample.upsamplers.naf.rows import encoded
 from fmupsample.upsamplers.universal import UniversalUpsampler
 
 # Maps of the image's size are stored while they take at most so many bytes; beyond, they are made
@@ -113,33 +114,34 @@ class NAF(UniversalUpsampler):
         return NeighbourhoodAttention(keys, values, size, self.config.kernel_size)
 
     def _fill(self, out: Tensor, x: Tensor, image: Tensor, size: tuple[int, int]) -> None:
-        """The output ``[C, H, W]`` of one sample, in bands of rows."""
-        e, whole = self.config.embedding, tuple(image.shape[-2:])
-        source = ReadMap(lambda rows: image[:, rows], whole, image.device)
-        halves = [None, None]
-        stored = None
-        if 3 * e // 2 * prod(whole) * x.element_size() <= _STORED_BYTES:
-            stored, scratch = (on_huge_pages(x.new_empty(n, *whole)) for n in (e, e // 2))
-            halves = [(half, scratch) for half in stored.chunk(2)]
-        both = [
-            encoded(source, encoder, maps)
-            for encoder, maps in zip((self.pointwise, self.spatial), halves, strict=True)
-        ]
-        scratch = halves = None
-        in_place = stored is not None and whole == size
+        """The output ``[C, H, W]`` of one sample, in tiles of rows."""
+        source, stored = self._encoded(image, x)
+        # Where queries need not be averaged they are turned in place once, and then read.
+        in_place = stored is not None and source.size == size
 
         def queries(rows: slice) -> Tensor:
-            def read(region: slice) -> Tensor:
-                return torch.cat([part.read(region) for part in both])
-
-            return self.rotation(averaged(read, whole, rows, size), rows, size)
+            part = stored[:, rows] if in_place else at_size(source, rows, size)
+            return self.rotation(part, rows, size)
 
         means = CellMeans((x.shape[-2], x.shape[-1]), size)
-        for rows in bands(size, x.device):
-            if in_place:
-                means.add(self.rotation(stored[:, rows], rows, size).flatten(1), rows)
-            else:
-                means.add(queries(rows).flatten(1), rows)
+        for rows in source.tiles(size):
+            means.add(queries(rows).flatten(1), rows)
         attend = self._attention(means.whole(), x, size)
-        for rows in bands(size, x.device):
+        for rows in source.tiles(size):
             out[:, rows] = attend(stored[:, rows] if in_place else queries(rows), rows)
+
+    def _encoded(self, image: Tensor, like: Tensor) -> tuple[TiledMap, Tensor | None]:
+        """The encoders' outputs ``[E, H', W']``, as a map and, if that is stored, as a tensor."""
+        e, size = self.config.embedding, (image.shape[-2], image.shape[-1])
+        source = Replayed(lambda rows: image[:, rows].flatten(1), size, image.device)
+        stored, halves, scratch = None, (None, None), None
+        if 3 * e // 2 * prod(size) * like.element_size() <= _STORED_BYTES:
+            stored = on_huge_pages(like.new_empty(e, *size))
+            halves, scratch = stored.chunk(2), Stored.empty(e // 2, size, like)
+        parts = [
+            encoded(source, encoder, None if half is None else (Stored(half), scratch))
+            for half, encoder in zip(halves, (self.pointwise, self.spatial), strict=True)
+        ]
+        return Replayed(
+            lambda rows: torch.cat([part.read(rows) for part in parts]), size, image.device
+        ), stored

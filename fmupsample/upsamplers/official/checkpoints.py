@@ -18,8 +18,7 @@ from fmupsample.errors import HeadError
 from fmupsample.fingerprint import fingerprint
 from fmupsample.folders import cache_folder
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.official.anyup import load_anyup
-from fmupsample.upsamplers.official.jafar import load_jafar
+from fmupsample.upsamplers.official.encoders import load_anyup, load_jafar
 from fmupsample.upsamplers.official.naf import load_naf
 
 SUFFIXES = (".pth", ".pt")

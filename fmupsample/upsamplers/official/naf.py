@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.naf import NAF, NAFConfig
-from fmupsample.upsamplers.official.filling import fill, renamed, required
+from fmupsample.upsamplers.official.filling import encoder_layer, fill, renamed, required
 
 _WHAT = "the parameters of NAF"
 _NAMES = {
@@ -22,7 +22,7 @@ def load_naf(state: dict[str, Tensor], heads_attn: int = 4, kernel_size: int = 9
     """See :func:`fmupsample.load_official`."""
     half = len(required(state, "image_encoder.encoder.0.weight", _WHAT))
     periods = required(state, "image_encoder.rope.periods", _WHAT)
-    own = {_own_name(name): x for name, x in renamed(state, _NAMES).items()}
+    own = {encoder_layer(name): x for name, x in renamed(state, _NAMES).items()}
     config = NAFConfig(
         embedding=2 * half,
         heads=heads_attn,
@@ -31,13 +31,3 @@ def load_naf(state: dict[str, Tensor], heads_attn: int = 4, kernel_size: int = 9
         blocks=len({m[1] for n in own if (m := re.match(r"spatial\.blocks\.(\d+)\.", n))}) or 1,
     )
     return fill(NAF(config), own, _WHAT)
-
-
-def _own_name(name: str) -> str:
-    """Numbered layers of an encoder -> their names here."""
-    found = re.fullmatch(r"(pointwise|spatial)\.(\d+)\.(.+)", name)
-    if not found:
-        return name
-    encoder, number, rest = found.groups()
-    place = "first" if number == "0" else f"blocks.{int(number) - 1}"
-    return f"{encoder}.{place}.{rest}"
