@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fmupsample.ops.memory import on_huge_pages
 from fmupsample.upsamplers.encoders.networks import GROUPS
+from fmupsample.upsamplers.encoders.winograd import ROWS
 
 # Pixels of a tile: 128 channels of them fit the caches of a processor, or fill an accelerator.
 _TILE_PIXELS = {"cpu": 2**12}
@@ -61,6 +62,7 @@ class TiledMap(ABC):
         """The rows of one tile after the other, of this map or of one of another size."""
         height, width = size or self.size
         step = max(1, self._pixels // width)
+        step -= step % ROWS if step > ROWS else 0  # 3x3 convolutions make so many at once
         for row in range(0, height, step):
             yield slice(row, min(row + step, height))
 
