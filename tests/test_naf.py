@@ -12,9 +12,10 @@ from fmupsample.errors import HeadError, ShapeError, UsageError
 from fmupsample.upsamplers import NAF, NAFConfig
 from fmupsample.upsamplers.encoders import maps
 from fmupsample.upsamplers.encoders.maps import Replayed, Stored
+from fmupsample.upsamplers.encoders.runs import Runs
 from fmupsample.upsamplers.encoders.winograd import Convolution3x3
 from fmupsample.upsamplers.naf import attention, module
-from fmupsample.upsamplers.naf.attention import neighbours, plan
+from fmupsample.upsamplers.naf.attention import neighbours, runs
 from fmupsample.upsamplers.naf.encoder import Encoder
 from fmupsample.upsamplers.naf.rows import encoded
 
@@ -92,7 +93,7 @@ def test_neighbours_are_natten_s(cells, pixels, kernel) -> None:
 
 @pytest.mark.parametrize(("cells", "pixels"), [(16, 224), (10, 33), (1, 5), (7, 7)])
 def test_runs_hold_every_pixel_once(cells, pixels) -> None:
-    axis = plan(cells, pixels, 9)
+    axis = Runs(*runs(cells, pixels, 9))
     assert torch.equal(axis.slots[axis.filled], torch.arange(pixels))
     near = neighbours(cells, pixels, 9)
     for group, (first, last) in enumerate(zip(axis.starts[:-1], axis.starts[1:], strict=True)):
