@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -200,3 +201,16 @@ def test_models_lists_upsamplers(capsys):
     said = capsys.readouterr().out
     assert "dysample" in said and "carafe" not in said
     assert main(["models", "--upsamplers", "sorcery"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("anyup", r"anyup_paper, download 3.5 MB, https://\S+/anyup_paper.pth .*CC-BY-4.0"),
+        ("jafar", r"for --head FILE, https://\S+dinov2.lvd142m.pth .*Apache-2.0"),
+        ("naf", r"for --head FILE, https://\S+/naf_release.pth .*Apache-2.0"),
+    ],
+)
+def test_models_says_where_checkpoints_are(method: str, said: str, capsys):
+    assert main(["models", "--upsamplers", method]) == 0
+    assert re.search(said, capsys.readouterr().err)
