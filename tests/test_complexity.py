@@ -40,6 +40,8 @@ from fmupsample.upsamplers import (
     ReSFUConfig,
     SAPAConfig,
     StackConfig,
+    UPLiFT,
+    UPLiFTConfig,
     Upsampler,
 )
 from fmupsample.upsamplers.catalogue import catalogue
@@ -134,6 +136,15 @@ def test_multiply_adds_of_naf():
     assert counter.get_total_flops() / 2 == up.cost(24, (6, 8), (42, 56)).macs
 
 
+def test_multiply_adds_of_uplift():
+    up = UPLiFT(UPLiFTConfig(24, width=2, guide=8)).requires_grad_(True)
+    counter = FlopCounterMode(display=False)
+    x, image = torch.randn(1, 24, 3, 4), torch.randn(1, 3, 48, 64)
+    with counter:
+        up(x, image)
+    assert counter.get_total_flops() / 2 == up.cost(24, (3, 4), (48, 64)).convolution
+
+
 STACKS = [row for row in METHODS.values() if row.config == "stack:StackConfig"]
 
 
@@ -208,6 +219,7 @@ def test_models_lists_upsamplers(capsys):
     [
         ("anyup", r"anyup_paper, download 3.5 MB, https://\S+/anyup_paper.pth .*CC-BY-4.0"),
         ("jafar", r"for --head FILE, https://\S+dinov2.lvd142m.pth .*Apache-2.0"),
+        ("uplift", r"for --head FILE, https://\S+/uplift_dinov2-s14 .*MIT"),
         ("naf", r"for --head FILE, https://\S+/naf_release.pth .*Apache-2.0"),
     ],
 )

@@ -157,6 +157,7 @@ SMALL = {
     "anyup": {"embedding": 16},
     "jafar": {"embedding": 16},
     "naf": {"embedding": 16},
+    "uplift": {"width": 2, "guide": 8},
     "resfu": _SMALL_RESFU,
     "bilateral-cells": {"embedding": 8, "norm_groups": 2, "guidance_channels": 4},
     "sapa": {"embedding": 8, "guidance_channels": 4},

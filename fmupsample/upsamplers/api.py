@@ -38,6 +38,7 @@ from fmupsample.upsamplers.stack import (
     StackConfig,
 )
 from fmupsample.upsamplers.unpooling import MaxUnpooling
+from fmupsample.upsamplers.uplift import UPLiFT, UPLiFTConfig
 
 __all__ = [
     "A2U",
@@ -85,6 +86,8 @@ __all__ = [
     "SAPAConfig",
     "Stack",
     "StackConfig",
+    "UPLiFT",
+    "UPLiFTConfig",
     "Upsampler",
     "build_for_decoder",
     "load_head",

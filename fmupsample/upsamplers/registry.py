@@ -159,6 +159,10 @@ _ROWS = (
         official={"resfu": "official.resfu:load_resfu"},
     ),
     Method(
+        "uplift", "uplift:UPLiFT", "uplift:UPLiFTConfig", Needs.OWN_HEAD, "UPLiFT",
+        "17 cells around, doubled step by step", official={"uplift": "official.uplift:load_uplift"},
+    ),
+    Method(
         "sapa", "sapa:SAPA", "sapa:SAPAConfig", Needs.OWN_HEAD, "SAPA",
         "similarity of picture and features, gated", in_decoders=True, exportable=True,
         official={

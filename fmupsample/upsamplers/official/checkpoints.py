@@ -11,6 +11,8 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fmupsample.atomic import replacing
@@ -20,8 +22,9 @@ from fmupsample.folders import cache_folder
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.official.encoders import load_anyup, load_jafar
 from fmupsample.upsamplers.official.naf import load_naf
+from fmupsample.upsamplers.official.uplift import load_uplift
 
-SUFFIXES = (".pth", ".pt")
+_PICKLED = (".pth", ".pt")
 _SECONDS = 20  # without an answer
 
 _ANYUP = "AnyUp, Wimmer et al. 2025, CC-BY-4.0"
@@ -29,6 +32,7 @@ _RELEASES = "https://github.com/wimmerth/anyup/releases/download"
 _JAFAR = "JAFAR, Couairon et al. 2025, Apache-2.0"
 _JAFAR_RELEASES = "https://github.com/PaulCouairon/JAFAR/releases/download/Weights"
 _NAF = "NAF, Chambon et al. 2025, Apache-2.0"
+_UPLIFT = "UPLiFT, Walmer et al. 2026, MIT"
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,22 @@ CHECKPOINTS = (
             "vit_base_patch16_siglip_512.v2_webli",
         )
     ),
+    Checkpoint(
+        "uplift_dinov2-s14",
+        "uplift",
+        "https://huggingface.co/UPLiFT-upsampler/uplift_dinov2-s14",
+        None,
+        None,
+        f"{_UPLIFT}; for vit_small_patch14_dinov2.lvd142m",
+        "vit_small_patch14_dinov2.lvd142m",
+    ),
 )  # fmt: skip
 # Which parameter tells whose checkpoint it is.
 _LOADERS = {
     "key_features_encoder.0.basis": load_anyup,
     "sft_key.gamma.weight": load_jafar,
     "image_encoder.rope.periods": load_naf,
+    "attender.conv1.weight": load_uplift,
 }
 
 
@@ -157,6 +171,17 @@ def fetched(checkpoint: Checkpoint) -> Path:
     return path
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is one of parameters under official names, and no head file of ours."""
+    if path.suffix in _PICKLED:
+        return True
+    try:
+        with safe_open(path, framework="pt") as file:
+            return not _LOADERS.keys().isdisjoint(file.keys())
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
 def load_checkpoint(path: str | Path) -> Upsampler:
     """An upsampler from a local checkpoint, recognised by the names of its parameters.
 
@@ -167,7 +192,10 @@ def load_checkpoint(path: str | Path) -> Upsampler:
     if not path.is_file():
         raise HeadError(f"there is no head file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix in _PICKLED:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            state = load_file(path)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise HeadError(f"{path} is not a readable checkpoint of parameters: {error}") from error
     if isinstance(state, Mapping) and isinstance(state.get("jafar"), Mapping):
@@ -175,8 +203,9 @@ def load_checkpoint(path: str | Path) -> Upsampler:
     sound = isinstance(state, Mapping) and all(isinstance(x, Tensor) for x in state.values())
     load = next((f for name, f in _LOADERS.items() if sound and name in state), None)
     if load is None:
+        known = ", ".join(f.__name__.removeprefix("load_") for f in _LOADERS.values())
         raise HeadError(
-            f"{path} holds no parameters of a method that is known by them (anyup, jafar, naf); "
+            f"{path} holds no parameters of a method that is known by them ({known}); "
             "other checkpoints: fmupsample.load_official"
         )
     head = load(dict(state))
