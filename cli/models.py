@@ -139,7 +139,9 @@ def _list_upsamplers(pattern: str | None, as_json: bool) -> None:
     names = {row["name"] for row in rows}
     for each in CHECKPOINTS:
         if each.method in names:
-            state = "cached" if each.path.is_file() else f"download {human_bytes(each.bytes)}"
+            state = "for --head FILE"
+            if each.bytes is not None:
+                state = "cached" if each.path.is_file() else f"download {human_bytes(each.bytes)}"
             note(f"{each.method}: {each.name}, {state}, {each.url} ({each.credit})")
 
 

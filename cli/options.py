@@ -167,8 +167,8 @@ Head = Annotated[
     typer.Option(
         "--head",
         metavar="FILE",
-        help="Trained head (.safetensors), or AnyUp's checkpoint (.pth), to use instead of the "
-        "shipped one.",
+        help="Trained head (.safetensors), or the authors' checkpoint of AnyUp, JAFAR, NAF or "
+        "UPLiFT, to use instead of the shipped one.",
         show_default=False,
         rich_help_panel=MODEL,
     ),

@@ -74,6 +74,11 @@ ANY_RATIO = {
     ),
     "lda-aqu": Member(lambda: u.LDAAQU(u.LDAAQUConfig(CHANNELS, reduction=2, reach=2.0))),
     "lda-aqu groups": Member(lambda: u.LDAAQU(u.LDAAQUConfig(CHANNELS, 2, groups=2, heads=2))),
+    "jafar": Member(lambda: u.JAFAR(u.JAFARConfig(CHANNELS, embedding=16, heads=2)), 3),
+    "naf": Member(
+        lambda: u.NAF(u.NAFConfig(embedding=16, heads=2, rotary_heads=2, kernel_size=3)), 3
+    ),
+    "uplift": Member(lambda: u.UPLiFT(u.UPLiFTConfig(CHANNELS, width=2, guide=8)), 3),
     "fade": Member(lambda: u.FADE(u.FADEConfig(CHANNELS, guidance_channels=4, compressed=6)), 3),
     "fade-lite": Member(lambda: u.FADE(u.FADEConfig(CHANNELS, 5, stem=False, lite=True)), 5),
     "carafe": Member(_stack(u.CARAFEStack, compressed=6)),

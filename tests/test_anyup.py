@@ -13,10 +13,12 @@ import fmupsample
 from fmupsample.errors import HeadError, ShapeError, UsageError
 from fmupsample.ops.grid import plan_axis
 from fmupsample.upsamplers import AnyUp, AnyUpConfig
-from fmupsample.upsamplers.anyup import module, tiles
 from fmupsample.upsamplers.anyup.attention import WindowAttention, window_logits
-from fmupsample.upsamplers.anyup.tiles import CellMeans, Moments, Replayed, Stored
-from fmupsample.upsamplers.anyup.winograd import Convolution3x3
+from fmupsample.upsamplers.encoders import image as image_networks
+from fmupsample.upsamplers.encoders import maps
+from fmupsample.upsamplers.encoders.averages import CellMeans
+from fmupsample.upsamplers.encoders.maps import Moments, Replayed, Stored
+from fmupsample.upsamplers.encoders.winograd import Convolution3x3
 from fmupsample.upsamplers.normalisation import MEAN, STD
 from fmupsample.upsamplers.official import checkpoints
 
@@ -128,7 +130,7 @@ def test_bands_equal_the_whole(stored, size, monkeypatch) -> None:
     up = head()
     x, image = inputs((6, 7), (42, 47), batch=2)
     expected = up.kernels(x, image, size)
-    monkeypatch.setattr(tiles, "_TILE_PIXELS", {"cpu": 100})
+    monkeypatch.setattr(maps, "_TILE_PIXELS", {"cpu": 100})
     monkeypatch.setattr(AnyUp, "bytes_per_pixel", 40_000 if stored else 5_000)
     made = []
     monkeypatch.setattr(Stored, "empty", lambda *a, make=Stored.empty: made.append(1) or make(*a))
@@ -143,7 +145,7 @@ def test_fewer_maps_make_the_same(most, monkeypatch) -> None:
     x, image = inputs((6, 7), (42, 47))
     expected = up.requires_grad_(True).kernels(x, image).detach()
     up.requires_grad_(False)
-    monkeypatch.setattr(module, "_THREE_MAPS_BYTES", most)
+    monkeypatch.setattr(image_networks, "_THREE_MAPS_BYTES", most)
     torch.testing.assert_close(up.kernels(x, image), expected, atol=1e-12, rtol=0)
 
 
@@ -176,7 +178,7 @@ def test_moments_and_means_of_tiles() -> None:
 
 
 def test_a_replayed_map_is_the_stored_one(monkeypatch) -> None:
-    monkeypatch.setattr(tiles, "_TILE_PIXELS", {"cpu": 20})
+    monkeypatch.setattr(maps, "_TILE_PIXELS", {"cpu": 20})
     data = torch.randn(8, 9, 11, dtype=torch.float64)
     replayed = Replayed(lambda rows: data[:, rows].flatten(1), (9, 11), data.device)
     stored = replayed.then(lambda tile, rows: 2 * tile, Stored(torch.empty_like(data)))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from reference import anyup
 from toy import ToyBackbone, ToyUpsampler
 from typer.testing import CliRunner
 
@@ -186,6 +187,15 @@ def test_methods_and_costs():
     for name in ("bilinear", "resfu", "carafe"):
         upsampler = methods[name].build()
         assert upsampler.cost(backbone.channels, (4, 4), (56, 56)).macs > 0
+
+
+def test_a_checkpoint_of_the_authors_has_a_row(tmp_path):
+    path = tmp_path / "theirs.pth"
+    torch.save(anyup.random_state(), path)
+    _, method = choose(load_backbone("embedded"), ["bilinear"], [path])
+    assert (method.name, method.row.name, method.weights) == ("theirs", "anyup", "trained")
+    frequencies = method.build().state_dict()["rotation.frequencies"]
+    assert torch.equal(frequencies, anyup.random_state()["rope.freqs"])
 
 
 def test_pictures_are_drawn_where_there_are_none(monkeypatch, tmp_path):

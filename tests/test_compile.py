@@ -7,7 +7,14 @@ import torch
 from toy import ToyBackbone
 
 from fmupsample.ops.memory import on_huge_pages
-from fmupsample.upsamplers import Upsampler, load_upsampler
+from fmupsample.upsamplers import (
+    NAF,
+    AnyUp,
+    AnyUpConfig,
+    NAFConfig,
+    Upsampler,
+    load_upsampler,
+)
 
 SIDE = 448  # maps of 8 MB and more lie on huge pages
 
@@ -48,6 +55,22 @@ def test_one_size(name: str) -> None:
     x, image = inputs()
     compiled = torch.compile(up, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
+        torch.testing.assert_close(compiled(x, image), up(x, image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "up",
+    [
+        AnyUp(AnyUpConfig(embedding=16, heads=2)),
+        NAF(NAFConfig(embedding=16, heads=2, rotary_heads=2, kernel_size=3, blocks=1)),
+    ],
+    ids=lambda up: up.name,
+)
+def test_encoders_of_the_image_for_one_size_after_the_other(up: Upsampler) -> None:
+    up.eval().requires_grad_(False)
+    compiled = torch.compile(up, fullgraph=True, backend="aot_eager")
+    for cells, pixels in (((3, 4), (12, 17)), ((4, 5), (16, 23))):
+        x, image = torch.randn(1, 24, *cells), torch.randn(1, 3, *pixels)
         torch.testing.assert_close(compiled(x, image), up(x, image), rtol=1e-4, atol=1e-4)
 
 

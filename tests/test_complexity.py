@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from fmupsample.upsamplers import (
     A2U,
     CARAFE,
     FADE,
+    JAFAR,
     LDAAQU,
+    NAF,
     SAPA,
     A2UConfig,
     AnyUp,
@@ -26,15 +29,19 @@ from fmupsample.upsamplers import (
     FADEConfig,
     IndexNet,
     IndexNetConfig,
+    JAFARConfig,
     LDAAQUConfig,
     LearnedBilateral,
     LearnedBilateralConfig,
+    NAFConfig,
     PixelShuffle,
     PixelShuffleConfig,
     ReSFU,
     ReSFUConfig,
     SAPAConfig,
     StackConfig,
+    UPLiFT,
+    UPLiFTConfig,
     Upsampler,
 )
 from fmupsample.upsamplers.catalogue import catalogue
@@ -111,6 +118,33 @@ def test_multiply_adds_of_anyup():
     assert counter.get_total_flops() / 2 == price.macs - 9 * 24 * 42 * 56  # reassembly is no layer
 
 
+def test_multiply_adds_of_jafar():
+    up = JAFAR(JAFARConfig(24, embedding=16)).requires_grad_(True)
+    counter = FlopCounterMode(display=False)
+    x, image = torch.randn(1, 24, 6, 8), torch.randn(1, 3, 42, 56)
+    with counter:
+        up(x, image)
+    assert counter.get_total_flops() / 2 == up.cost(24, (6, 8), (42, 56)).macs
+
+
+def test_multiply_adds_of_naf():
+    up = NAF(NAFConfig(embedding=16, rotary_heads=2, kernel_size=5)).requires_grad_(True)
+    counter = FlopCounterMode(display=False)
+    x, image = torch.randn(1, 24, 6, 8), torch.randn(1, 3, 42, 56)
+    with counter:
+        up(x, image)
+    assert counter.get_total_flops() / 2 == up.cost(24, (6, 8), (42, 56)).macs
+
+
+def test_multiply_adds_of_uplift():
+    up = UPLiFT(UPLiFTConfig(24, width=2, guide=8)).requires_grad_(True)
+    counter = FlopCounterMode(display=False)
+    x, image = torch.randn(1, 24, 3, 4), torch.randn(1, 3, 48, 64)
+    with counter:
+        up(x, image)
+    assert counter.get_total_flops() / 2 == up.cost(24, (3, 4), (48, 64)).convolution
+
+
 STACKS = [row for row in METHODS.values() if row.config == "stack:StackConfig"]
 
 
@@ -178,3 +212,17 @@ def test_models_lists_upsamplers(capsys):
     said = capsys.readouterr().out
     assert "dysample" in said and "carafe" not in said
     assert main(["models", "--upsamplers", "sorcery"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("anyup", r"anyup_paper, download 3.5 MB, https://\S+/anyup_paper.pth .*CC-BY-4.0"),
+        ("jafar", r"for --head FILE, https://\S+dinov2.lvd142m.pth .*Apache-2.0"),
+        ("uplift", r"for --head FILE, https://\S+/uplift_dinov2-s14 .*MIT"),
+        ("naf", r"for --head FILE, https://\S+/naf_release.pth .*Apache-2.0"),
+    ],
+)
+def test_models_says_where_checkpoints_are(method: str, said: str, capsys):
+    assert main(["models", "--upsamplers", method]) == 0
+    assert re.search(said, capsys.readouterr().err)

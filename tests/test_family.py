@@ -134,7 +134,7 @@ def test_wrong_arguments_are_named(member: Member):
         if not member.guidance:
             assert up(x).shape[2:] == (6, 8)
     if any(True for _ in up.parameters()):
-        with pytest.raises(ShapeError, match="built for 8 channels"):
+        with pytest.raises(ShapeError, match=r"built for 8 channels|2 heads: 5 channels"):
             up(x[:, :5], guidance, size=(6, 8))
 
 
@@ -155,6 +155,9 @@ _SMALL_RESFU = {"embedding": 8, "middle": 16, "groups": 2, "norm_groups": 2, "gu
 SMALL = {
     "affinity": {"embedding": 8, "width": 8, "detail": 4, "key_width": 8},
     "anyup": {"embedding": 16},
+    "jafar": {"embedding": 16},
+    "naf": {"embedding": 16},
+    "uplift": {"width": 2, "guide": 8},
     "resfu": _SMALL_RESFU,
     "bilateral-cells": {"embedding": 8, "norm_groups": 2, "guidance_channels": 4},
     "sapa": {"embedding": 8, "guidance_channels": 4},

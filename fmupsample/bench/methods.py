@@ -11,8 +11,9 @@ import torch
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers import registry
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.heads import BackboneLike, load_head, read_head_metadata
-from fmupsample.upsamplers.loading import find_head
+from fmupsample.upsamplers.heads import BackboneLike, load_head
+from fmupsample.upsamplers.loading import find_head, load_upsampler
+from fmupsample.upsamplers.official.checkpoints import is_checkpoint, load_checkpoint
 
 _IN_DECODERS = "a part of an encoder-decoder: its kernels come from the encoder's own map"
 
@@ -50,7 +51,8 @@ class Method:
             UsageError: features of so many channels are not possible.
         """
         if self.head is not None:
-            return load_head(self.head)
+            checkpoint = is_checkpoint(self.head)
+            return load_checkpoint(self.head) if checkpoint else load_head(self.head)
         options = self.row.options(self.channels) if self.row.learned else {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -92,8 +94,7 @@ def choose(
         else:
             add(Method(name, row, backbone.channels, reason=_IN_DECODERS))
     for path in heads:
-        load_head(path, backbone)
-        row = registry.METHODS[read_head_metadata(path)["upsampler"]]
+        row = registry.METHODS[load_upsampler(backbone, path).name]
         add(Method(path.stem, row, backbone.channels, path))
     if not found:
         raise UsageError("nothing to measure: name --upsamplers, or give a --head")

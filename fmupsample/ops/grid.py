@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, wraps
+from operator import index
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -33,6 +34,26 @@ def table(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if traced:
             return function(*args, **kwargs)
         return remembered(*args, **kwargs)
+
+    return call
+
+
+def constants(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Remember the last 256 results, which compiled code takes as constants.
+
+    The function may look at the numbers in its tensors. Code is compiled once for each of the sizes
+    among its arguments.
+    """
+    remembered = lru_cache(maxsize=256)(function)
+
+    @torch.compiler.assume_constant_result
+    def constant(*args: _P.args, **kwargs: _P.kwargs) -> tuple[_R]:
+        return (remembered(*args, **kwargs),)  # two tensors would be taken for the same constant
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # index() of a size that may vary makes it one that is known.
+        return constant(*(n if isinstance(n, float) else index(n) for n in args), **kwargs)[0]
 
     return call
 

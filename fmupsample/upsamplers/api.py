@@ -20,9 +20,11 @@ from fmupsample.upsamplers.featup import LearnedBilateral, LearnedBilateralConfi
 from fmupsample.upsamplers.guided import GuidedFilter
 from fmupsample.upsamplers.heads import load_head, save_head
 from fmupsample.upsamplers.indexnet import IndexNet, IndexNetConfig
+from fmupsample.upsamplers.jafar import JAFAR, JAFARConfig
 from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.lda_aqu import LDAAQU, LDAAQUConfig
 from fmupsample.upsamplers.loading import load_upsampler
+from fmupsample.upsamplers.naf import NAF, NAFConfig
 from fmupsample.upsamplers.official import load_official
 from fmupsample.upsamplers.resfu import ReSFU, ReSFUConfig
 from fmupsample.upsamplers.sapa import SAPA, SAPAConfig
@@ -36,12 +38,15 @@ from fmupsample.upsamplers.stack import (
     StackConfig,
 )
 from fmupsample.upsamplers.unpooling import MaxUnpooling
+from fmupsample.upsamplers.uplift import UPLiFT, UPLiFTConfig
 
 __all__ = [
     "A2U",
     "CARAFE",
     "FADE",
+    "JAFAR",
     "LDAAQU",
+    "NAF",
     "SAPA",
     "A2UConfig",
     "Affinity",
@@ -64,12 +69,14 @@ __all__ = [
     "GuidedFilter",
     "IndexNet",
     "IndexNetConfig",
+    "JAFARConfig",
     "JointBilateral",
     "LDAAQUConfig",
     "LearnedBilateral",
     "LearnedBilateralConfig",
     "LearnedBilateralStack",
     "MaxUnpooling",
+    "NAFConfig",
     "Nearest",
     "PixelShuffle",
     "PixelShuffleConfig",
@@ -79,6 +86,8 @@ __all__ = [
     "SAPAConfig",
     "Stack",
     "StackConfig",
+    "UPLiFT",
+    "UPLiFTConfig",
     "Upsampler",
     "build_for_decoder",
     "load_head",

@@ -51,7 +51,7 @@ def _entry(row: Method, channels: int, cells: Size, pixels: Size) -> Entry:
     checkpoint = published(row.name)
     return Entry(
         method=row,
-        needs=_NEEDS[row.needs] if checkpoint is None else f"a download ({checkpoint.size})",
+        needs=_NEEDS[row.needs] if checkpoint is None else checkpoint.needs,
         guidance=guidance,
         ratio="any" if module.fixed_ratio is None else str(module.fixed_ratio),
         linear=module.linear_in_value,

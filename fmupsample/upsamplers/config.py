@@ -69,3 +69,19 @@ class Config:
                 raise UsageError(
                     f"{type(self).__name__}: {name} must be more than 0, not {value!r}"
                 )
+
+    def require_counts(self, *names: str) -> None:
+        """Raise a UsageError unless each field is a whole number from 1 to 4096."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= 4096:
+                raise UsageError(f"{type(self).__name__}: {name} must be 1 to 4096, not {value!r}")
+
+    def require_multiple(self, name: str, *divisors: int) -> None:
+        """Raise a UsageError unless the field is a multiple of each."""
+        value = getattr(self, name)
+        for divisor in divisors:
+            if value % divisor:
+                raise UsageError(
+                    f"{type(self).__name__}: {name} {value} is not a multiple of {divisor}"
+                )

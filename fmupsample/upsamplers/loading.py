@@ -15,8 +15,8 @@ from fmupsample.upsamplers.heads import (
     same_backbone,
 )
 from fmupsample.upsamplers.official.checkpoints import (
-    SUFFIXES,
     fetched,
+    is_checkpoint,
     load_checkpoint,
     published,
 )
@@ -36,7 +36,7 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         source: ``None`` for the shipped or cached head of this backbone, or where there is none
             the one that serves all; a method's name (of one with parameters: its head, or its
             published checkpoint, which is downloaded at first use); or a head file, or a checkpoint
-            (.pth).
+            of the authors'.
 
     Raises:
         HeadError: the head does not exist, is damaged, or belongs to another backbone.
@@ -52,7 +52,7 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         # One that serves all is found by its name alone.
         names = (None, *any_backbone_names()) if named is None else (named.name,)
         found = next(filter(None, (find_head(backbone, name) for name in names)), None)
-        checkpoint = None if named is None else published(named.name)
+        checkpoint = None if named is None else published(named.name, backbone.name)
         if found is None and checkpoint is not None:
             return _from_checkpoint(fetched(checkpoint), backbone)
         if found is None:
@@ -63,7 +63,7 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
             )
         return load_head(found, backbone)
     path = Path(source)
-    if path.suffix in SUFFIXES:
+    if is_checkpoint(path):
         return _from_checkpoint(path, backbone)
     if isinstance(source, str) and not path.exists() and path.suffix != ".safetensors":
         raise UsageError(
@@ -74,6 +74,12 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
 
 def _from_checkpoint(path: Path, backbone: BackboneLike) -> Upsampler:
     head = load_checkpoint(path)
+    channels = head.config.channels
+    if channels not in (0, backbone.channels):
+        raise HeadError(
+            f"{path} is for features of {channels} channels, those of {backbone.name} have "
+            f"{backbone.channels}"
+        )
     head.use_with(backbone.mean, backbone.std)
     return head
 

@@ -137,7 +137,12 @@ _ROWS = (
     ),
     Method(
         "anyup", "anyup:AnyUp", "anyup:AnyUpConfig", Needs.ANY_HEAD, "AnyUp",
-        "attention to the cells in a window", official={"anyup": "official.anyup:load_anyup"},
+        "attention to the cells in a window", official={"anyup": "official.encoders:load_anyup"},
+    ),
+    Method(
+        "naf", "naf:NAF", "naf:NAFConfig", Needs.ANY_HEAD, "NAF",
+        "attention to 9 x 9 cells, by the picture alone",
+        official={"naf": "official.naf:load_naf"},
     ),
     Method(
         "bilateral-cells", "bilateral:BilateralCells", "bilateral:BilateralCellsConfig",
@@ -145,9 +150,17 @@ _ROWS = (
         exportable=True, own_heads=True, formerly=("resfu-universal", "resfu"),
     ),
     Method(
+        "jafar", "jafar:JAFAR", "jafar:JAFARConfig", Needs.OWN_HEAD, "JAFAR",
+        "attention to all cells", official={"jafar": "official.encoders:load_jafar"},
+    ),
+    Method(
         "resfu", "resfu:ReSFU", "resfu:ReSFUConfig", Needs.OWN_HEAD, "ReSFU",
         "similarity by paired differences, of bilinear samples", in_decoders=True, exportable=True,
         official={"resfu": "official.resfu:load_resfu"},
+    ),
+    Method(
+        "uplift", "uplift:UPLiFT", "uplift:UPLiFTConfig", Needs.OWN_HEAD, "UPLiFT",
+        "17 cells around, doubled step by step", official={"uplift": "official.uplift:load_uplift"},
     ),
     Method(
         "sapa", "sapa:SAPA", "sapa:SAPAConfig", Needs.OWN_HEAD, "SAPA",

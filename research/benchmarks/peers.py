@@ -1,12 +1,13 @@
-"""AnyUp and NAF beside ours, on one machine in one run.
+"""AnyUp, JAFAR and NAF: the authors' code beside ours, on one machine in one run.
 
     git clone https://github.com/wimmerth/anyup /tmp/anyup
+    git clone https://github.com/PaulCouairon/JAFAR /tmp/JAFAR
     git clone https://github.com/valeoai/NAF /tmp/NAF
-    python research/benchmarks/peers.py --anyup /tmp/anyup --naf /tmp/NAF --size 224 -o peers.json
+    python research/benchmarks/peers.py --anyup /tmp/anyup --jafar /tmp/JAFAR --naf /tmp/NAF
 
-Their code runs as published, with random weights, from checkouts outside this repository; NAF needs
-the package einops. NAF's attention is NATTEN's, whose kernels need an NVIDIA GPU: on a CPU a plain
-PyTorch stand-in takes their place, and its row says so.
+Their code runs as published, with random weights, from checkouts outside this repository; JAFAR and
+NAF need the package einops. NAF's attention is NATTEN's, whose kernels need an NVIDIA GPU: on a CPU
+a plain PyTorch stand-in takes their place, and its row says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import types
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +28,21 @@ from cases import Setting, Workload
 from common import options, parse_options, tell_faults
 from fmupsample.bench.measuring import Apart, Case, Here, time_cases
 from fmupsample.device import resolve_device
+from fmupsample.upsamplers.registry import METHODS
 from reports import Report
 
 
 def own(setting: Setting, device: torch.device, name: str) -> Case:
     return Workload(setting, device).case(name)
+
+
+def here(setting: Setting, device: torch.device, method: str) -> Case:
+    """Our module of a peer's method."""
+    torch.manual_seed(0)
+    row = METHODS[method]
+    model = row.build(row.options(setting.channels)).eval().requires_grad_(False).to(device)
+    work = Workload(setting, device)
+    return partial(model, work.x, work.image)
 
 
 def anyup(setting: Setting, device: torch.device, checkout: Path, chunk: int | None) -> Case:
@@ -43,22 +55,37 @@ def anyup(setting: Setting, device: torch.device, checkout: Path, chunk: int | N
     return torch.no_grad()(lambda: model(image, x, q_chunk_size=chunk))
 
 
+def jafar(setting: Setting, device: torch.device, checkout: Path) -> Case:
+    """JAFAR's default model."""
+    module = _module(checkout, "src/upsampler/jafar.py")
+    # Its coordinates are made on a GPU unless told otherwise.
+    module.create_coordinate = partial(module.create_coordinate, device=device)
+    work = Workload(setting, device)
+    model = module.JAFAR(v_dim=setting.channels).eval().to(device)
+    x, image = work.x, work.image
+    return torch.no_grad()(lambda: model(image, x, (setting.size,) * 2))
+
+
 def naf(setting: Setting, device: torch.device, checkout: Path) -> Case:
     """NAF's default model; on a CPU with :func:`neighbourhood_attention`."""
-    sys.path.insert(0, str(checkout))
     if device.type != "cuda":
         # On a GPU a missing NATTEN is an error that says so: there a stand-in would be unfair.
         stand_in = types.ModuleType("natten")
         stand_in.na2d = neighbourhood_attention
         sys.modules["natten"] = stand_in
-    # By its path: the package around it imports every model it was compared with.
-    spec = importlib.util.spec_from_file_location("naf", checkout / "src/model/naf.py")
+    work = Workload(setting, device)
+    model, x, image = _module(checkout, "src/model/naf.py").NAF().eval(), work.x, work.image
+    model.to(device)
+    return torch.no_grad()(lambda: model(image, x, (setting.size,) * 2))
+
+
+def _module(checkout: Path, path: str) -> types.ModuleType:
+    """A file of a checkout. The package around it imports every model it was compared with."""
+    sys.path.insert(0, str(checkout))
+    spec = importlib.util.spec_from_file_location(Path(path).stem, checkout / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    work = Workload(setting, device)
-    model, x, image = module.NAF().eval().to(device), work.x, work.image
-    size = (setting.size,) * 2
-    return torch.no_grad()(lambda: model(image, x, size))
+    return module
 
 
 def neighbourhood_attention(
@@ -109,6 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = options(__doc__)
     add = parser.add_argument
     add("--anyup", type=Path, metavar="DIR", help="a checkout of github.com/wimmerth/anyup")
+    add("--jafar", type=Path, metavar="DIR", help="a checkout of github.com/PaulCouairon/JAFAR")
     add("--naf", type=Path, metavar="DIR", help="a checkout of github.com/valeoai/NAF")
     add("--anyup-chunk", type=int, metavar="N", help="AnyUp's q_chunk_size (default: none)")
     add("--size", type=int, default=224)
@@ -129,9 +157,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.anyup:
         chunk = f", {args.anyup_chunk} queries at once" if args.anyup_chunk else ""
         wanted[f"AnyUp{chunk}"] = (anyup, setting, device, args.anyup, args.anyup_chunk)
+    if args.jafar:
+        wanted["JAFAR"] = (jafar, setting, device, args.jafar)
     if args.naf:
         name = "NAF" if device.type == "cuda" else "NAF, plain PyTorch for NATTEN"
         wanted[name] = (naf, setting, device, args.naf)
+    for method in ("anyup", "jafar", "naf"):
+        if getattr(args, method):
+            wanted[f"{METHODS[method].title}, here"] = (here, setting, device, method)
     with ExitStack() as stack:
         runners: dict[str, Here | Apart] = {}
         for name, (prepare, *rest) in wanted.items():
@@ -139,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
                 runners[name] = Here(prepare(*rest), device)
             else:
                 runners[name] = stack.enter_context(Apart(prepare, *rest))
-        rows, skipped = time_cases(runners, args.rounds)
+        rows, skipped = time_cases(runners, args.rounds, peaks=lambda _: True)
     base = rows["ReSFU, whole head"]["median_s"]
     result = report.add(asdict(setting), cases=rows, skipped=skipped)
     report.write()
@@ -148,7 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
         low, high = row["quartiles_s"]
         print(
             f"{name:32s} {1e3 * row['median_s']:11.1f} ms  ({1e3 * low:.1f} .. {1e3 * high:.1f}, "
-            f"{row['rounds']} rounds)  {row['median_s'] / base:8.2f} x ours"
+            f"{row['rounds']} rounds)  {row['median_s'] / base:8.2f} x ReSFU  "
+            f"{row['peak_bytes'] / 1e6:8.0f} MB"
         )
     for name, reason in skipped.items():
         print(f"{name}: {reason}")

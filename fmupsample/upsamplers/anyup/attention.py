@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from math import ceil
 
 import torch
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmupsample.layers.chunks import recorded
-from fmupsample.ops.grid import plan_axis
+from fmupsample.ops.grid import base_cells, constants
+from fmupsample.upsamplers.encoders.runs import Runs, tables
 
 # Bytes of the scores made at once on a processor, and on an accelerator.
 _SCORE_BYTES = {"cpu": 8 << 20}
@@ -23,7 +23,14 @@ def reach_of(cells: tuple[int, int], ratio: float) -> int:
     return max(min(ceil(ratio * n), n - 1) for n in cells)
 
 
-@lru_cache(maxsize=64)
+@constants
+def runs(cells: int, pixels: int) -> tuple:
+    """What :class:`Runs` are made of: the pixels of each cell of an axis."""
+    base = base_cells(cells, pixels, False)
+    return tables(base[:, None], base)
+
+
+@constants
 def window_logits(cells: int, pixels: int, ratio: float, reach: int) -> Tensor:
     """Along one axis: 0 where a cell is in a pixel's window, else -inf: ``[pixels, 2 reach + 1]``.
 
@@ -33,7 +40,7 @@ def window_logits(cells: int, pixels: int, ratio: float, reach: int) -> Tensor:
     centre = (torch.arange(pixels, dtype=torch.float32) + 0.5) / pixels
     first = ((centre - ratio).clamp(0, 1) * cells).floor().long()
     last = ((centre + ratio).clamp(0, 1) * cells).ceil().long()
-    cell = plan_axis(cells, pixels, False).base[:, None] + torch.arange(-reach, reach + 1)
+    cell = base_cells(cells, pixels, False)[:, None] + torch.arange(-reach, reach + 1)
     inside = (cell >= first[:, None]) & (cell < last[:, None])
     return torch.zeros(cell.shape).masked_fill_(~inside, float("-inf"))
 
@@ -52,20 +59,13 @@ class WindowAttention:
         reach = reach_of(self.cells, ratio)
         self.side = 2 * reach + 1
         self._keys = F.pad(keys, (reach,) * 4)  # [heads, D, h + 2 reach, w + 2 reach]
-        self._rows, self._columns = (
-            plan_axis(n, m, False) for n, m in zip(self.cells, size, strict=True)
-        )
+        self._rows, columns = (Runs(*runs(n, m)) for n, m in zip(self.cells, size, strict=True))
         down, across = (
             window_logits(n, m, ratio, reach).to(keys)
             for n, m in zip(self.cells, size, strict=True)
         )
-        # Pixels of each column of cells: all get as many slots, the last of them may be idle.
-        starts = torch.tensor(self._columns.starts[:-1])[:, None]
-        slots = starts + torch.arange(self._columns.slots)
-        self._slots = slots.clamp_max(size[1] - 1).flatten().to(keys.device)  # [w s]
-        self._idle = self._columns.slots * self.cells[1] != size[1]
-        filled = self._columns.slots_of_pixels(0, self.cells[1])
-        self._filled = filled.to(keys.device)
+        self._slots, self._filled = (t.to(keys.device) for t in (columns.slots, columns.filled))
+        self._idle = columns.idle
         self._down = down  # [H, K]
         across = across[self._slots].view(self.cells[1], -1, self.side)
         self._across = across.transpose(1, 2)  # [w, K, s]
@@ -74,13 +74,7 @@ class WindowAttention:
         """The rows in parts that lie in one row of cells, and are worth one product."""
         budget = _SCORE_BYTES.get(self._keys.device.type, _SCORE_BYTES_ACCELERATOR)
         row = len(self._slots) * self.heads * self.side**2 * self._keys.element_size()
-        most = max(1, budget // row)
-        start = rows.start
-        while start < rows.stop:
-            end = self._rows.starts[int(self._rows.base[start]) + 1]
-            stop = min(start + most, end, rows.stop)
-            yield slice(start, stop)
-            start = stop
+        return self._rows.parts(rows, max(1, budget // row))
 
     def weights(self, query: Tensor, rows: slice) -> Tensor:
         """``[K*K, rows, W]``, of one of the :meth:`parts`.
@@ -89,7 +83,7 @@ class WindowAttention:
             query: ``[heads, D, rows, W]``, of these rows.
         """
         w, k = self.cells[1], self.side
-        cell, count = int(self._rows.base[rows.start]), rows.stop - rows.start
+        cell, count = self._rows.run_of(rows.start), rows.stop - rows.start
         near = self._keys[:, :, cell : cell + k].unfold(3, k, 1)  # [heads, D, K, w, K]
         near = near.permute(3, 0, 2, 4, 1).reshape(w * self.heads, k * k, -1)
         if self._idle:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.config import Config
-
-GROUPS = 8  # of every group normalisation
+from fmupsample.upsamplers.encoders.networks import GROUPS
 
 
 @dataclass(frozen=True)
@@ -24,16 +23,9 @@ class AnyUpConfig(Config):
         if self.channels:
             raise UsageError("an AnyUp head takes any number of channels: channels must be 0")
         self.require_odd("feature_kernel")
-        for name in ("embedding", "heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= 4096:
-                raise UsageError(f"AnyUpConfig: {name} must be 1 to 4096, not {value!r}")
+        self.require_counts("embedding", "heads")
         # Rotary embedding pairs channels.
-        for divisor in (2, GROUPS, self.heads):
-            if self.embedding % divisor:
-                raise UsageError(
-                    f"AnyUpConfig: embedding {self.embedding} is not a multiple of {divisor}"
-                )
+        self.require_multiple("embedding", 2, GROUPS, self.heads)
         if not 0 < self.window_ratio <= 1:
             raise UsageError(
                 f"AnyUpConfig: window_ratio must be in (0, 1], not {self.window_ratio!r}"

@@ -15,41 +15,24 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmupsample.layers.chunks import recorded
-from fmupsample.layers.norms import convolved
 from fmupsample.layers.parts import InParts, in_parts
-from fmupsample.ops.grid import cell_shares
 from fmupsample.ops.memory import on_huge_pages
 from fmupsample.upsamplers.anyup.attention import WindowAttention, reach_of
 from fmupsample.upsamplers.anyup.config import AnyUpConfig
-from fmupsample.upsamplers.anyup.modules import (
-    Encoder,
-    FeatureEncoder,
-    Rotation,
-    root_mean_square_norm,
-    rotated,
-)
-from fmupsample.upsamplers.anyup.tiles import (
-    Replayed,
-    Stored,
-    TiledMap,
-    encoded,
-    encoded_means,
-    linear,
-)
-from fmupsample.upsamplers.anyup.winograd import Convolution3x3
+from fmupsample.upsamplers.anyup.features import FeatureEncoder
 from fmupsample.upsamplers.complexity import Size, per_place
+from fmupsample.upsamplers.encoders.image import ImageNetworks
+from fmupsample.upsamplers.encoders.maps import Replayed
+from fmupsample.upsamplers.encoders.networks import Encoder
 from fmupsample.upsamplers.universal import UniversalUpsampler
-
-# A third map saves two convolutions of every pixel where it is not larger than this.
-_THREE_MAPS_BYTES = 256 << 20
 
 Queries = Callable[[slice], Tensor]  # rows of the output -> [heads, D, rows, W]
 
 
-class AnyUp(UniversalUpsampler):
+class AnyUp(UniversalUpsampler, ImageNetworks):
     """Upsample features of any backbone under the guidance of the normalised image.
 
     ``[B, C, h, w]`` and ``[B, 3, H, W]`` -> ``[B, C, H, W]`` at any ratio >= 1. Kernel weights are
@@ -67,15 +50,9 @@ class AnyUp(UniversalUpsampler):
         super().__init__()
         self.config = config
         e = config.embedding
-        self.image = Encoder(3, e)
-        self.rotation = Rotation(e)
-        self.query_image = Encoder(e, e)
-        self.key_image = Encoder(e, e)
+        self.add_networks(e)
         self.key_features = FeatureEncoder(e, config.feature_kernel)
         self.key_joint = Encoder(2 * e, e, 3)
-        self.query_around = nn.Conv2d(e, e, 3, padding=1, bias=False)
-        self.query_norm, self.key_norm = (nn.Parameter(torch.ones(e)) for _ in range(2))
-        self.query, self.key = nn.Conv2d(e, e, 1), nn.Conv2d(e, e, 1)
 
     def kernel_size_for(self, cells: tuple[int, int]) -> int:
         return 2 * reach_of(cells, self.config.window_ratio) + 1
@@ -83,10 +60,9 @@ class AnyUp(UniversalUpsampler):
     def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
         """Encoders and a 3x3 convolution at HR; keys at LR; K^2 (E + C) HR of attention."""
         lr, hr = prod(cells), prod(pixels)
-        encoders = (self.image, self.query_image, self.key_image)
-        convolution = per_place(*encoders, self.query_around, self.query) * hr
         filters = self.key_features.filters.numel() * channels
-        convolution += (filters + per_place(self.key_features, self.key_joint, self.key)) * lr
+        keys = filters + per_place(self.key_features, self.key_joint, self.key)
+        convolution = self.image_macs() * hr + keys * lr
         k = self.kernel_size_for(cells) ** 2
         return convolution, k * (self.config.embedding + channels) * hr
 
@@ -137,15 +113,10 @@ class AnyUp(UniversalUpsampler):
 
     def _recorded_kernels(self, x: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         """The whole in plain layers, for gradients."""
-        rotated_image = self.rotation(self.image(image))
-        keys = self._keys(x, F.adaptive_avg_pool2d(self.key_image(rotated_image), x.shape[-2:]))
-        queries = self.query_image(rotated_image)
-        if queries.shape[-2:] != size:
-            queries = F.adaptive_avg_pool2d(queries, size)
-        normed = root_mean_square_norm(convolved(queries, self.query_around), self.query_norm)
-        queries = convolved(normed, self.query).unflatten(1, (self.config.heads, -1))
+        queries, means = self.of_image(image, x.shape[-2:], size)
+        queries = queries.unflatten(1, (self.config.heads, -1))
         found = []
-        for key, query in zip(keys, queries, strict=True):
+        for key, query in zip(self._keys(x, means), queries, strict=True):
             attention = WindowAttention(key, size, self.config.window_ratio)
             parts = attention.parts(slice(0, size[0]))
             bands = [attention.weights(query[:, :, rows], rows) for rows in parts]
@@ -156,69 +127,23 @@ class AnyUp(UniversalUpsampler):
         """Keys ``[B, heads, D, h, w]`` of cells, given the image's part ``[B, E, h, w]``."""
         features = self.key_features(F.normalize(x, dim=1))
         joint = self.key_joint(torch.cat([image, features], 1))
-        keys = convolved(root_mean_square_norm(joint, self.key_norm), self.key)
-        keys = keys.unflatten(1, (self.config.heads, -1))
-        return keys * keys.shape[2] ** -0.5
+        return self.keys_from(joint, self.config.heads).unflatten(1, (self.config.heads, -1))
 
     def _attend(
         self, x: Tensor, image: InParts, size: tuple[int, int], sample: int, budget: int
     ) -> tuple[WindowAttention, Queries]:
         """What makes the weights of one sample; maps may take ``budget`` bytes."""
-        e, cells = self.config.embedding, x.shape[-2:]
-        whole = tuple(image.shape[-2:])
-        one = e * prod(whole) * x.element_size()
-        maps = [
-            Stored.empty(e, whole, x) if 2 * one <= budget and (wanted < 2 or _small(one)) else None
-            for wanted in range(3)
-        ]
-        source = Replayed(lambda rows: image[sample, :, rows].flatten(1), whole, x.device).then(
-            linear(self.image.first), maps[0]
+        source = Replayed(
+            lambda rows: image[sample, :, rows].flatten(1), tuple(image.shape[-2:]), x.device
         )
-        source = encoded(source, self.image, maps[1]).then(self._rotate(whole, x))
-        keys = source.then(linear(self.key_image.first), maps[1])
-        keys = self._keys(
-            x[sample : sample + 1], encoded_means(keys, self.key_image, cells, maps[2])[None]
-        )
-        del maps[2:]
-        source = source.then(linear(self.query_image.first))
-        source = encoded(source, self.query_image, maps[1])
-        return WindowAttention(keys[0], size, self.config.window_ratio), self._queries(
-            source, size, x.dtype
-        )
-
-    def _rotate(self, size: tuple[int, int], like: Tensor) -> Callable[[Tensor, slice], Tensor]:
-        """The rotary embedding as a step. Angles add up, and so their cosines need few products."""
-        down, across = (angle.detach() for angle in self.rotation.angles(size, like))
-        sines = [(a.cos(), a.sin()) for a in (down[:, :, None], across[:, None])]
-
-        def step(tile: Tensor, rows: slice) -> Tensor:
-            (cos_y, sin_y), (cos_x, sin_x) = sines
-            cos_y, sin_y = cos_y[:, rows], sin_y[:, rows]
-            cos = (cos_y * cos_x).addcmul_(sin_y, sin_x, value=-1)
-            sin = (sin_y * cos_x).addcmul_(cos_y, sin_x)
-            return rotated(tile.unflatten(1, (-1, size[1])), cos, sin).flatten(1)
-
-        return step
-
-    def _queries(self, source: TiledMap, size: tuple[int, int], dtype: torch.dtype) -> Queries:
-        """Rows of queries from the map that the encoder of queries gave, at any size."""
-        weight = (self.query.weight[:, :, 0, 0] * self.query_norm).detach()
-        around = Convolution3x3(self.query_around.weight.to(dtype))
+        queries, means = self.of_image_in_tiles(source, x.shape[-2:], size, x, budget)
+        keys = self._keys(x[sample : sample + 1], means[None])[0]
         heads = self.config.heads
 
         def rows_of(rows: slice) -> Tensor:
-            first, last = max(0, rows.start - 1), min(size[0], rows.stop + 1)
-            part = _at_size(source, slice(first, last), size)
-            beyond = (0, 0, first - rows.start + 1, rows.stop + 1 - last)
-            found = around(F.pad(part, beyond) if any(beyond) else part)  # [rows, E, W]
-            eps = torch.finfo(found.dtype).eps
-            power = torch.linalg.vector_norm(found, dim=1, keepdim=True).square_()
-            scale = power.div_(found.shape[1]).add_(eps).rsqrt_()
-            query = torch.matmul(weight.to(found), found).mul_(scale)
-            query.add_(self.query.bias.detach().to(found)[:, None])
-            return query.unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
+            return queries(rows).unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
 
-        return rows_of
+        return WindowAttention(keys, size, self.config.window_ratio), rows_of
 
     @staticmethod
     def _band(pairs: list[tuple[WindowAttention, Queries]], rows: slice) -> Tensor:
@@ -234,19 +159,3 @@ class AnyUp(UniversalUpsampler):
                 band[sample, :, inside] = weights
         assert band is not None
         return band
-
-
-def _small(one: int) -> bool:
-    return 3 * one <= _THREE_MAPS_BYTES
-
-
-def _at_size(source: TiledMap, rows: slice, size: tuple[int, int]) -> Tensor:
-    """Rows ``[E, rows, W]`` of the map at another size, as ``adaptive_avg_pool2d`` makes it."""
-    (height, width), (own_height, own_width) = size, source.size
-    if size == source.size:
-        return source.read(rows).unflatten(1, (-1, width))
-    region = slice(rows.start * own_height // height, -(-rows.stop * own_height // height))
-    part = source.read(region).unflatten(1, (-1, own_width))
-    down = cell_shares(height, own_height, rows, region).to(part)
-    across = cell_shares(width, own_width, slice(0, width), slice(0, own_width)).to(part)
-    return down @ part @ across.T

@@ -36,7 +36,10 @@ def load_official(kind: str, state_dict: Mapping[str, Tensor], **config) -> Upsa
             * ``featup`` (``JBUStack``);
             * ``indexnet`` (holistic, or depthwise many-to-one): ``channels`` of the features;
             * ``a2u``: ``up_kernel_size``, ``encode_kernel_size``, ``channels`` of the features;
-            * ``anyup``: ``num_heads``, ``window_ratio``.
+            * ``anyup``: ``num_heads``, ``window_ratio``;
+            * ``jafar``: ``num_heads``;
+            * ``naf``: ``heads_attn``, ``kernel_size``;
+            * ``uplift`` (its form for ViTs).
 
     Returns:
         the module, in evaluation mode, with the dtype of the given parameters. Call it as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -31,6 +32,19 @@ def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
                 own = ours + name[len(theirs) :]
         found[own] = tensor
     return found
+
+
+def encoder_layer(name: str) -> str:
+    """The numbered layers of an encoder, ``"image.2.conv.weight"`` -> ``"image.blocks.1.conv..."``.
+
+    Layer 0 is its first convolution; names without a number stay.
+    """
+    found = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
+    if not found:
+        return name
+    encoder, number, rest = found.groups()
+    place = "first" if number == "0" else f"blocks.{int(number) - 1}"
+    return f"{encoder}.{place}.{rest}"
 
 
 def fill(module: Upsampler, state: Mapping[str, Tensor], what: str) -> Upsampler:

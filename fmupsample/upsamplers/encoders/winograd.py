@@ -26,22 +26,26 @@ _FILTER = [
 
 
 class Convolution3x3:
-    """The convolution with a weight ``[O, I, 3, 3]``."""
+    """The convolution with a weight ``[O, I, 3, 3]``.
 
-    def __init__(self, weight: Tensor) -> None:
+    Left and right of the map there are zeros, or, ``mirrored``, the columns beside the outermost.
+    """
+
+    def __init__(self, weight: Tensor, *, mirrored: bool = False) -> None:
         transform = torch.tensor(_FILTER, dtype=torch.float64)
         transformed = torch.einsum("ty,oiyx->xtoi", transform, weight.detach().double().cpu())
         self._weight = transformed.to(weight).contiguous()  # [3, 6, O, I]
+        self._mirrored = mirrored
 
     def __call__(self, part: Tensor) -> Tensor:
-        """``[I, rows + 2, W]`` with the rows above and below -> ``[rows, O, W]``.
-
-        Left and right of the map there is nothing: zeros.
-        """
+        """``[I, rows + 2, W]`` with the rows above and below -> ``[rows, O, W]``."""
         rows, width = part.shape[1] - 2, part.shape[2]
         blocks = -(-rows // ROWS)
         missing = blocks * ROWS - rows
         padded = F.pad(part.transpose(0, 1), (1, 1, 0, 0, 0, missing))  # [rows + 2, I, W + 2]
+        if self._mirrored:
+            inside = min(width, 2)  # a single column is repeated
+            padded[..., 0], padded[..., -1] = padded[..., inside], padded[..., -1 - inside]
         out = part.new_empty(blocks * ROWS, self._weight.shape[2], width)
         inputs = torch.empty_like(padded[:_TAPS])
         products = part.new_empty(_TAPS, *out.shape[1:])
