@@ -38,7 +38,7 @@ def models(
 
     Any of these names goes to --backbone: an alias, a tag, or a timm name. Sizes are those of
     the weights as they are shipped, cached or downloaded. With --upsamplers, the names that go to
-    --upsampler, and those for decoders of your own.
+    --upsampler.
     """
     if upsamplers:
         _list_upsamplers(pattern, as_json)
@@ -105,7 +105,7 @@ def _list_upsamplers(pattern: str | None, as_json: bool) -> None:
             "description": entry.method.summary,
             "channels": _CHANNELS,
             "cells": _CELLS,
-            "pixels": [2 * n for n in _CELLS] if entry.method.needs == "decoder" else _PIXELS,
+            "pixels": _PIXELS,
         }
         for entry in catalogue(_CHANNELS, _CELLS, _PIXELS)
     ]
@@ -132,7 +132,7 @@ def _list_upsamplers(pattern: str | None, as_json: bool) -> None:
     print_table(columns, table, right=("params", "GMACs"))
     note(
         f"for {_CHANNELS} channels, {_CELLS[0]}x{_CELLS[1]} cells to {_PIXELS[0]}x{_PIXELS[1]} "
-        "pixels (in a decoder: to twice the cells)"
+        "pixels"
     )
     from fmupsample.upsamplers.official.checkpoints import CHECKPOINTS
 

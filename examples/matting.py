@@ -13,9 +13,10 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from decoders import A2U, IndexNet, MaxUnpooling, build
 from torch import Tensor, nn
 
-from fmupsample.upsamplers import A2U, IndexNet, MaxUnpooling, Upsampler, build_for_decoder
+from fmupsample.upsamplers import Upsampler
 
 from scenes import Scenes, draw_scenes, fit, print_row
 
@@ -31,7 +32,7 @@ class Level(nn.Module):
 
     def __init__(self, upsampler: str, width: int) -> None:
         super().__init__()
-        self.up: Upsampler = build_for_decoder(upsampler, width, width)
+        self.up: Upsampler = build(upsampler, width)
 
     def down(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.up, IndexNet | A2U | MaxUnpooling):
@@ -53,7 +54,7 @@ class MattingNet(nn.Module):
     """A picture and its trimap, ``[B, 4, H, W]`` -> alpha ``[B, 1, H, W]``.
 
     Args:
-        upsampler: a name of ``fmupsample.upsamplers.DECODER_UPSAMPLERS``.
+        upsampler: a name that :func:`decoders.build` knows.
         levels: how often the size is halved.
     """
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fmupsample import upsamplers as u
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import decoders
 
 CHANNELS = 8
 
@@ -100,8 +105,8 @@ DOUBLING = {
         4,
         convex=False,  # bicubic first
     ),
-    "a2u": Member(lambda: u.A2U(u.A2UConfig(CHANNELS, 6)), 6),
-    "a2u channels": Member(lambda: u.A2U(u.A2UConfig(CHANNELS, 6, shared=False)), 6),
+    "a2u": Member(lambda: decoders.A2U(decoders.A2UConfig(CHANNELS, 6)), 6),
+    "a2u channels": Member(lambda: decoders.A2U(decoders.A2UConfig(CHANNELS, 6, shared=False)), 6),
     "fade gate": Member(
         lambda: u.FADE(u.FADEConfig(CHANNELS, CHANNELS, stem=False, gate=True)),
         CHANNELS,
@@ -109,15 +114,20 @@ DOUBLING = {
         constant=False,
     ),
     "indexnet hin": Member(
-        lambda: u.IndexNet(u.IndexNetConfig(CHANNELS, 5)), 5, convex=False, constant=False
+        lambda: decoders.IndexNet(decoders.IndexNetConfig(CHANNELS, 5)),
+        5,
+        convex=False,
+        constant=False,
     ),
     "indexnet m2o": Member(
-        lambda: u.IndexNet(u.IndexNetConfig(CHANNELS, kind="m2o", context=False)),
+        lambda: decoders.IndexNet(decoders.IndexNetConfig(CHANNELS, kind="m2o", context=False)),
         CHANNELS,
         convex=False,
         constant=False,
     ),
-    "max-unpooling": Member(u.MaxUnpooling, CHANNELS, convex=False, constant=False, smooth=False),
+    "max-unpooling": Member(
+        decoders.MaxUnpooling, CHANNELS, convex=False, constant=False, smooth=False
+    ),
     "deconvolution": Member(
         lambda: u.Deconvolution(u.DeconvolutionConfig(CHANNELS)), convex=False, constant=False
     ),

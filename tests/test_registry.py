@@ -149,7 +149,6 @@ def test_names():
     assert upsampler_names() == fmupsample.upsamplers.UPSAMPLERS
     assert {"bicubic", "guided"} <= set(upsampler_names()) - set(learned_names())
     assert any_backbone_names()[0] == "affinity"  # the one that serves where there is no own head
-    assert set(METHODS) - set(upsampler_names()) == {"indexnet", "a2u", "max-unpooling"}
     assert {"SAPA", "SAPAConfig", "UPSAMPLERS"} <= set(fmupsample.upsamplers.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Sorcery'"):
         fmupsample.upsamplers.Sorcery  # noqa: B018

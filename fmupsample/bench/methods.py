@@ -15,8 +15,6 @@ from fmupsample.upsamplers.heads import BackboneLike, load_head
 from fmupsample.upsamplers.loading import find_head, load_upsampler
 from fmupsample.upsamplers.official.checkpoints import is_checkpoint, load_checkpoint
 
-_IN_DECODERS = "a part of an encoder-decoder: its kernels come from the encoder's own map"
-
 
 @dataclass(frozen=True)
 class Method:
@@ -83,16 +81,14 @@ def choose(
 
     known = registry.upsampler_names()
     for name in known if names is None else map(registry.current_name, names):
-        if name not in registry.METHODS:
+        registry.require_in_library(name)
+        if name not in known:
             raise UsageError(
                 f"{name!r} is no upsampler: there are {', '.join(known)}; files go to --head"
             )
         row = registry.METHODS[name]
-        if name in known:
-            head = find_head(backbone, name) if row.learned else None
-            add(Method(name, row, backbone.channels, head))
-        else:
-            add(Method(name, row, backbone.channels, reason=_IN_DECODERS))
+        head = find_head(backbone, name) if row.learned else None
+        add(Method(name, row, backbone.channels, head))
     for path in heads:
         row = registry.METHODS[load_upsampler(backbone, path).name]
         add(Method(path.stem, row, backbone.channels, path))

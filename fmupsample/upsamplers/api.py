@@ -1,6 +1,5 @@
 """The public names of :mod:`fmupsample.upsamplers`, which resolves them on first use."""
 
-from fmupsample.upsamplers.a2u import A2U, A2UConfig
 from fmupsample.upsamplers.affinity import Affinity, AffinityConfig
 from fmupsample.upsamplers.anyup import AnyUp, AnyUpConfig
 from fmupsample.upsamplers.base import Upsampler
@@ -19,7 +18,6 @@ from fmupsample.upsamplers.fade import FADE, FADEConfig
 from fmupsample.upsamplers.featup import LearnedBilateral, LearnedBilateralConfig
 from fmupsample.upsamplers.guided import GuidedFilter
 from fmupsample.upsamplers.heads import load_head, save_head
-from fmupsample.upsamplers.indexnet import IndexNet, IndexNetConfig
 from fmupsample.upsamplers.jafar import JAFAR, JAFARConfig
 from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.lda_aqu import LDAAQU, LDAAQUConfig
@@ -37,18 +35,15 @@ from fmupsample.upsamplers.stack import (
     Stack,
     StackConfig,
 )
-from fmupsample.upsamplers.unpooling import MaxUnpooling
 from fmupsample.upsamplers.uplift import UPLiFT, UPLiFTConfig
 
 __all__ = [
-    "A2U",
     "CARAFE",
     "FADE",
     "JAFAR",
     "LDAAQU",
     "NAF",
     "SAPA",
-    "A2UConfig",
     "Affinity",
     "AffinityConfig",
     "AnyUp",
@@ -67,15 +62,12 @@ __all__ = [
     "DySampleStack",
     "FADEConfig",
     "GuidedFilter",
-    "IndexNet",
-    "IndexNetConfig",
     "JAFARConfig",
     "JointBilateral",
     "LDAAQUConfig",
     "LearnedBilateral",
     "LearnedBilateralConfig",
     "LearnedBilateralStack",
-    "MaxUnpooling",
     "NAFConfig",
     "Nearest",
     "PixelShuffle",

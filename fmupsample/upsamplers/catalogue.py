@@ -12,7 +12,6 @@ _NEEDS = {
     Needs.NOTHING: "nothing",
     Needs.ANY_HEAD: "nothing",  # it is shipped
     Needs.OWN_HEAD: "a head for the backbone",
-    Needs.ENCODER: "an encoder",
 }
 
 
@@ -22,10 +21,10 @@ class Entry:
 
     Attributes:
         needs: what one must have to use it, in words.
-        guidance: ``"picture"``, ``"encoder"`` or ``""``.
+        guidance: ``"picture"`` or ``""``.
         ratio: ``"any"``, or the only one, such as ``"2"``.
         linear: any affine map may be applied before it.
-        cost: of one picture at the sizes asked for; a decoder's at twice the cells.
+        cost: of one picture at the sizes asked for.
     """
 
     method: Method
@@ -43,16 +42,11 @@ def catalogue(channels: int, cells: Size, pixels: Size) -> list[Entry]:
 
 def _entry(row: Method, channels: int, cells: Size, pixels: Size) -> Entry:
     module = row.build({} if row.config is None else row.options(channels))
-    if row.needs == Needs.ENCODER:
-        pixels = (2 * cells[0], 2 * cells[1])
-    guidance = ""
-    if module.needs_guidance:
-        guidance = "picture" if module.guidance_is_image else "encoder"
     checkpoint = published(row.name)
     return Entry(
         method=row,
         needs=_NEEDS[row.needs] if checkpoint is None else checkpoint.needs,
-        guidance=guidance,
+        guidance="picture" if module.needs_guidance else "",
         ratio="any" if module.fixed_ratio is None else str(module.fixed_ratio),
         linear=module.linear_in_value,
         cost=module.cost(channels, cells, pixels),

@@ -8,7 +8,13 @@ from typing import Any
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.registry import METHODS, Method, decoder_names, resolve
+from fmupsample.upsamplers.registry import (
+    METHODS,
+    Method,
+    decoder_names,
+    require_in_library,
+    resolve,
+)
 from fmupsample.upsamplers.stack import StackConfig
 
 
@@ -26,7 +32,7 @@ def build_for_decoder(
         channels: of the features, and of the result.
         guidance_channels: of the guidance.
         ratio: how many times, about: what stacks of doubling operators are built for. The others do
-            any ratio, but ``indexnet``, ``a2u`` and ``max-unpooling``, which do 2.
+            any ratio.
         options: of the method's own configuration (a stack: of its operator's).
 
     Raises:
@@ -34,6 +40,7 @@ def build_for_decoder(
     """
     if ratio < 1:
         raise UsageError(f"build_for_decoder: the ratio must be 1 or more, not {ratio}")
+    require_in_library(name)
     if name not in decoder_names():
         raise UsageError(f"{name!r} is none of {', '.join(decoder_names())}")
     method = METHODS[name]

@@ -25,6 +25,7 @@ from fmupsample.upsamplers.registry import (
     Needs,
     any_backbone_names,
     current_name,
+    require_in_library,
     upsampler_names,
 )
 
@@ -66,6 +67,7 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
     if is_checkpoint(path):
         return _from_checkpoint(path, backbone)
     if isinstance(source, str) and not path.exists() and path.suffix != ".safetensors":
+        require_in_library(source)
         raise UsageError(
             f"{source!r} is neither an upsampler ({', '.join(upsampler_names())}) nor a head file"
         )

@@ -29,7 +29,6 @@ class Needs(StrEnum):
     NOTHING = "free"  # it has no parameters
     ANY_HEAD = "universal"  # a head that serves every backbone
     OWN_HEAD = "head"  # a head trained for the backbone
-    ENCODER = "decoder"  # the maps of an encoder: it is a part of decoders only
 
 
 @dataclass(frozen=True)
@@ -203,22 +202,18 @@ _ROWS = (
         "pixel-shuffle", "stack:PixelShuffleStack", "stack:StackConfig", Needs.OWN_HEAD,
         "Pixel shuffle", "sub-pixel convolutions", in_decoders=True,
     ),
-    Method(
-        "indexnet", "indexnet:IndexNet", "indexnet:IndexNetConfig", Needs.ENCODER, "IndexNet",
-        "learned indices of the encoder's pooling", in_decoders=True,
-        official=_operators("indexnet"),
-    ),
-    Method(
-        "a2u", "a2u:A2U", "a2u:A2UConfig", Needs.ENCODER, "A2U",
-        "kernels from second-order features of the encoder", in_decoders=True,
-        official=_operators("a2u"),
-    ),
-    Method(
-        "max-unpooling", "unpooling:MaxUnpooling", None, Needs.ENCODER, "Max unpooling",
-        "maxima back to where they were", in_decoders=True,
-    ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+_IN_EXAMPLES = ("indexnet", "a2u", "max-unpooling")
+
+
+def require_in_library(name: str) -> None:
+    """Raise a UsageError for a method of earlier versions that is with the examples now."""
+    if name in _IN_EXAMPLES:
+        raise UsageError(
+            f"{name} is a part of encoder-decoders only, and is no method of the library any more: "
+            "it stands in examples/decoders, ready to be copied"
+        )
 
 
 def current_name(name: str) -> str:
@@ -242,7 +237,7 @@ def names_in_files(name: str) -> tuple[str, ...]:
 
 def upsampler_names() -> tuple[str, ...]:
     """The words for ``--upsampler``."""
-    return tuple(name for name, row in METHODS.items() if row.needs != Needs.ENCODER)
+    return tuple(METHODS)
 
 
 def learned_names(*needs: Needs) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmupsample.errors import UsageError
 from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.registry import METHODS, resolve
+from fmupsample.upsamplers.registry import METHODS, require_in_library, resolve
 
 
 def load_official(kind: str, state_dict: Mapping[str, Tensor], **config) -> Upsampler:
@@ -34,8 +34,6 @@ def load_official(kind: str, state_dict: Mapping[str, Tensor], **config) -> Upsa
             * ``carafe`` (mmcv's ``CARAFEPack``): ``scale_factor``, ``up_kernel``;
             * ``fade`` (its ``L2H`` form, with or without the gate);
             * ``featup`` (``JBUStack``);
-            * ``indexnet`` (holistic, or depthwise many-to-one): ``channels`` of the features;
-            * ``a2u``: ``up_kernel_size``, ``encode_kernel_size``, ``channels`` of the features;
             * ``anyup``: ``num_heads``, ``window_ratio``;
             * ``jafar``: ``num_heads``;
             * ``naf``: ``heads_attn``, ``kernel_size``;
@@ -50,6 +48,7 @@ def load_official(kind: str, state_dict: Mapping[str, Tensor], **config) -> Upsa
         HeadError: parameters missing, left over, or of other shapes.
     """
     loaders = {name: place for row in METHODS.values() for name, place in row.official.items()}
+    require_in_library(kind)
     if kind not in loaders:
         raise UsageError(f"load_official knows {sorted(loaders)}, not {kind!r}")
     builder = resolve(loaders[kind])

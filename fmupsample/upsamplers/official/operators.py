@@ -5,12 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fmupsample.errors import HeadError
-from fmupsample.upsamplers.a2u import A2U, A2UConfig
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.carafe import CARAFE, CARAFEConfig
 from fmupsample.upsamplers.dysample import DySample, DySampleConfig
 from fmupsample.upsamplers.fade import FADE, FADEConfig
-from fmupsample.upsamplers.indexnet import IndexNet, IndexNetConfig
 from fmupsample.upsamplers.official.filling import fill, renamed, required
 from fmupsample.upsamplers.stack import LearnedBilateralStack, StackConfig
 
@@ -28,14 +26,6 @@ _BILATERAL_NAMES = {
     "range_proj.3": "project.1",
     "fixup_proj.0": "correct.0",
     "fixup_proj.3": "correct.1",
-}
-_A2U_NAMES = {
-    "bnu.0": "norm_u",
-    "bnv.0": "norm_v",
-    "bconv_UP.1": "up_vector",
-    "bconv_DP.1": "down_vector",
-    "bconv_U.1": "taps_u",
-    "bconv_V.1": "taps_v",
 }
 
 
@@ -121,48 +111,3 @@ def load_featup(state: dict[str, Tensor]) -> Upsampler:
         operator=operator,
     )
     return fill(LearnedBilateralStack(config), state, what)
-
-
-def load_indexnet(state: dict[str, Tensor], *, channels: int | None = None) -> Upsampler:
-    """Holistic with names ``indexnet.*``, many to one with ``indexnet1.*`` to ``indexnet4.*``.
-
-    ``channels``: of the features, where they are not those of the encoder's map (holistic only).
-    """
-    what = "official IndexNet parameters"
-    depthwise = any(name.startswith("indexnet1") for name in state)
-    names = {f"indexnet{n + 1}": f"blocks.{n}" for n in range(4)} if depthwise else {}
-    state = renamed(state, names | {"indexnet": "blocks.0"})
-    # A single layer may stand without its number.
-    if "blocks.0.weight" in state:
-        state = {"blocks.0.0.weight": state["blocks.0.weight"]}
-    first = required(state, "blocks.0.0.weight", what)
-    config = IndexNetConfig(
-        channels=first.shape[1] if channels is None else channels,
-        guidance_channels=first.shape[1],
-        kind="m2o" if depthwise else "hin",
-        nonlinear="blocks.0.3.weight" in state,
-        context=first.shape[-1] == 4,
-    )
-    return fill(IndexNet(config), state, what)
-
-
-def load_a2u(
-    state: dict[str, Tensor],
-    *,
-    encode_kernel_size: int = 5,
-    up_kernel_size: int | None = None,
-    channels: int | None = None,
-) -> Upsampler:
-    """One group. ``channels``: of the features, where they are not those of the encoder's map."""
-    what = "official A2U parameters"
-    state = renamed(state, _A2U_NAMES)
-    taps, guidance = required(state, "up_vector.weight", what).shape[:2]
-    config = A2UConfig(
-        channels=guidance if channels is None else channels,
-        guidance_channels=guidance,
-        kernel_size=round((taps / 4) ** 0.5),
-        encoder_kernel_size=encode_kernel_size,
-        shared=len(required(state, "taps_u.weight", what)) == 1,
-        border="zeros",
-    )
-    return fill(A2U(config), state, what)

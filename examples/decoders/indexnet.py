@@ -24,6 +24,7 @@ from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
 from fmupsample.upsamplers.neighbours import in_cell
+from fmupsample.upsamplers.official.filling import fill, renamed, required
 
 
 @dataclass(frozen=True)
@@ -150,3 +151,29 @@ def require_size(name: str, encoder: Tensor, size: tuple[int, int]) -> None:
             f"{name} takes the encoder's map at the output's size {size[0]}x{size[1]}, got "
             f"{encoder.shape[2]}x{encoder.shape[3]}"
         )
+
+
+def load_official(state: dict[str, Tensor], *, channels: int | None = None) -> IndexNet:
+    """The module with the authors' parameters.
+
+    Args:
+        state: names ``indexnet.*`` for the holistic form, ``indexnet1.*`` to ``indexnet4.*`` for
+            the one of many to one.
+        channels: of the features, where they are not those of the encoder's map (holistic only).
+    """
+    what = "official IndexNet parameters"
+    depthwise = any(name.startswith("indexnet1") for name in state)
+    names = {f"indexnet{n + 1}": f"blocks.{n}" for n in range(4)} if depthwise else {}
+    state = renamed(state, names | {"indexnet": "blocks.0"})
+    # A single layer may stand without its number.
+    if "blocks.0.weight" in state:
+        state = {"blocks.0.0.weight": state["blocks.0.weight"]}
+    first = required(state, "blocks.0.0.weight", what)
+    config = IndexNetConfig(
+        channels=first.shape[1] if channels is None else channels,
+        guidance_channels=first.shape[1],
+        kind="m2o" if depthwise else "hin",
+        nonlinear="blocks.0.3.weight" in state,
+        context=first.shape[-1] == 4,
+    )
+    return fill(IndexNet(config), state, what)

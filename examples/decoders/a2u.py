@@ -19,18 +19,28 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decoders.indexnet import made_even, require_size
 from fmupsample.errors import ShapeError
 from fmupsample.layers.moments import largest_group_count
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
-from fmupsample.upsamplers.indexnet import made_even, require_size
 from fmupsample.upsamplers.neighbours import (
     BORDERS,
     neighbour_softmax,
     reassemble_cropped,
     reassemble_cropped_at,
 )
+from fmupsample.upsamplers.official.filling import fill, renamed, required
+
+_OFFICIAL_NAMES = {
+    "bnu.0": "norm_u",
+    "bnv.0": "norm_v",
+    "bconv_UP.1": "up_vector",
+    "bconv_DP.1": "down_vector",
+    "bconv_U.1": "taps_u",
+    "bconv_V.1": "taps_v",
+}
 
 
 @dataclass(frozen=True)
@@ -161,3 +171,26 @@ def _windows(x: Tensor, size: int) -> Tensor:
     batch, channels, height, width = x.shape
     patches = F.unfold(x, size, padding=size // 2 - 1, stride=2)
     return patches.reshape(batch, channels, size * size, height // 2, width // 2)
+
+
+def load_official(
+    state: dict[str, Tensor], *, encode_kernel_size: int = 5, channels: int | None = None
+) -> A2U:
+    """The module with the authors' parameters, of one group, and with their borders.
+
+    Args:
+        state: the official parameter names and tensors.
+        channels: of the features, where they are not those of the encoder's map.
+    """
+    what = "official A2U parameters"
+    state = renamed(state, _OFFICIAL_NAMES)
+    taps, guidance = required(state, "up_vector.weight", what).shape[:2]
+    config = A2UConfig(
+        channels=guidance if channels is None else channels,
+        guidance_channels=guidance,
+        kernel_size=round((taps / 4) ** 0.5),
+        encoder_kernel_size=encode_kernel_size,
+        shared=len(required(state, "taps_u.weight", what)) == 1,
+        border="zeros",
+    )
+    return fill(A2U(config), state, what)

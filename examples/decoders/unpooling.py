@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from decoders.indexnet import require_size
 from fmupsample.errors import ShapeError
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import Size
-from fmupsample.upsamplers.indexnet import require_size
 
 
 class MaxUnpooling(Upsampler):
