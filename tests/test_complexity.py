@@ -69,7 +69,8 @@ OPERATORS = [
     (Deconvolution, DeconvolutionConfig(24, groups=4), 0),
     (PixelShuffle, PixelShuffleConfig(24), 0),
     (decoders.IndexNet, decoders.IndexNetConfig(24, 10), 10),
-    (decoders.IndexNet, decoders.IndexNetConfig(24, kind="m2o", context=False, nonlinear=False), 24),
+    (decoders.IndexNet, decoders.IndexNetConfig(24, kind="m2o", context=False, nonlinear=False),
+     24),
     (decoders.A2U, decoders.A2UConfig(24, 10), 10),
     (decoders.A2U, decoders.A2UConfig(24, 10, shared=False, kernel_size=5), 10),
 ]  # fmt: skip

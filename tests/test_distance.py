@@ -12,7 +12,6 @@ from fmupsample.upsamplers import (
     ReSFUConfig,
     Upsampler,
 )
-from fmupsample.upsamplers import cells as cells_module
 from fmupsample.upsamplers.bilateral.distance import CellDistance
 from fmupsample.upsamplers.cells import cell_products
 
@@ -124,20 +123,3 @@ def test_there_are_no_seams():
         scores.weight.zero_()
     assert share_that_stays(plain) > 0.7
     assert share_that_stays(head(ReSFU)) > 0.7
-
-
-@pytest.mark.parametrize("band", [1, 500, 2**18])
-def test_bands_of_cells_are_the_whole(monkeypatch, band):
-    """What is computed without gradients, some rows of cells at a time, and added in place."""
-    monkeypatch.setattr(cells_module, "_BAND", band)
-    query = normal(2, 5, 24, 21)
-    key, offset = normal(2, 5, 6, 3, seed=2), normal(2, 1, 6, 3, seed=3)
-    size = tuple(query.shape[-2:])
-    whole = cell_products(query.clone().requires_grad_(), key, offset, 3, size)
-    assert whole.requires_grad
-    torch.testing.assert_close(
-        cell_products(query, key, offset, 3, size), whole.detach(), rtol=0, atol=1e-14
-    )
-    onto = torch.ones_like(whole)
-    assert cell_products(query, key, offset, 3, size, onto=onto) is onto
-    torch.testing.assert_close(onto, whole.detach() + 1, rtol=0, atol=1e-14)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference.reassembly import reassemble as literal
 
 from fmupsample.errors import ShapeError
-from fmupsample.ops import plain, reassemble
+from fmupsample.ops import plain, reassemble, reassemble_window, similarity, similarity_window
 from fmupsample.ops.plain import banded, grouped
 
 # (h, w, H, W, K): integer ratios (even, odd, unequal), non-integer ones, 1:1, single cells, rows.
@@ -283,3 +283,25 @@ def test_export_with_a_batch_of_any_size():
 def test_shapes_that_do_not_fit_are_refused(value, weights, words):
     with pytest.raises(ShapeError, match=words):
         reassemble(torch.zeros(value), torch.zeros(weights))
+
+
+@pytest.mark.parametrize("fractional", [False, True])
+@pytest.mark.parametrize("size", [(12, 15), (11, 16)])
+def test_windows_of_both_operators_are_cut_from_the_whole(fractional, size):
+    generator = torch.Generator().manual_seed(0)
+    low, query, weights = (
+        torch.randn(2, n, *shape, generator=generator).double()
+        for n, shape in ((3, (4, 5)), (3, size), (9, size))
+    )
+    box = (..., slice(3, 10), slice(2, 13))
+    whole = reassemble(low, weights, fractional=fractional)
+    part = reassemble_window(low, weights[box], size, (3, 2), fractional=fractional)
+    torch.testing.assert_close(part, whole[box])
+    whole = similarity(query, low, 3, fractional=fractional)
+    part = similarity_window(query[box], low, 3, size, (3, 2), fractional=fractional)
+    torch.testing.assert_close(part, whole[box])
+    for corner in ((9, 0), (0, -1)):
+        with pytest.raises(ShapeError, match="is no part of a map"):
+            similarity_window(query[box], low, 3, size, corner, fractional=fractional)
+    with pytest.raises(ShapeError, match="one batch and width"):
+        similarity_window(query[box], low[:, :2], 3, size, fractional=fractional)

@@ -22,15 +22,10 @@ from torch import Tensor, nn
 from decoders.indexnet import made_even, require_size
 from fmupsample.errors import ShapeError
 from fmupsample.layers.moments import largest_group_count
-from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.base import NeighbourUpsampler
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
-from fmupsample.upsamplers.neighbours import (
-    BORDERS,
-    neighbour_softmax,
-    reassemble_cropped,
-    reassemble_cropped_at,
-)
+from fmupsample.upsamplers.neighbours import BORDERS, neighbour_softmax
 from fmupsample.upsamplers.official.filling import fill, renamed, required
 
 _OFFICIAL_NAMES = {
@@ -61,7 +56,7 @@ class A2UConfig(Config):
             object.__setattr__(self, "guidance_channels", self.channels)
 
 
-class A2U(Upsampler):
+class A2U(NeighbourUpsampler):
     """Upsample ``[B, C, h, w]`` exactly twice by kernels from an encoder's map.
 
     In an encoder-decoder, call :meth:`downsample` instead of pooling and :meth:`reassemble` with
@@ -157,13 +152,6 @@ class A2U(Upsampler):
             scores = scores.masked_fill(there == 0, float("-inf"))
         pooled = (patches * scores.softmax(1)[:, None]).sum(2)
         return pooled, self._up_weights(encoder, affinity)
-
-    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        """Weighted whole cells around the cell a pixel lies in."""
-        return reassemble_cropped(value, weights, 2)
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_cropped_at(value, weights, pixels, 2)
 
 
 def _windows(x: Tensor, size: int) -> Tensor:

@@ -39,16 +39,7 @@ def reassemble(value: Tensor, weights: Tensor, *, fractional: bool = True) -> Te
     Raises:
         ShapeError: the shapes do not fit.
     """
-    if value.ndim != 4 or weights.ndim != 4 or value.shape[0] != weights.shape[0]:
-        raise ShapeError(
-            "reassemble needs value [B, V, h, w] and weights [B, K*K, H, W] of one batch, got "
-            f"{list(value.shape)} and {list(weights.shape)}"
-        )
-    k = isqrt(weights.shape[1])
-    if k * k != weights.shape[1] or k % 2 == 0:
-        raise ShapeError(
-            f"reassemble needs an odd square number of weights, got {weights.shape[1]}"
-        )
+    check_kernels("reassemble", value, weights)
     if weights.shape[2] < value.shape[2] or weights.shape[3] < value.shape[3]:
         raise ShapeError(
             f"weights {list(weights.shape)} are smaller than the value map {list(value.shape)}"
@@ -73,16 +64,33 @@ def similarity(query: Tensor, key: Tensor, kernel_size: int, *, fractional: bool
     Raises:
         ShapeError: the shapes do not fit.
     """
-    if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2]:
-        raise ShapeError(
-            "similarity needs query [B, E, H, W] and key [B, E, h, w] of one batch and width, got "
-            f"{list(query.shape)} and {list(key.shape)}"
-        )
+    check_similarity("similarity", query, key, kernel_size)
     if query.shape[2] < key.shape[2] or query.shape[3] < key.shape[3]:
         raise ShapeError(f"queries {list(query.shape)} are fewer than the keys {list(key.shape)}")
+    return torch.ops.fmupsample.reassemble_grad_weights(query, key, kernel_size, fractional)
+
+
+def check_kernels(name: str, value: Tensor, weights: Tensor) -> None:
+    """Raise a ShapeError unless these are values and K x K weights of one batch, K odd."""
+    if value.ndim != 4 or weights.ndim != 4 or value.shape[0] != weights.shape[0]:
+        raise ShapeError(
+            f"{name} needs value [B, V, h, w] and weights [B, K*K, H, W] of one batch, got "
+            f"{list(value.shape)} and {list(weights.shape)}"
+        )
+    k = isqrt(weights.shape[1])
+    if k * k != weights.shape[1] or k % 2 == 0:
+        raise ShapeError(f"{name} needs an odd square number of weights, got {weights.shape[1]}")
+
+
+def check_similarity(name: str, query: Tensor, key: Tensor, kernel_size: int) -> None:
+    """Raise a ShapeError unless these are queries and keys of one batch and width, K odd."""
+    if query.ndim != 4 or key.ndim != 4 or query.shape[:2] != key.shape[:2]:
+        raise ShapeError(
+            f"{name} needs query [B, E, H, W] and key [B, E, h, w] of one batch and width, got "
+            f"{list(query.shape)} and {list(key.shape)}"
+        )
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ShapeError(f"kernel_size must be odd and positive, not {kernel_size}")
-    return torch.ops.fmupsample.reassemble_grad_weights(query, key, kernel_size, fractional)
 
 
 @torch.library.custom_op("fmupsample::reassemble", mutates_args=())

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmupsample.errors import ShapeError, UsageError
 from fmupsample.layers.parts import InParts
+from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.upsamplers.complexity import Cost, Size
 
 
@@ -163,20 +165,7 @@ class Upsampler(nn.Module):
         if guidance is None and size is None:
             raise ShapeError(f"{self.name}: give a guidance map or size=(H, W)")
         if guidance is not None:
-            if guidance.ndim != 4 or not guidance.is_floating_point():
-                raise ShapeError(
-                    f"{self.name}: guidance must be a floating [B, G, H, W] tensor, "
-                    f"got {guidance.dtype} {list(guidance.shape)}"
-                )
-            if guidance.shape[0] != x.shape[0]:
-                raise ShapeError(
-                    f"{self.name}: features have batch {x.shape[0]}, guidance {guidance.shape[0]}"
-                )
-            if guidance.shape[-2] < h or guidance.shape[-1] < w:
-                raise ShapeError(
-                    f"{self.name}: guidance {list(guidance.shape)} is smaller than the features "
-                    f"{list(x.shape)}; the call is up(features, guidance) - are they swapped?"
-                )
+            self._check_guidance(x, guidance)
         # A size that an exported program leaves open is none to turn into a number.
         height, width = (
             n if isinstance(n, torch.SymInt) else int(n) for n in (size or guidance.shape[-2:])
@@ -193,3 +182,46 @@ class Upsampler(nn.Module):
                 f"{h * ratio}x{w * ratio}, not {height}x{width}"
             )
         return height, width
+
+    def _check_guidance(self, x: Tensor, guidance: Tensor) -> None:
+        if guidance.ndim != 4 or not guidance.is_floating_point():
+            raise ShapeError(
+                f"{self.name}: guidance must be a floating [B, G, H, W] tensor, "
+                f"got {guidance.dtype} {list(guidance.shape)}"
+            )
+        if guidance.shape[0] != x.shape[0]:
+            raise ShapeError(
+                f"{self.name}: features have batch {x.shape[0]}, guidance {guidance.shape[0]}"
+            )
+        if guidance.shape[-2] < x.shape[-2] or guidance.shape[-1] < x.shape[-1]:
+            raise ShapeError(
+                f"{self.name}: guidance {list(guidance.shape)} is smaller than the features "
+                f"{list(x.shape)}; the call is up(features, guidance) - are they swapped?"
+            )
+
+
+class NeighbourUpsampler(Upsampler):
+    """Reassembles K x K neighbours as :func:`fmupsample.ops.reassemble` does.
+
+    Whole cells around the one that a pixel lies in; bilinear samples where ``neighbours`` is
+    ``"fine"``. Of a fixed ratio every cell has that many pixels, also where an odd size cuts the
+    last ones.
+    """
+
+    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
+        height, width = weights.shape[2:]
+        whole = self._uncut(weights, tuple(value.shape[2:]))
+        out = reassemble(value, whole, fractional=self.neighbours == "fine")
+        return out[:, :, :height, :width]
+
+    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
+        whole, width = self._uncut(weights, tuple(value.shape[1:])), weights.shape[2]
+        pixels = pixels // width * whole.shape[2] + pixels % width
+        return reassemble_at(value, whole, pixels, fractional=self.neighbours == "fine")
+
+    def _uncut(self, weights: Tensor, cells: tuple[int, int]) -> Tensor:
+        """Weights ``[..., H, W]`` of whole cells: zeros where pixels were cut off."""
+        if self.fixed_ratio is None:
+            return weights
+        missing = [n * self.fixed_ratio - m for n, m in zip(cells, weights.shape[-2:], strict=True)]
+        return F.pad(weights, (0, missing[1], 0, missing[0])) if any(missing) else weights

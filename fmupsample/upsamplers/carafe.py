@@ -11,21 +11,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmupsample.errors import ShapeError
 from fmupsample.layers.norms import convolved
-from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.base import NeighbourUpsampler
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
-from fmupsample.upsamplers.neighbours import (
-    BORDERS,
-    neighbour_softmax,
-    reassemble_cropped,
-    reassemble_cropped_at,
-)
+from fmupsample.upsamplers.learned import LearnedUpsampler
+from fmupsample.upsamplers.neighbours import BORDERS, neighbour_softmax
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class CARAFEConfig(Config):
         self.require_one_of("border", BORDERS)
 
 
-class CARAFE(Upsampler):
+class CARAFE(LearnedUpsampler, NeighbourUpsampler):
     """Upsample ``[B, C, h, w]`` exactly r times, without guidance.
 
     Args:
@@ -56,8 +50,8 @@ class CARAFE(Upsampler):
     fixed_ratio = 2
 
     def __init__(self, config: CARAFEConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         self.fixed_ratio = c.ratio
         self.linear_in_value = c.border == "masked"
         self.compress = nn.Conv2d(c.channels, c.compressed, 1)
@@ -68,26 +62,12 @@ class CARAFE(Upsampler):
         nn.init.zeros_(self.compress.bias)
         nn.init.zeros_(self.encode.bias)
 
-    def kernels(
-        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> Tensor:
+    def predict(self, x: Tensor, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Kernel weights ``[B, K*K, H, W]``."""
-        height, width = self.check(x, guidance, size)
         c = self.config
-        if x.shape[1] != c.channels:
-            raise ShapeError(f"this {self.name} was built for {c.channels} channels")
-        with torch.autocast(x.device.type, enabled=False):
-            compressed = convolved(x.to(torch.promote_types(x.dtype, torch.float32)), self.compress)
-            scores = F.pixel_shuffle(convolved(compressed, self.encode), c.ratio)
-            weights = neighbour_softmax(scores, tuple(x.shape[2:]), c.border)
-            return weights[:, :, :height, :width]
-
-    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        """Weighted whole cells around the cell a pixel lies in."""
-        return reassemble_cropped(value, weights, self.config.ratio)
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_cropped_at(value, weights, pixels, self.config.ratio)
+        scores = F.pixel_shuffle(convolved(convolved(x, self.compress), self.encode), c.ratio)
+        weights = neighbour_softmax(scores, tuple(x.shape[2:]), c.border)
+        return weights[:, :, : size[0], : size[1]]
 
     def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
         """(C m + k^2 m r^2 K^2) LR + K^2 C HR."""

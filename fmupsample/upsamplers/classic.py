@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmupsample.ops import reassemble_at
-from fmupsample.ops.grid import base_cells
-from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.base import NeighbourUpsampler, Upsampler
 from fmupsample.upsamplers.complexity import BICUBIC, BILINEAR, Size
+from fmupsample.upsamplers.neighbours import in_cell
 
 
 class _Interpolation(Upsampler):
@@ -34,22 +33,17 @@ class _Interpolation(Upsampler):
         return torch.ones((), dtype=dtype, device=x.device).expand(x.shape[0], 1, height, width)
 
 
-class Nearest(_Interpolation):
+class Nearest(_Interpolation, NeighbourUpsampler):
     """Every pixel takes the features of the cell it lies in."""
 
     name: ClassVar[str] = "nearest"
     neighbours: str = "coarse"
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        rows = base_cells(value.shape[2], weights.shape[2], False).to(value.device)
-        columns = base_cells(value.shape[3], weights.shape[3], False).to(value.device)
-        return value.index_select(2, rows).index_select(3, columns)
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_at(value, weights, pixels, fractional=False)
+        return in_cell(value, tuple(weights.shape[2:]))
 
 
-class Bilinear(_Interpolation):
+class Bilinear(_Interpolation, NeighbourUpsampler):
     """Bilinear interpolation between cell centres (``align_corners=False``)."""
 
     name: ClassVar[str] = "bilinear"
@@ -58,9 +52,6 @@ class Bilinear(_Interpolation):
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         return F.interpolate(value, size=weights.shape[2:], mode="bilinear", align_corners=False)
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_at(value, weights, pixels, fractional=True)
 
 
 class Bicubic(_Interpolation):

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmupsample.errors import ShapeError, UsageError
+from fmupsample.errors import UsageError
 from fmupsample.layers.norms import convolved
-from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
+from fmupsample.upsamplers.learned import LearnedUpsampler
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PixelShuffleConfig(Config):
         self.require_odd("kernel_size")
 
 
-class _Convolution(Upsampler):
+class _Convolution(LearnedUpsampler):
     linear_in_value = False  # channels are mixed: only the features themselves can be upsampled
     fixed_ratio = 2
     uses_ops: ClassVar[bool] = False
@@ -59,8 +59,6 @@ class _Convolution(Upsampler):
         self, x: Tensor, guidance: Tensor | None = None, *, size: tuple[int, int] | None = None
     ) -> Tensor:
         height, width = self.check(x, guidance, size)
-        if x.shape[1] != self.config.channels:
-            raise ShapeError(f"this {self.name} was built for {self.config.channels} channels")
         return self._upsampled(x)[:, :, :height, :width]
 
     def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
@@ -77,8 +75,8 @@ class Deconvolution(_Convolution):
     name: ClassVar[str] = "deconvolution"
 
     def __init__(self, config: DeconvolutionConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         self.fixed_ratio = c.ratio
         self.layer = nn.ConvTranspose2d(
             c.channels, c.channels, 2 * c.ratio, c.ratio, c.ratio // 2, groups=c.groups
@@ -108,8 +106,8 @@ class PixelShuffle(_Convolution):
     name: ClassVar[str] = "pixel-shuffle"
 
     def __init__(self, config: PixelShuffleConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         self.fixed_ratio = c.ratio
         k = c.kernel_size
         self.layer = nn.Conv2d(c.channels, c.channels * c.ratio**2, k)

@@ -2,7 +2,6 @@
 
 Liu et al., "Learning to Upsample by Learning to Sample" (ICCV 2023). Pixel P of the output is the
 bilinear sample of the features at ``P + o(P)``: where bilinear upsampling has it, plus an offset
-from math import prod
 from one linear layer, for each group of channels. Offsets are small (a quarter of a cell for each
 unit, or up to half with a dynamic *scope*, a second layer's sigmoid), so that they do not cross.
 
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 from fmupsample.errors import ShapeError, UsageError
 from fmupsample.layers.norms import convolved
 from fmupsample.layers.sampling import pixel_grid, sample
-from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import BILINEAR, Size, per_place
 from fmupsample.upsamplers.config import Config
+from fmupsample.upsamplers.learned import LearnedUpsampler
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class DySampleConfig(Config):
             )
 
 
-class DySample(Upsampler):
+class DySample(LearnedUpsampler):
     """Upsample ``[B, C, h, w]`` exactly r times, without guidance.
 
     With one group the method is linear in its values: its kernels are the offsets.
@@ -60,8 +59,8 @@ class DySample(Upsampler):
     uses_ops: ClassVar[bool] = False
 
     def __init__(self, config: DySampleConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         self.fixed_ratio = c.ratio
         self.linear_in_value = c.groups == 1
         pixels = c.ratio**2
@@ -75,26 +74,19 @@ class DySample(Upsampler):
         if self.scope is not None:
             nn.init.zeros_(self.scope.weight)
 
-    def kernels(
-        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> Tensor:
+    def predict(self, x: Tensor, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Offsets in cells, ``[B, 2 * groups, H, W]``: all x, then all y."""
-        height, width = self.check(x, guidance, size)
         c = self.config
-        if x.shape[1] != c.channels:
-            raise ShapeError(f"this {self.name} was built for {c.channels} channels")
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            shuffled = c.style == "pl"
-            x = F.pixel_shuffle(x, c.ratio) if shuffled else x
-            offset = convolved(x, self.offset)
-            if self.scope is None:
-                offset = offset * 0.25
-            else:
-                offset = offset * convolved(x, self.scope).sigmoid() * 0.5
-            if not shuffled:
-                offset = F.pixel_shuffle(offset, c.ratio)
-            return offset[:, :, :height, :width]
+        shuffled = c.style == "pl"
+        x = F.pixel_shuffle(x, c.ratio) if shuffled else x
+        offset = convolved(x, self.offset)
+        if self.scope is None:
+            offset = offset * 0.25
+        else:
+            offset = offset * convolved(x, self.scope).sigmoid() * 0.5
+        if not shuffled:
+            offset = F.pixel_shuffle(offset, c.ratio)
+        return offset[:, :, : size[0], : size[1]]
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Samples of ``value`` ``[B, V, h, w]`` at the offset positions; groups divide V.

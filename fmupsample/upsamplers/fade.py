@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fmupsample.errors import UsageError
 from fmupsample.layers.norms import convolved
-from fmupsample.ops import reassemble, reassemble_at
-from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.base import NeighbourUpsampler
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
-from fmupsample.upsamplers.guidance import GuidanceStem, check_channels, guidance_map
+from fmupsample.upsamplers.guidance import guidance_map
+from fmupsample.upsamplers.learned import LearnedUpsampler
 from fmupsample.upsamplers.neighbours import BORDERS, in_cell, neighbour_softmax
 
 
@@ -57,7 +56,7 @@ class FADEConfig(Config):
             )
 
 
-class FADE(Upsampler):
+class FADE(LearnedUpsampler, NeighbourUpsampler):
     """Upsample ``[B, C, h, w]`` under a guidance map, at any ratio >= 1.
 
     The official code does ratio 2; nothing in the method asks for it. With the gate, the guidance
@@ -68,14 +67,13 @@ class FADE(Upsampler):
     needs_guidance: ClassVar[bool] = True
 
     def __init__(self, config: FADEConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config, stem=config.stem)
+        c = config
         self.guidance_is_image = c.stem
         self.fuses_skip = c.gate
         self.linear_in_value = c.border == "masked" and not c.gate
         if self.linear_in_value:
             self.neighbours, self.kernel_size = "coarse", c.kernel_size
-        self.stem = GuidanceStem(c.guidance_channels) if c.stem else None
         scores, k = c.kernel_size**2, c.encoder_kernel_size
         middle, groups = (scores, scores) if c.lite else (c.compressed, 1)
         self.compress_guidance = nn.Conv2d(c.guidance_channels, middle, 1)
@@ -99,27 +97,13 @@ class FADE(Upsampler):
         gate = in_cell(convolved(x, self.gate), tuple(upsampled.shape[2:])).sigmoid()
         return gate * skip + (1 - gate) * upsampled
 
-    def kernels(
-        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> Tensor:
+    def predict(self, x: Tensor, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Kernel weights ``[B, K*K, H, W]``."""
-        size = self.check(x, guidance, size)
-        assert guidance is not None  # checked above: needs_guidance
-        c = self.config
-        check_channels(self.name, x, c.channels, guidance, c.guidance_channels, c.stem)
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            guidance = guidance_map(guidance.to(dtype), size, self.stem)
-            scores = convolved(convolved(guidance, self.compress_guidance), self.encode)
-            own = convolved(convolved(x.to(dtype), self.compress_features), self.encode)
-            return neighbour_softmax(scores + in_cell(own, size), tuple(x.shape[2:]), c.border)
-
-    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        """Weighted whole cells around the cell a pixel lies in."""
-        return reassemble(value, weights, fractional=False)
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_at(value, weights, pixels, fractional=False)
+        scores = convolved(convolved(guidance, self.compress_guidance), self.encode)
+        own = convolved(convolved(x, self.compress_features), self.encode)
+        return neighbour_softmax(
+            scores + in_cell(own, size), tuple(x.shape[2:]), self.config.border
+        )
 
     def macs(self, channels: int, cells: Size, pixels: Size) -> tuple[int, int]:
         """Both maps compressed and convolved; K^2 C HR of reassembly, and the gate."""

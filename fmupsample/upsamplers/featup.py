@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from fmupsample.layers.norms import convolved
 from fmupsample.ops import reassemble, similarity
-from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import BICUBIC, Size, per_place
 from fmupsample.upsamplers.config import Config
-from fmupsample.upsamplers.guidance import check_channels
-from fmupsample.upsamplers.neighbours import resized
+from fmupsample.upsamplers.learned import LearnedUpsampler
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class LearnedBilateralConfig(Config):
         self.require_positive("guidance_channels", "embedding")
 
 
-class LearnedBilateral(Upsampler):
+class LearnedBilateral(LearnedUpsampler):
     """One stage: upsample ``[B, C, h, w]`` exactly twice under a guidance map.
 
     Kernels depend on the guidance alone, and sum to 1 without the correction.
@@ -56,8 +54,8 @@ class LearnedBilateral(Upsampler):
     fixed_ratio = 2
 
     def __init__(self, config: LearnedBilateralConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         self.guidance_is_image = c.guidance_channels == 3
         self.linear_in_value = not c.correction
         self.temperature = nn.Parameter(torch.zeros(()))
@@ -75,30 +73,22 @@ class LearnedBilateral(Upsampler):
         hidden = F.gelu(convolved(x, layers[0]))
         return convolved(F.dropout2d(hidden, self.config.dropout, self.training), layers[1])
 
-    def kernels(
-        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> Tensor:
+    def predict(self, x: Tensor, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Kernel weights ``[B, K*K, H, W]`` of pixels of the bicubically upsampled map."""
-        size = self.check(x, guidance, size)
-        assert guidance is not None  # checked above: needs_guidance
-        c = self.config
-        check_channels(self.name, x, c.channels, guidance, c.guidance_channels, False)
-        reach = c.kernel_size // 2
-        with torch.autocast(x.device.type, enabled=False):
-            guidance = resized(guidance.to(torch.promote_types(x.dtype, torch.float32)), size)
-            projected = self._through(guidance, self.project)
-            around = _extended(projected, reach)
-            # Queries beyond the border are not used; the operator wants as many as keys.
-            queries = F.pad(projected, (reach,) * 4)
-            scores = similarity(queries, around, c.kernel_size, fractional=False)
-            scores = scores[:, :, reach : reach + size[0], reach : reach + size[1]]
-            temperature = self.temperature.to(scores).exp().clamp(1e-4, 1e4)
-            weights = (temperature * scores).softmax(1) * self._distance(scores)
-            weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-7)
-            if self.correct is not None:
-                both = torch.cat([weights, guidance], 1)
-                weights = weights + 0.1 * self._through(both, self.correct)
-            return weights
+        c, reach = self.config, self.config.kernel_size // 2
+        projected = self._through(guidance, self.project)
+        around = _extended(projected, reach)
+        # Queries beyond the border are not used; the operator wants as many as keys.
+        queries = F.pad(projected, (reach,) * 4)
+        scores = similarity(queries, around, c.kernel_size, fractional=False)
+        scores = scores[:, :, reach : reach + size[0], reach : reach + size[1]]
+        temperature = self.temperature.to(scores).exp().clamp(1e-4, 1e4)
+        weights = (temperature * scores).softmax(1) * self._distance(scores)
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-7)
+        if self.correct is not None:
+            both = torch.cat([weights, guidance], 1)
+            weights = weights + 0.1 * self._through(both, self.correct)
+        return weights
 
     def _distance(self, like: Tensor) -> Tensor:
         """``[K*K, 1, 1]``."""

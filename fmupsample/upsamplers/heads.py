@@ -166,11 +166,7 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
         raise HeadError(
             f"the configuration in the head file {path} is unusable: {error}"
         ) from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise HeadError(f"the head file {path} is damaged: {error}") from error
+    state = _read_state(path)
     _check_state(path, state, expected)
     head = _build(method, metadata["config"])
     head.load_state_dict(state)
@@ -188,6 +184,14 @@ def _build(method: Method, options: Mapping[str, Any]) -> Upsampler:
             if not fits:
                 raise UsageError(f"{method.name} has no {key} {str(value)[:40]!r}")
     return method.build(options)
+
+
+def _read_state(path: str | Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise HeadError(f"the head file {path} is damaged: {error}") from error
 
 
 def _check_state(path: str | Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -25,9 +25,9 @@ from fmupsample.errors import ShapeError, UsageError
 from fmupsample.layers.chunks import recorded
 from fmupsample.layers.norms import ChannelNorm, convolved
 from fmupsample.layers.sampling import pixel_grid, sample, sample_with_zeros
-from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.complexity import BILINEAR, Size, per_place
 from fmupsample.upsamplers.config import Config
+from fmupsample.upsamplers.learned import LearnedUpsampler
 
 MODES = ("fixed", "official")
 
@@ -76,7 +76,7 @@ class LDAAQUConfig(Config):
         return self.channels // self.reduction
 
 
-class LDAAQU(Upsampler):
+class LDAAQU(LearnedUpsampler):
     """Upsample ``[B, C, h, w]`` at any ratio >= 1; a guidance says the size at most.
 
     Two modes. ``official`` repeats the authors' code: coordinates with aligned corners, zeros
@@ -95,8 +95,8 @@ class LDAAQU(Upsampler):
     uses_ops: ClassVar[bool] = False  # the neighbours lie on no grid
 
     def __init__(self, config: LDAAQUConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         self.linear_in_value = c.mode == "fixed" and c.heads == c.groups == 1
         own = c.hidden // c.groups
         self.norm = ChannelNorm(c.channels)
@@ -124,32 +124,30 @@ class LDAAQU(Upsampler):
         convolution += c.groups * per_place(self.offset_depthwise, self.offset) * hr
         return convolution, k * (1 + BILINEAR) * (c.hidden + channels) * hr
 
-    def kernels(
-        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> Tensor:
+    def check(
+        self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None
+    ) -> tuple[int, int]:
+        size = super().check(x, guidance, size)
+        if self.config.mode == "official" and 1 in size:
+            raise ShapeError(
+                f"{self.name}: the official mode cannot make one-pixel sizes, here "
+                f"{size[0]}x{size[1]}; the fixed mode can"
+            )
+        return size
+
+    def predict(self, x: Tensor, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Weights and places: ``[B, (heads + 2 groups) K*K, H, W]``.
 
         First the weights ``[heads, K*K]``, which sum to 1 over the neighbours; then the places
         ``[groups, K*K, 2]``, x and y from where the pixel lies, in cells (official mode: pixels).
         """
-        size = self.check(x, guidance, size)
-        c = self.config
-        if x.shape[1] != c.channels:
-            raise ShapeError(f"this {self.name} was built for {c.channels} channels")
-        if c.mode == "official" and 1 in size:
-            raise ShapeError(
-                f"{self.name}: the official mode cannot make one-pixel sizes, here "
-                f"{size[0]}x{size[1]}; the fixed mode can"
-            )
-        with torch.autocast(x.device.type, enabled=False):
-            normal = self.norm(x.to(torch.promote_types(x.dtype, torch.float32)))
-            aligned = c.mode == "official"
-            query = F.interpolate(
-                convolved(normal, self.query), size=size, mode="bilinear", align_corners=aligned
-            )
-            places = self._places(query)  # [B, groups, K*K, 2, H, W]
-            weights = self._weights(query, convolved(normal, self.key), places)
-            return torch.cat([weights.flatten(1, 2), places.flatten(1, 3)], 1)
+        normal, aligned = self.norm(x), self.config.mode == "official"
+        query = F.interpolate(
+            convolved(normal, self.query), size=size, mode="bilinear", align_corners=aligned
+        )
+        places = self._places(query)  # [B, groups, K*K, 2, H, W]
+        weights = self._weights(query, convolved(normal, self.key), places)
+        return torch.cat([weights.flatten(1, 2), places.flatten(1, 3)], 1)
 
     def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
         """Weighted samples of ``value`` ``[B, V, h, w]`` at the places in ``weights``.

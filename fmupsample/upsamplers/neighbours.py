@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.ops.grid import base_cells, cell_inside
 
 BORDERS = ("masked", "zeros")
@@ -61,23 +60,3 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-
-
-def reassemble_cropped(value: Tensor, weights: Tensor, ratio: int) -> Tensor:
-    """Whole cells, each of ``ratio x ratio`` pixels, also where an odd size cuts the last ones.
-
-    ``value`` ``[B, V, h, w]`` and weights ``[B, K*K, H, W]`` -> ``[B, V, H, W]``.
-    """
-    (h, w), (height, width) = value.shape[2:], weights.shape[2:]
-    if (height, width) == (h * ratio, w * ratio):
-        return reassemble(value, weights, fractional=False)
-    full = F.pad(weights, (0, w * ratio - width, 0, h * ratio - height))
-    return reassemble(value, full, fractional=False)[:, :, :height, :width]
-
-
-def reassemble_cropped_at(value: Tensor, weights: Tensor, pixels: Tensor, ratio: int) -> Tensor:
-    """Some pixels ``[n, V]`` of :func:`reassemble_cropped` of one picture."""
-    (h, w), (height, width) = value.shape[1:], weights.shape[1:]
-    full = F.pad(weights, (0, w * ratio - width, 0, h * ratio - height))
-    pixels = pixels // width * (w * ratio) + pixels % width
-    return reassemble_at(value, full, pixels, fractional=False)

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from fmupsample.errors import UsageError
 from fmupsample.layers.norms import ChannelNorm, convolved
-from fmupsample.ops import reassemble, reassemble_at, similarity
-from fmupsample.upsamplers.base import Upsampler
+from fmupsample.ops import similarity
+from fmupsample.upsamplers.base import NeighbourUpsampler
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.config import Config
-from fmupsample.upsamplers.guidance import GuidanceStem, check_channels, guidance_map
+from fmupsample.upsamplers.learned import LearnedUpsampler
 from fmupsample.upsamplers.neighbours import BORDERS, in_cell, neighbour_softmax, outside
 
 SIMILARITIES = ("inner", "bilinear", "gated", "addition")
@@ -68,12 +68,10 @@ class SAPAConfig(Config):
             )
 
 
-class SAPA(Upsampler):
+class SAPA(LearnedUpsampler, NeighbourUpsampler):
     """Upsample ``[B, C, h, w]`` under a guidance map, at any ratio >= 1.
 
-    With ``config.stem`` the guidance is the normalised picture ``[B, 3, H, W]``; without, any map
-    ``[B, G, H, W]``, such as the encoder's in a decoder. Scores are computed in float32 (float64
-    for float64 features). Weights sum to 1 but with ``border="zeros"`` or ``normalisation="none"``;
+    Weights sum to 1 but with ``border="zeros"`` or ``normalisation="none"``;
     those are not ``linear_in_value`` in the sense of the interface, although kernels exist.
     """
 
@@ -81,13 +79,12 @@ class SAPA(Upsampler):
     needs_guidance: ClassVar[bool] = True
 
     def __init__(self, config: SAPAConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        super().__init__(config, stem=config.stem)
+        c = config
         self.guidance_is_image = c.stem
         self.linear_in_value = c.border == "masked" and c.normalisation != "none"
         if self.linear_in_value:
             self.neighbours, self.kernel_size = "coarse", c.kernel_size
-        self.stem = GuidanceStem(c.guidance_channels) if c.stem else None
         projected = c.similarity != "inner"
         # The inner product has no parameters: its norms have none either.
         self.guidance_norm = self._norm(c.guidance_channels, projected)
@@ -110,25 +107,9 @@ class SAPA(Upsampler):
             ChannelNorm(channels, elementwise_affine=affine) if self.config.norm else nn.Identity()
         )
 
-    def kernels(
-        self, x: Tensor, guidance: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> Tensor:
+    def predict(self, x: Tensor, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Kernel weights ``[B, K*K, H, W]``; zero where a neighbour lies outside the map."""
-        size = self.check(x, guidance, size)
-        assert guidance is not None  # checked above: needs_guidance
-        c = self.config
-        check_channels(self.name, x, c.channels, guidance, c.guidance_channels, c.stem)
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            guidance = guidance_map(guidance.to(dtype), size, self.stem)
-            return self._normalised(self._scores(x.to(dtype), guidance), tuple(x.shape[2:]))
-
-    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        """Weighted whole cells around the cell a pixel lies in."""
-        return reassemble(value, weights, fractional=False)
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_at(value, weights, pixels, fractional=False)
+        return self._normalised(self._scores(x, guidance), tuple(x.shape[2:]))
 
     def _scores(self, x: Tensor, guidance: Tensor) -> Tensor:
         size, k = tuple(guidance.shape[2:]), self.config.kernel_size

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fmupsample.errors import ShapeError
 from fmupsample.layers.parts import InParts, in_parts
-from fmupsample.ops import reassemble, reassemble_at
-from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.base import NeighbourUpsampler
 from fmupsample.upsamplers.normalisation import Renormalisation
 
 
-class UniversalUpsampler(Upsampler):
+class UniversalUpsampler(NeighbourUpsampler):
     """Takes the normalised image ``[B, 3, H, W]`` of any backbone, and re-assembles K x K cells."""
 
     needs_guidance: ClassVar[bool] = True
@@ -28,12 +27,6 @@ class UniversalUpsampler(Upsampler):
 
     def use_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.renormalise.set(mean, std)
-
-    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        return reassemble(value, weights, fractional=False)
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_at(value, weights, pixels, fractional=False)
 
     def check(
         self, x: Tensor, guidance: Tensor | None, size: tuple[int, int] | None

@@ -25,34 +25,21 @@ _TILE_BYTES = {"cpu": 2 << 20}
 _TILE_BYTES_ACCELERATOR = 256 << 20
 _MAX_BLOCKS = 64
 
-
-def reassemble(value: Tensor, weights: Tensor, fractional: bool) -> Tensor:
-    """See :func:`fmupsample.ops.reassembly.reassemble`."""
-    out = empty_map(value, *weights.shape[2:])
-    return out if out.numel() == 0 else _fill(out, _Job(value, weights, fractional))
+Axes = tuple[AxisPlan, AxisPlan]  # of rows and columns of pixels
 
 
-def reassemble_window(
-    value: Tensor,
-    weights: Tensor,
-    size: tuple[int, int],
-    corner: tuple[int, int],
-    fractional: bool,
+def reassemble(
+    value: Tensor, weights: Tensor, fractional: bool, axes: Axes | None = None
 ) -> Tensor:
-    """See :func:`fmupsample.ops.window.reassemble_window`."""
+    """See :func:`fmupsample.ops.reassembly.reassemble`.
+
+    ``axes``: the plans of the rows and columns that ``weights`` are of, where these are a part of
+    a larger map's.
+    """
     out = empty_map(value, *weights.shape[2:])
     if out.numel() == 0:
         return out
-    rows, columns = (
-        plan_axis(cells, pixels, fractional).part(first, first + length)
-        for cells, pixels, first, length in zip(
-            value.shape[2:], size, corner, weights.shape[2:], strict=True
-        )
-    )
-    return _fill(out, _Job(value, weights, fractional, rows, columns))
-
-
-def _fill(out: Tensor, job: _Job) -> Tensor:
+    job = _Job(value, weights, fractional, axes)
     for b, tile in job.tiles():
         product = torch.bmm(job.patches(b, tile), job.merged_weights(b, tile))
         job.from_groups(tile, product, job.rows_of(out[b], tile))
@@ -73,13 +60,15 @@ def grad_value(grad: Tensor, weights: Tensor, h: int, w: int, fractional: bool) 
     return value.copy_(job.unpad(padded))
 
 
-def grad_weights(grad: Tensor, value: Tensor, kernel_size: int, fractional: bool) -> Tensor:
-    """Gradient for the weights ``[B, K*K, H, W]``, in at least float32."""
+def grad_weights(
+    grad: Tensor, value: Tensor, kernel_size: int, fractional: bool, axes: Axes | None = None
+) -> Tensor:
+    """Gradient for the weights ``[B, K*K, H, W]``, in at least float32; ``axes`` as above."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     out = grad.new_zeros(grad.shape[0], kernel_size**2, *grad.shape[2:], dtype=dtype)
     if grad.numel() == 0:
         return out
-    job = _Job(value, out, fractional)
+    job = _Job(value, out, fractional, axes)
     for b, tile in job.tiles():
         groups = job.to_groups(tile, job.rows_of(grad[b], tile))
         merged = torch.bmm(job.patches(b, tile).transpose(1, 2), groups)
@@ -96,13 +85,8 @@ class _Job:
     """
 
     def __init__(
-        self,
-        value: Tensor,
-        weights: Tensor,
-        fractional: bool,
-        rows: AxisPlan | None = None,
-        columns: AxisPlan | None = None,
-    ):
+        self, value: Tensor, weights: Tensor, fractional: bool, axes: Axes | None = None
+    ) -> None:
         self.weights = weights
         self.dtype, self.device = value.dtype, value.device
         # Arithmetic on weights happens in at least float32, whatever the value's dtype.
@@ -110,9 +94,10 @@ class _Job:
         self.fractional = fractional
         self.k = isqrt(weights.shape[1])
         self.taps = self.k + 1 if fractional else self.k  # cells read along one axis
-        # Plans of a part of the pixels: then no more cells are read than that part needs.
-        self.rows = rows or plan_axis(value.shape[2], weights.shape[2], fractional)
-        self.columns = columns or plan_axis(value.shape[3], weights.shape[3], fractional)
+        # Plans of a part of the pixels read no more cells than that part needs.
+        self.rows, self.columns = axes or (
+            plan_axis(value.shape[dim], weights.shape[dim], fractional) for dim in (2, 3)
+        )
         self.pad_y, self.pad_x = self._padding(self.rows), self._padding(self.columns)
         self.padded = _replicate_pad(value, self.pad_y, self.pad_x)
         if fractional:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from math import prod
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,17 @@ from fmupsample.errors import ShapeError
 from fmupsample.layers.filters import fast_guided_filter, upsampled_on_half_grid
 from fmupsample.layers.moments import largest_group_count, pointwise_after_norm
 from fmupsample.layers.parts import InParts, in_parts
-from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.upsamplers.aligned.config import AlignedConfig
 from fmupsample.upsamplers.aligned.workspace import Workspace
-from fmupsample.upsamplers.base import Upsampler
-from fmupsample.upsamplers.cells import WHOLE, Window
+from fmupsample.upsamplers.base import NeighbourUpsampler
 from fmupsample.upsamplers.complexity import Size, per_place
 from fmupsample.upsamplers.guidance import GuidanceStem
 from fmupsample.upsamplers.neighbours import resized
 from fmupsample.upsamplers.normalisation import Renormalisation
+from fmupsample.upsamplers.prior import Prior
 
 
-class Prior(Protocol):
-    """What is known of neighbours before queries and keys are compared."""
-
-    def add(self, scores: Tensor, window: Window = WHOLE) -> Tensor:
-        """``scores`` ``[B, K*K, rows, columns]`` of the window, changed in place."""
-
-
-class AlignedUpsampler(Upsampler, ABC):
+class AlignedUpsampler(NeighbourUpsampler, ABC):
     """Upsample features ``[B, C, h, w]`` under a guidance map, at any ratio >= 1.
 
     With a stem the guidance is the normalised picture ``[B, 3, H, W]`` (end-to-end form); without,
@@ -123,13 +115,6 @@ class AlignedUpsampler(Upsampler, ABC):
         with torch.no_grad():
             features, guidance, workspace = self._prepared(x, guidance, size)
         yield from self.bands(features, guidance, size, pixels // len(x), workspace)
-
-    def reassemble(self, weights: Tensor, value: Tensor) -> Tensor:
-        """Weighted fine-grained neighbours, or whole cells, of ``value`` ``[B, V, h, w]``."""
-        return reassemble(value, weights, fractional=self.neighbours == "fine")
-
-    def reassemble_at(self, weights: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        return reassemble_at(value, weights, pixels, fractional=self.neighbours == "fine")
 
     def low_key(self, x: Tensor) -> Tensor:
         """Keys of the semantic pair, ``[B, E, h, w]``, of features ``[B, C, h, w]``."""

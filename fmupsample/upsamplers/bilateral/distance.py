@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fmupsample.layers.moments import group_moments
-from fmupsample.upsamplers.cells import WHOLE, Window, near_cells, near_products
+from fmupsample.upsamplers.cells import WHOLE, Window, cell_products
 
 # Scores are means over the channels times this: of a size that training reaches in some dozens of
 # steps.
@@ -42,15 +42,13 @@ class CellDistance(nn.Module):
             size: ``(H, W)`` of the whole map.
             moments: of the queries of the whole map, where this is a window.
         """
-        cells = (key.shape[-2], key.shape[-1])
         mean, gain = self._normalisation(query, moments)
         key_mean, key_gain = self._normalisation(key)
-        key = (near_cells(key, self.kernel_size, size, window) - key_mean) * key_gain
+        key = (key - key_mean) * key_gain
         # The query's normalisation is folded into the keys, which are few.
         weighted = key * (self.weight.to(key)[:, None, None] * _GAIN / key.shape[1])
         offset = -(weighted * (key + 2 * mean * gain)).sum(1, keepdim=True)
-        near = torch.cat([2 * weighted * gain, offset], 1)
-        return near_products(query, near, self.kernel_size, cells, size, window)
+        return cell_products(query, 2 * weighted * gain, offset, self.kernel_size, size, window)
 
     def _normalisation(
         self, x: Tensor, moments: tuple[Tensor, Tensor] | None = None

@@ -25,9 +25,9 @@ from fmupsample.upsamplers.aligned.module import AlignedUpsampler
 from fmupsample.upsamplers.aligned.workspace import Workspace
 from fmupsample.upsamplers.bilateral.config import BilateralCellsConfig
 from fmupsample.upsamplers.bilateral.distance import CellDistance
-from fmupsample.upsamplers.bilateral.prior import BilateralPrior
 from fmupsample.upsamplers.bilateral.projection import Projection
 from fmupsample.upsamplers.bilateral.windows import WindowedDistances
+from fmupsample.upsamplers.prior import Prior
 
 
 class BilateralCells(AlignedUpsampler):
@@ -76,8 +76,17 @@ class BilateralCells(AlignedUpsampler):
     def low_key(self, x: Tensor) -> Tensor:
         return self.key(x) if self.config.keys == "projected" else super().low_key(x)
 
-    def prior(self, guidance: Tensor | InParts, cells: tuple[int, int]) -> BilateralPrior:
-        return BilateralPrior(self.config, guidance, cells)
+    def prior(self, guidance: Tensor | InParts, cells: tuple[int, int]) -> Prior:
+        c, size = self.config, (guidance.shape[-2], guidance.shape[-1])
+        return Prior(
+            c.kernel_size,
+            cells,
+            size,
+            taper=c.taper,
+            sigma_space=c.sigma_space,
+            guidance=guidance,
+            sigma_range=c.sigma_range,
+        )
 
     def semantic(self, query: Tensor, key: Tensor, workspace: Workspace) -> Tensor:
         return self.semantic_scores(query, key, query.shape[-2:])

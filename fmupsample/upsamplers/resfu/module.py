@@ -20,7 +20,7 @@ from fmupsample.layers.parts import InParts
 from fmupsample.ops.grid import interpolation_matrix
 from fmupsample.upsamplers.aligned.module import AlignedUpsampler
 from fmupsample.upsamplers.aligned.workspace import Workspace
-from fmupsample.upsamplers.places import Places
+from fmupsample.upsamplers.prior import Prior
 from fmupsample.upsamplers.resfu.config import ReSFUConfig
 from fmupsample.upsamplers.resfu.keys import neighbour_stride
 from fmupsample.upsamplers.resfu.scores import PairedCDC
@@ -52,10 +52,10 @@ class ReSFU(AlignedUpsampler):
             return nn.GroupNorm(c.norm_groups, c.embedding)
         return PairedCDC(c.embedding, c.middle, c.groups, c.norm_groups, c.kernel_size)
 
-    def prior(self, guidance: Tensor | InParts, cells: tuple[int, int]) -> Places:
+    def prior(self, guidance: Tensor | InParts, cells: tuple[int, int]) -> Prior:
         """Nothing is known but that neighbours outside the picture do not count."""
         size = (guidance.shape[-2], guidance.shape[-1])
-        return Places(self.config.kernel_size, cells, size)
+        return Prior(self.config.kernel_size, cells, size)
 
     def semantic(self, query: Tensor, key: Tensor, workspace: Workspace) -> Tensor:
         size, scores = query.shape[-2:], self.semantic_scores
