@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,29 @@ def make_part(
         UsageError: no such part, or one that this method does not have.
         ShapeError: a size that the backbone cannot take.
     """
+    _check_name(name, upsampler)
+    fixed = _with_positions(backbone, size)
+    module, expected, output = {
+        "backbone": (fixed, backbone, "features"),
+        "kernels": (_Kernels(upsampler), _Kernels(upsampler), "weights"),
+        "reassemble": (_Reassemble(upsampler), _Reassemble(upsampler), "upsampled"),
+        "fused": (_Fused(fixed, upsampler), _Fused(backbone, upsampler), "upsampled"),
+    }[name]
+    if name in ("backbone", "fused"):
+        backbone._check(torch.empty(1, 3, *size, device="meta"))
+    return Part(
+        name,
+        _Plain(module).eval(),
+        partial(_inputs, name, backbone, upsampler, channels or backbone.channels),
+        output,
+        torch.no_grad()(expected),
+        size,
+        (int(backbone.stride[0]), int(backbone.stride[1])),
+        "" if name == "backbone" else upsampler.name,
+    )
+
+
+def _check_name(name: str, upsampler: Upsampler) -> None:
     if name not in PARTS:
         raise UsageError(f"{name!r} is no part to export: {', '.join(PARTS)}")
     if name != "backbone" and upsampler.name not in exportable_methods():
@@ -85,39 +109,26 @@ def make_part(
             f"{upsampler.name} is not linear in its values, so it has no kernels to export apart; "
             "export backbone or fused"
         )
-    values = channels or backbone.channels
 
-    @torch.no_grad()
-    def inputs(batch: int, pixels: tuple[int, int]) -> dict[str, Tensor]:
-        image = _drawn(3, pixels, batch)
-        if name in ("backbone", "fused"):
-            return {"image": image}
-        features = _drawn(backbone.channels, backbone.grid(pixels), batch)
-        if name == "kernels":
-            return {"image": image, "features": features}
-        weights = _kernels(upsampler, image, features)
-        return {"weights": weights, "values": _drawn(values, backbone.grid(pixels), batch)}
 
-    fixed = _with_positions(backbone, size)
-    functions = {
-        "backbone": (fixed, backbone, "features"),
-        "kernels": (_Kernels(upsampler), _Kernels(upsampler), "weights"),
-        "reassemble": (_Reassemble(upsampler), _Reassemble(upsampler), "upsampled"),
-        "fused": (_Fused(fixed, upsampler), _Fused(backbone, upsampler), "upsampled"),
-    }
-    module, expected, output = functions[name]
+@torch.no_grad()
+def _inputs(
+    name: str,
+    backbone: Backbone,
+    upsampler: Upsampler,
+    values: int,
+    batch: int,
+    pixels: tuple[int, int],
+) -> dict[str, Tensor]:
+    """What the part takes, of a size in pixels; ``values``: channels of those to reassemble."""
+    image = _drawn(3, pixels, batch)
     if name in ("backbone", "fused"):
-        backbone._check(torch.empty(1, 3, *size, device="meta"))
-    return Part(
-        name,
-        _Plain(module).eval(),
-        inputs,
-        output,
-        torch.no_grad()(expected),
-        size,
-        (int(backbone.stride[0]), int(backbone.stride[1])),
-        "" if name == "backbone" else upsampler.name,
-    )
+        return {"image": image}
+    features = _drawn(backbone.channels, backbone.grid(pixels), batch)
+    if name == "kernels":
+        return {"image": image, "features": features}
+    weights = _kernels(upsampler, image, features)
+    return {"weights": weights, "values": _drawn(values, backbone.grid(pixels), batch)}
 
 
 class _Plain(nn.Module):

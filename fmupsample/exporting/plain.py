@@ -3,10 +3,9 @@
 While a module is recorded under :class:`PlainMode`, each call of the left is one of the right:
 
 ===============================  ==================================================
-reassembly, similarity           products of whole cells' pixels, or gathers
+reassembly, similarity           products of whole cells' pixels
 ``grid_sample``                  four gathers (TensorRT's own operator is off)
-``unfold``                       slices
-``adaptive_avg_pool2d``          products with matrices of shares
+``adaptive_avg_pool2d``          means of whole cells' pixels
 antialiased ``interpolate``      products with matrices of weights
 ``linalg.solve``                 elimination, written out
 ===============================  ==================================================
@@ -18,22 +17,19 @@ constant of the result.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import isqrt
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from fmupsample.errors import UsageError
-from fmupsample.ops.grid import cell_shares, interpolation_matrix, plan_axis
+from fmupsample.ops.grid import interpolation_matrix
 
-_RECORDED = (FakeTensor, FunctionalTensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class PlainMode(TorchFunctionMode):
@@ -43,9 +39,10 @@ class PlainMode(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not any(isinstance(leaf, _RECORDED) for leaf in tree_leaves((args, kwargs))):
-            with _disable_current_modes():
-                return func(*args, **kwargs)
+        if not _recorded((args, kwargs)):
+            # A constant: computed in a thread of its own, where nothing is recorded.
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(torch.no_grad()(func), *args, **kwargs).result()
         with self:  # PyTorch takes a mode off while it handles a call
             plain = _PLAIN.get(func)
             if plain is not None:
@@ -55,21 +52,29 @@ class PlainMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _recorded(given: Any) -> bool:
+    """Whether what a call is given holds something that the recorder made of an input."""
+    if isinstance(given, Tensor):
+        return type(given) not in (Tensor, nn.Parameter)
+    if isinstance(given, dict):
+        given = tuple(given.values())
+    if isinstance(given, (tuple, list)):
+        return any(map(_recorded, given))
+    return isinstance(given, _SYMBOLS)
+
+
 def reassemble(value: Tensor, weights: Tensor, fractional: bool) -> Tensor:
     """:func:`fmupsample.ops.reassemble`.
 
     ``[B, V, h, w]`` and ``[B, K*K, H, W]`` -> ``[B, V, H, W]``.
     """
-    ratio = _whole_ratio(value, weights)
-    if ratio is None:
-        return _reassemble_by_offset(value, weights, fractional)
-    k, (h, w) = isqrt(weights.shape[1]), value.shape[2:]
+    ratio, k = _ratio(value.shape[2:], weights), isqrt(weights.shape[1])
     if fractional:
         weights, k = _on_whole_cells(weights, k, ratio), k + 2
     near = _neighbours(value.to(weights.dtype), k)  # [B, V, K*K, h, w]
     near = near.permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B h w, V, K*K]
     out = torch.bmm(near, _by_cell(weights, ratio))  # [B h w, V, ry rx]
-    return _by_pixel(out, (h, w), ratio).to(value.dtype)
+    return _by_pixel(out, value.shape[2:], ratio).to(value.dtype)
 
 
 def similarity(query: Tensor, key: Tensor, kernel_size: int, fractional: bool) -> Tensor:
@@ -79,12 +84,7 @@ def similarity(query: Tensor, key: Tensor, kernel_size: int, fractional: bool) -
     """
     if fractional:
         raise UsageError("similarity of bilinear samples cannot be exported; that of cells can")
-    ratio = _whole_ratio(key, query)
-    if ratio is None:
-        down, across = (_cells_read(key, query, dim, kernel_size) for dim in (2, 3))
-        rows = [key.index_select(2, y) for y in down]
-        near = [row.index_select(3, x) for row in rows for x in across]
-        return torch.stack([(query * cell).sum(1) for cell in near], 1)
+    ratio = _ratio(key.shape[2:], query)
     near = _neighbours(key, kernel_size).permute(0, 3, 4, 2, 1).flatten(0, 2)  # [B h w, K*K, E]
     return _by_pixel(torch.bmm(near, _by_cell(query, ratio)), key.shape[2:], ratio)
 
@@ -120,22 +120,10 @@ def grid_sample(
     return total.unflatten(0, (batch, size[0] * size[1])).transpose(1, 2).unflatten(2, size)
 
 
-def unfold(x: Tensor, kernel_size: int, **_: Any) -> Tensor:
-    """``F.unfold`` of every K x K window: ``[B, E, h, w]`` -> ``[B, E*K*K, (h-K+1)*(w-K+1)]``."""
-    return _windows(x, kernel_size).flatten(1, 2).flatten(2)
-
-
 def pool(x: Tensor, output_size: tuple[int, int]) -> Tensor:
     """``F.adaptive_avg_pool2d``: ``[B, C, H, W]`` -> ``[B, C, h, w]``."""
-    ratio = _whole_ratio(None, x, tuple(output_size))
-    if ratio is not None:
-        h, w = output_size
-        return x.unflatten(3, (w, ratio[1])).unflatten(2, (h, ratio[0])).mean((3, 5))
-    down, across = (
-        cell_shares(n, pixels, slice(0, n), slice(0, pixels)).to(x.dtype)
-        for n, pixels in zip(output_size, x.shape[2:], strict=True)
-    )
-    return down @ (x @ across.T)
+    (ry, rx), (h, w) = _ratio(output_size, x), output_size
+    return x.unflatten(3, (w, rx)).unflatten(2, (h, ry)).mean((3, 5))
 
 
 def resize(x: Tensor, size: tuple[int, int], mode: str, antialias: bool, **options: Any) -> Tensor:
@@ -172,19 +160,20 @@ _PLAIN: dict[Any, Callable] = {
     torch.ops.fmupsample.reassemble_grad_weights: similarity,
     torch.ops.fmupsample.reassemble_grad_weights.default: similarity,
     F.grid_sample: grid_sample,
-    F.unfold: unfold,
     F.adaptive_avg_pool2d: pool,
     torch.linalg.solve: solve,
 }
 
 
-def _whole_ratio(
-    low: Tensor | None, high: Tensor, cells: tuple[int, int] | None = None
-) -> tuple[int, int] | None:
-    """Pixels per cell along both axes, where that is a whole number."""
-    cells = tuple(low.shape[2:]) if cells is None else cells
-    sizes = list(zip(high.shape[2:], cells, strict=True))
-    return None if any(n % m for n, m in sizes) else tuple(n // m for n, m in sizes)
+def _ratio(cells: tuple[int, int], x: Tensor) -> tuple[int, int]:
+    """Pixels of ``x`` per cell, down and across: whole, since sizes are multiples of a stride."""
+    sizes = list(zip(x.shape[2:], cells, strict=True))
+    if any(n % m for n, m in sizes):
+        raise UsageError(
+            f"{list(x.shape[2:])} pixels on {list(cells)} cells cannot be exported: a size must be "
+            "a multiple of the number of cells"
+        )
+    return tuple(n // m for n, m in sizes)
 
 
 def _neighbours(x: Tensor, k: int) -> Tensor:
@@ -192,12 +181,7 @@ def _neighbours(x: Tensor, k: int) -> Tensor:
 
     Beyond the border they are the border's.
     """
-    return _windows(F.pad(x, (k // 2,) * 4, mode="replicate"), k)
-
-
-def _windows(x: Tensor, k: int) -> Tensor:
-    """``[B, E, h, w]`` -> ``[B, E, K*K, h - K + 1, w - K + 1]``."""
-    h, w = (n - k + 1 for n in x.shape[2:])
+    (h, w), x = x.shape[2:], F.pad(x, (k // 2,) * 4, mode="replicate")
     return torch.stack([x[..., i : i + h, j : j + w] for i in range(k) for j in range(k)], 2)
 
 
@@ -233,43 +217,6 @@ def _spread(k: int, ratio: int) -> Tensor:
     # A cell with one neighbour on each side: the middle rows of an interpolation matrix.
     shares = interpolation_matrix(3, 3 * ratio)[ratio : 2 * ratio]  # [ratio, 3]
     return torch.stack([F.pad(shares, (i, k - 1 - i)) for i in range(k)], 2)
-
-
-def _reassemble_by_offset(value: Tensor, weights: Tensor, fractional: bool) -> Tensor:
-    """Any ratio: one neighbour after another, which moves the map through memory for each."""
-    k = isqrt(weights.shape[1])
-    axes = []
-    for dim in (2, 3):
-        matrices = _samples(value, weights, dim, k, fractional)
-        axes.append([matrix.to(value.dtype) for matrix in matrices])
-    total = None
-    for i, down in enumerate(axes[0]):
-        rows = down @ value
-        for j, across in enumerate(axes[1]):
-            part = (rows @ across.T) * weights[:, i * k + j, None].to(value.dtype)
-            total = part if total is None else total + part
-    return total
-
-
-def _samples(value: Tensor, weights: Tensor, dim: int, k: int, fractional: bool) -> list[Tensor]:
-    """For each of K offsets the matrix ``[pixels, cells]`` that takes its samples along an axis."""
-    cells, pixels = value.shape[dim], weights.shape[dim]
-    plan, reach = plan_axis(cells, pixels, fractional), k // 2
-    matrices = []
-    for offset in range(-reach, reach + 1):
-        matrix = torch.zeros(pixels, cells, dtype=torch.float64)
-        for tap, share in ((0, 1 - plan.fraction), (1, plan.fraction)):
-            cell = (plan.base + offset + tap).clamp(0, cells - 1)
-            matrix.index_put_((torch.arange(pixels), cell), share, accumulate=True)
-        matrices.append(matrix)
-    return matrices
-
-
-def _cells_read(low: Tensor, high: Tensor, dim: int, k: int) -> list[Tensor]:
-    """For each of K offsets the cell that each pixel of an axis reads."""
-    cells, reach = low.shape[dim], k // 2
-    base = plan_axis(cells, high.shape[dim], False).base
-    return [(base + offset).clamp(0, cells - 1) for offset in range(-reach, reach + 1)]
 
 
 def _tap(cell: Tensor, share: Tensor, cells: int) -> tuple[Tensor, Tensor]:
