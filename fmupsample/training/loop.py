@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -106,8 +106,7 @@ class Trainer:
             "rng_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "best": None if self.best is None else {
                 "step": self.best.step,
-                "score": [self.best.score.terms, self.best.score.bilinear,
-                          self.best.score.loss, self.best.score.bilinear_loss],
+                "score": asdict(self.best.score),
                 "state": self.best.state,
             },
         }  # fmt: skip
@@ -126,7 +125,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng_device"], self.world.device)
         if state["best"] is not None:
             best = state["best"]
-            self.best = Best(best["step"], Score(*best["score"]), best["state"])
+            self.best = Best(best["step"], Score(**best["score"]), best["state"])
 
     # -- the loop ---------------------------------------------------------------------------------
 

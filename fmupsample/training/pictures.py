@@ -81,7 +81,8 @@ def list_squares(
         UsageError: fewer than ``least`` pictures remain.
     """
     squares: list[Square] = []
-    small, broken, used = [], [], 0
+    small: list[tuple[int, Source, tuple[int, int]]] = []
+    broken: list[str] = []
     for source in sources:
         try:
             size = read_size(source.path)
@@ -91,21 +92,15 @@ def list_squares(
         if min(size) < smallest:
             small.append((min(size), source, size))
             continue
-        used += 1
         parts = 2 if max(size) >= _OBLONG * min(size) else 1
         own = (labels or {}).get(source, LabelFile(None))
         squares += [
             Square(source, size, part, parts, own.path, own.weight) for part in range(parts)
         ]
-    reasons = []
-    if small:
-        _, source, size = min(small, key=lambda found: found[0])
-        reasons.append(f"{_count(small)} too small (under {smallest} pixels; {source} has "
-                       f"{size[1]}x{size[0]})")  # fmt: skip
-    if broken:
-        reasons.append(f"{_count(broken)} unreadable ({broken[0]})")
+    reasons = _reasons(small, broken, smallest)
+    used = len(sources) - len(small) - len(broken)
     if used < least:
-        found = f"{len(sources)} given" + "".join(f", {reason}" for reason in reasons)
+        found = ", ".join([f"{len(sources)} given", *reasons])
         raise UsageError(
             f"{purpose} needs at least {least} usable pictures and has {used}: {found}; give more "
             "or larger pictures" + (", or a smaller --image-size" if small else "")
@@ -113,6 +108,18 @@ def list_squares(
     for reason in reasons:
         warn(f"{purpose}: {reason}; left out")
     return squares
+
+
+def _reasons(small: list, broken: list[str], smallest: int) -> list[str]:
+    """Why pictures are left out, in words."""
+    reasons = []
+    if small:
+        _, source, size = min(small, key=lambda found: found[0])
+        reasons.append(f"{_count(small)} too small (under {smallest} pixels; {source} has "
+                       f"{size[1]}x{size[0]})")  # fmt: skip
+    if broken:
+        reasons.append(f"{_count(broken)} unreadable ({broken[0]})")
+    return reasons
 
 
 def _count(pictures: Sequence[object]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,15 +31,15 @@ class Score:
     bilinear: dict[str, float]
     loss: float
     bilinear_loss: float
-    relative: dict[str, float] = field(init=False)
 
-    def __post_init__(self) -> None:
-        ratios = {
+    @property
+    def relative(self) -> dict[str, float]:
+        """Each term of the head over that of bilinear interpolation."""
+        return {
             name: self.terms[name] / reference
             for name, reference in self.bilinear.items()
             if reference > 1e-12
         }
-        object.__setattr__(self, "relative", ratios)
 
     @property
     def ratio(self) -> float:
