@@ -5,242 +5,44 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from fmupsample.upsamplers.registry import (
-    Needs,
-    any_backbone_names,
-    current_name,
-    either,
-    learned_names,
-)
+from fmupsample.upsamplers.registry import any_backbone_names, current_name
 from fmupsample_cli import options as o
+from fmupsample_cli import train_options as t
 
 if TYPE_CHECKING:
     from fmupsample.backbones import Backbone
-    from fmupsample.training.run import TrainReport
-
-TRAINING = "Training"
-
-HeadOutput = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="The head file (.safetensors); appears when training is complete.",
-        show_default=False,
-        rich_help_panel=o.RESULTS,
-    ),
-]
-Upsampler = Annotated[
-    str | None,
-    typer.Option(
-        "--upsampler",
-        metavar="NAME",
-        help=f"Which upsampler to train: {either(any_backbone_names())} (for any backbone), "
-        f"{either(learned_names(Needs.OWN_HEAD))}. Default: bilateral-cells, for this backbone.",
-        autocompletion=o.complete_upsampler,
-        show_default=False,
-        rich_help_panel=o.MODEL,
-    ),
-]
-Also = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--also",
-        metavar="NAME[,layer=N][,weights=FILE]",
-        help=f"A further backbone, for --upsampler {either(any_backbone_names())}; they take "
-        "turns. May be repeated.",
-        show_default=False,
-        rich_help_panel=o.MODEL,
-    ),
-]
-StartFrom = Annotated[
-    Path | None,
-    typer.Option(
-        "--from",
-        metavar="HEAD",
-        help="Start from this head instead of new parameters: a file of the same backbone, or "
-        "affinity or bilateral-cells, the shipped heads for any.",
-        show_default=False,
-        rich_help_panel=o.MODEL,
-    ),
-]
-Validation = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--val",
-        metavar="IMAGES",
-        help="Pictures or a folder to validate on; may be repeated. Default: a twentieth of the "
-        "pictures is held out.",
-        show_default=False,
-        rich_help_panel=o.PICTURES,
-    ),
-]
-Labels = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--labels",
-        metavar="FOLDER",
-        help="Indexed PNGs of the pictures' names, for --objective task; 255 is ignored. May be "
-        "repeated.",
-        show_default=False,
-        rich_help_panel=o.PICTURES,
-    ),
-]
-Masks = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--masks",
-        metavar="FOLDER[=WEIGHT]",
-        help="Indexed PNGs of the pictures' names, of any classes, for --objective masks, which is "
-        "then the default; pictures without one teach nothing by it. May be repeated.",
-        show_default=False,
-        rich_help_panel=o.PICTURES,
-    ),
-]
-CropSize = Annotated[
-    str | None,
-    typer.Option(
-        "--image-size",
-        metavar="N[,N...]",
-        help="Side of the crops the model sees, pixels; several take turns. Default: 224.",
-        show_default=False,
-        rich_help_panel=o.PICTURES,
-    ),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        "--steps",
-        min=1,
-        metavar="N",
-        help="How many. Default: 2000 on a GPU, 400 on the CPU.",
-        show_default=False,
-        rich_help_panel=TRAINING,
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--batch-size",
-        min=1,
-        metavar="N",
-        help="Crops a step, in each process. Default: 8 on a GPU, 2 on the CPU.",
-        show_default=False,
-        rich_help_panel=TRAINING,
-    ),
-]
-LearningRate = Annotated[
-    float | None,
-    typer.Option(
-        "--lr",
-        metavar="X",
-        help="Peak learning rate. Default: 0.001.",
-        show_default=False,
-        rich_help_panel=TRAINING,
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        "--seed",
-        min=0,
-        metavar="N",
-        help="The same seed gives the same head. Default: 0.",
-        show_default=False,
-        rich_help_panel=TRAINING,
-    ),
-]
-ObjectiveOption = Annotated[
-    str | None,
-    typer.Option(
-        "--objective",
-        metavar="TERM[=WEIGHT],...",
-        help="What to train for, of clusters, crops, regions, area, preserve, shifts, augment, "
-        "masks, task. Default: clusters; with --masks, masks.",
-        show_default=False,
-        rich_help_panel=TRAINING,
-    ),
-]
-MoreOptions = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="FILE|JSON",
-        help="More options as JSON, such as the config.json of an earlier run; options on the "
-        "command line go before it.",
-        show_default=False,
-        rich_help_panel=TRAINING,
-    ),
-]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Go on with an interrupted run; it ends as if it had not been interrupted.",
-        rich_help_panel=TRAINING,
-    ),
-]
-Work = Annotated[
-    Path | None,
-    typer.Option(
-        "--work",
-        metavar="FOLDER",
-        help="Folder for checkpoint, log, curve and previews. Default: FILE.train beside the head.",
-        show_default=False,
-        rich_help_panel=o.RESULTS,
-    ),
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        help="Train anew, whatever an earlier run left.",
-        rich_help_panel=o.RESULTS,
-    ),
-]
-Precision = Annotated[
-    o.PrecisionName | None,
-    typer.Option(
-        "--precision",
-        help="Arithmetic of the model. Default: bf16 on a GPU that has it, else fp32.",
-        show_default=False,
-        rich_help_panel=o.COMPUTE,
-    ),
-]
+    from fmupsample.training.config import TrainConfig
+    from fmupsample.training.report import TrainReport
 
 
 def train(
     images: o.Images = None,
-    output: HeadOutput = ...,
+    output: t.HeadOutput = ...,
     list_file: o.ListFile = None,
     backbone: o.BackboneName = "embedded",
     layer: o.Layer = None,
     backbone_weights: o.BackboneWeights = None,
     views: o.Views = 1,
-    also: Also = None,
-    upsampler: Upsampler = None,
-    start_from: StartFrom = None,
-    image_size: CropSize = None,
-    val: Validation = None,
-    labels: Labels = None,
-    masks: Masks = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    seed: Seed = None,
-    objective: ObjectiveOption = None,
-    config: MoreOptions = None,
-    resume: Resume = False,
-    work: Work = None,
-    overwrite: Overwrite = False,
+    also: t.Also = None,
+    upsampler: t.Upsampler = None,
+    start_from: t.StartFrom = None,
+    image_size: t.CropSize = None,
+    val: t.Validation = None,
+    masks: t.Masks = None,
+    steps: t.Steps = None,
+    batch_size: t.BatchSize = None,
+    lr: t.LearningRate = None,
+    seed: t.Seed = None,
+    objective: t.ObjectiveOption = None,
+    config: t.MoreOptions = None,
+    resume: t.Resume = False,
+    work: t.Work = None,
+    overwrite: t.Overwrite = False,
     device: o.Device = "auto",
     backend: o.Backend = o.BackendName.auto,
-    precision: Precision = None,
+    precision: t.Precision = None,
     workers: o.Workers = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -259,26 +61,24 @@ def train(
 
         torchrun --nproc-per-node 4 -m fmupsample train photos/ -o head.safetensors
     """
+    from fmupsample.distributed import leads
     from fmupsample.images import find_images
-    from fmupsample_cli.progress import BuildLine, RichProgress, note, warn
+    from fmupsample_cli.progress import RichProgress, note, warn
 
     # What cannot work is said before torch and the models are loaded.
     find = {"exclude": [work or output.with_name(f"{output.name}.train")], "warn": warn}
     sources = find_images(images or [], list_file=list_file, **find)
     validation = find_images(val, **find) if val else []
 
-    from fmupsample.backbones import load_backbone
-    from fmupsample.device import resolve_device
-    from fmupsample.distributed import leads
-    from fmupsample.ops.backend import check_backend, prepare, set_backend
     from fmupsample.training.checkpoint import NAME
-    from fmupsample.training.config import TrainConfig, parse_objective
+    from fmupsample.training.config import parse_objective
     from fmupsample.training.run import train as run
-    from fmupsample.training.run import work_folder
+    from fmupsample.training.work import work_folder
 
+    mask_folders = [t.parse_masks(text) for text in masks or ()]
     given = {
         "upsampler": upsampler,
-        "image_sizes": None if image_size is None else _sizes(image_size),
+        "image_sizes": None if image_size is None else t.parse_sizes(image_size),
         "steps": steps,
         "batch_size": batch_size,
         "lr": lr,
@@ -286,27 +86,12 @@ def train(
         "objective": None if objective is None else parse_objective(objective),
         "precision": None if precision is None else precision.value,
     }
-    options = TrainConfig.parse(config) if config else {}
-    mask_folders = [_parse_masks(text) for text in masks or ()]
-    if mask_folders and objective is None:
-        options.setdefault("objective", {"masks": 1.0})
-    options |= {name: value for name, value in given.items() if value is not None}
-    wanted = TrainConfig.from_dict(options)
+    wanted = _options(given, config, bool(mask_folders))
     quiet = quiet or not leads()
-    set_backend(backend.value)
-    check_backend(resolve_device(device))
-    largest = max(wanted.image_sizes) if wanted.image_sizes else None
-    square = None if largest is None else (largest, largest)
-    models = [
-        load_backbone(image_size=square, views=views, **which)
-        for which in (
-            {"name": backbone, "layer": layer, "weights": backbone_weights},
-            *map(_parse_backbone, also or ()),
-        )
-    ]
-    # Now, where a minute of compiling can be shown, and not under the bar of the run.
-    with BuildLine(quiet=quiet) as line:
-        prepare(resolve_device(device), line)
+    first = {"name": backbone, "layer": layer, "weights": backbone_weights}
+    several = [first, *map(t.parse_backbone, also or ())]
+    _prepare(backend.value, device, quiet)
+    models = _models(several, wanted, views)
     try:
         with RichProgress(quiet=quiet, unit="steps") as progress:
             report = run(
@@ -315,7 +100,6 @@ def train(
                 output,
                 wanted,
                 validation=validation,
-                labels=labels or (),
                 masks=mask_folders,
                 start_from=_known_head(start_from, models[0]),
                 device=device,
@@ -337,47 +121,35 @@ def train(
         _summarise(report, json)
 
 
-def _sizes(text: str) -> list[int]:
-    from fmupsample.errors import UsageError
+def _options(given: dict[str, Any], config: str | None, masks: bool) -> TrainConfig:
+    """The options of the command line, and below them those of ``--config``."""
+    from fmupsample.training.config import TrainConfig
 
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(
-            f"image size {text!r} is not understood: give a number of pixels, or several: 168,224"
-        ) from None
-
-
-def _parse_masks(text: str) -> tuple[Path, float]:
-    """``"folder=0.5"`` -> the folder and what its masks count."""
-    from fmupsample.errors import UsageError
-
-    folder, equals, weight = text.rpartition("=")
-    if not equals or Path(text).is_dir():
-        return Path(text), 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise UsageError(f"--masks {text!r} is not understood: give FOLDER, or FOLDER=0.5")
-    return Path(folder), value
+    options = TrainConfig.parse(config) if config else {}
+    if masks:
+        options.setdefault("objective", {"masks": 1.0})
+    options |= {name: value for name, value in given.items() if value is not None}
+    return TrainConfig.from_dict(options)
 
 
-def _parse_backbone(text: str) -> dict[str, Any]:
-    """``"name,layer=5,weights=file"`` -> what :func:`load_backbone` takes."""
-    from fmupsample.errors import UsageError
+def _models(which: list[dict[str, Any]], options: TrainConfig, views: int) -> list[Backbone]:
+    from fmupsample.backbones import load_backbone
 
-    name, *rest = text.split(",")
-    found: dict[str, Any] = {"name": name}
-    for part in rest:
-        key, equals, value = part.partition("=")
-        if key not in ("layer", "weights") or not equals:
-            raise UsageError(
-                f"--also {text!r} is not understood: give NAME, or NAME,layer=N,weights=FILE"
-            )
-        found[key] = value
-    return found
+    largest = max(options.image_sizes) if options.image_sizes else None
+    square = None if largest is None else (largest, largest)
+    return [load_backbone(image_size=square, views=views, **each) for each in which]
+
+
+def _prepare(backend: str, device: str, quiet: bool) -> None:
+    """Build operators now, where a minute of compiling can be shown, not under the bar."""
+    from fmupsample.device import resolve_device
+    from fmupsample.ops.backend import check_backend, prepare, set_backend
+    from fmupsample_cli.progress import BuildLine
+
+    set_backend(backend)
+    check_backend(resolve_device(device))
+    with BuildLine(quiet=quiet) as line:
+        prepare(resolve_device(device), line)
 
 
 def _known_head(start_from: Path | None, backbone: Backbone) -> Path | None:

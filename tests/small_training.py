@@ -12,7 +12,8 @@ from toy import ToyBackbone
 
 from fmupsample.images import find_images
 from fmupsample.training.config import TrainConfig
-from fmupsample.training.run import TrainReport, train
+from fmupsample.training.report import TrainReport
+from fmupsample.training.run import train
 
 HEAD = {
     "embedding": 8,
@@ -24,7 +25,7 @@ HEAD = {
 SMALL = {
     "upsampler": "resfu",  # without a prior, it has more to learn
     "upsampler_config": HEAD,
-    "objective": {"crops": 1.0, "regions": 1.0},
+    "objective": {"crops": 1.0},
     "image_sizes": [32],
     "side": 48,
     "steps": 8,

@@ -263,8 +263,6 @@ def test_what_several_backbones_cannot_do(pictures, trained, tmp_path):
         run(pictures, output, options(), backbone=backbones())
     with pytest.raises(UsageError, match="holds a bilateral-cells, which cannot become a sapa"):
         run(pictures, output, options(upsampler="sapa", upsampler_config={}), start_from=trained)
-    with pytest.raises(UsageError, match="--objective task is for a head of one backbone"):
-        run(pictures, output, wanted(objective={"task": 1.0}), backbone=backbones())
 
 
 # --- use ------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_help_speaks_of_every_option() -> None:
     assert result.exit_code == 0
     for option in (
         "--output", "--list", "--backbone", "--layer", "--backbone-weights", "--upsampler",
-        "--from", "--image-size", "--val", "--labels", "--masks", "--steps",
+        "--from", "--image-size", "--val", "--masks", "--steps",
         "--batch-size", "--lr", "--seed",
         "--objective", "--config", "--resume", "--work", "--overwrite", "--device", "--backend",
         "--precision", "--workers", "--json", "--quiet",
@@ -56,14 +56,14 @@ def test_options_reach_the_run(pictures, tmp_path, capsys) -> None:
     assert call(
         "train", pictures, "-o", output, "--config", options, "--work", work, "--steps", 2,
         "--batch-size", 3, "--lr", 0.002, "--seed", 7, "--image-size", "32,40", "--val", val,
-        "--objective", "crops,area=0.5", "--precision", "bf16", "--workers", 1, "--json",
+        "--objective", "crops,clusters=0.5", "--precision", "bf16", "--workers", 1, "--json",
     ) == 0  # fmt: skip
     streams = capsys.readouterr()
     summary = json.loads(streams.out)
     config = summary["config"]
     assert (config["steps"], config["batch_size"], config["lr"], config["seed"]) == (2, 3, 0.002, 7)
     assert config["image_sizes"] == [32, 40] and config["precision"] == "bf16"
-    assert config["objective"] == {"crops": 1.0, "area": 0.5}
+    assert config["objective"] == {"crops": 1.0, "clusters": 0.5}
     assert summary["held_out_pictures"] == 3 and summary["best_step"] == 2
     assert summary["work"] == str(work) and (work / "log.jsonl").exists()
     assert "held_out" in summary and isinstance(summary["better_than_bilinear"], bool)
@@ -115,7 +115,7 @@ def test_the_summary_for_people(pictures, tmp_path, capsys, monkeypatch) -> None
         (["pictures", "-o", "h.safetensors", "--config", '{"a": 1}'], "no option 'a'"),
         (["pictures", "-o", "h.safetensors", "--upsampler", "jbu"], "not an upsampler with param"),
         (["pictures", "-o", "h.safetensors", "--precision", "fp16"], "fp16 needs a GPU"),
-        (["pictures", "-o", "h.safetensors", "--objective", "task"], "needs --labels"),
+        (["pictures", "-o", "h.safetensors", "--objective", "task"], "no term task"),
         (["pictures", "-o", "h.safetensors", "--objective", "masks"], "needs --masks"),
         (["pictures", "-o", "h.safetensors", "--masks", "a=-1"], "'a=-1' is not understood"),
         (["pictures", "-o", "h.safetensors", "--masks", "nowhere"], "nowhere does not exist"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_training import draw_pictures, options
+from small_training import draw_pictures, options, run
 from toy import ToyBackbone
 
 from fmupsample.errors import ImageError, UsageError
@@ -15,63 +18,18 @@ from fmupsample.labels import count_classes, read_labels
 from fmupsample.labels.layouts.folders import find_labels
 from fmupsample.training.cache import CROPS, Features, plan_crops
 from fmupsample.training.config import TrainConfig, parse_objective
-from fmupsample.training.crops import Cropper, change_colours
-from fmupsample.training.data import (
+from fmupsample.training.crops import Cropper
+from fmupsample.training.pictures import (
     LabelFile,
     Loaded,
     Pictures,
-    Sample,
-    Sampler,
-    Stream,
     list_squares,
     split_squares,
 )
-from fmupsample.training.regions import find_regions, merge_regions
+from fmupsample.training.regions import find_regions, split_into_blocks
+from fmupsample.training.samples import Sample, Sampler, Stream
 
 # --- regions --------------------------------------------------------------------------------------
-
-
-def one_by_one(picture: np.ndarray, scale: float) -> np.ndarray:
-    """The paper's loop."""
-    height, width = picture.shape[:2]
-    values = picture.astype(np.float32)
-    edges = []
-    # In the order of merge_regions, which decides between edges of equal weight.
-    for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        for y in range(height - dy):
-            for x in range(max(0, -dx), width - max(0, dx)):
-                difference = values[y, x] - values[y + dy, x + dx]
-                weight = np.sqrt((difference**2).sum())
-                edges.append((int(weight * 128), weight, y * width + x, (y + dy) * width + x + dx))
-    edges.sort(key=lambda edge: edge[0])
-    root, size, inner = list(range(height * width)), [1] * height * width, [0.0] * height * width
-
-    def find(node: int) -> int:
-        while root[node] != node:
-            node = root[node]
-        return node
-
-    for _, weight, a, b in edges:
-        a, b = find(a), find(b)
-        if a != b and weight <= min(inner[a] + scale / size[a], inner[b] + scale / size[b]):
-            a, b = min(a, b), max(a, b)
-            root[b] = a
-            size[a] += size[b]
-            inner[a] = weight
-    return np.array([find(n) for n in range(height * width)]).reshape(height, width)
-
-
-@pytest.mark.parametrize("few", [0, 40, 10_000])
-def test_merging_all_at_once_is_the_papers_loop(few: int, monkeypatch) -> None:
-    monkeypatch.setattr("fmupsample.training.regions._FEW", max(few, 1))
-    monkeypatch.setattr("fmupsample.training.regions._BATCH", 200)
-    random = np.random.default_rng(0)
-    smooth = np.cumsum(random.normal(0, 4, (23, 31, 3)), 1) + 120 + random.normal(0, 3, (23, 31, 3))
-    picture = smooth.clip(0, 255).astype(np.uint8)
-    mine = merge_regions(picture, scale=60, sigma=0, min_size=1)
-    theirs = np.unique(one_by_one(picture, 60), return_inverse=True)[1].reshape(mine.shape)
-    assert np.array_equal(mine, theirs)
-    assert 5 < mine.max() < 400
 
 
 def test_regions_follow_colours_to_the_pixel() -> None:
@@ -84,10 +42,25 @@ def test_regions_follow_colours_to_the_pixel() -> None:
     assert (inside == inside[0, 0]).all() and (outside == regions[0, 0]).all()
     assert inside[0, 0] != regions[0, 0]
     assert np.array_equal(regions, find_regions(picture))
-    sharp = merge_regions(picture, scale=60, sigma=0, min_size=1)
-    assert (sharp == sharp[13, 21]).sum() == 47 * 29 and sharp.max() == 1
-    small = merge_regions(picture, scale=60, sigma=0, min_size=2000)
-    assert small.max() == 0  # too small to stay
+
+
+def test_regions_need_scikit_image(tmp_path, monkeypatch) -> None:
+    pictures, output = draw_pictures(tmp_path / "pictures"), tmp_path / "head.safetensors"
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    config = options(objective={"clusters": 1.0})
+    with pytest.raises(UsageError, match=r"'fmupsample\[train\]', or do without.*share"):
+        run(pictures, output, config)
+    assert run(pictures, output, replace(config, cluster_share=0.0, steps=1)).score is not None
+
+
+def test_blocks_cut_regions_at_each_pictures_own_offset() -> None:
+    regions = torch.zeros(2, 8, 8, dtype=torch.int32)
+    blocks = split_into_blocks(regions, 4, torch.tensor([[0, 0], [2, 1]]))
+    assert blocks[0, 0].tolist() == [0] * 4 + [1] * 4
+    first = int(blocks[0].max()) + 1
+    assert blocks[1, 0].tolist() == [first] * 3 + [first + 1] * 4 + [first + 2]
+    assert blocks[1, :, 0].tolist() == [first] * 2 + [first + 3] * 4 + [first + 6] * 2
+    assert sorted(blocks.unique().tolist()) == list(range(int(blocks.max()) + 1))
 
 
 # --- pictures, squares, samples -------------------------------------------------------------------
@@ -168,8 +141,8 @@ def test_crops() -> None:
     pixels = np.zeros((64, 64, 3), dtype=np.uint8)
     pixels[:32, :32] = 255
     regions = np.arange(64 * 64, dtype=np.int32).reshape(64, 64)
-    plain = Sample(0, 0, 0.25, 0.0, 0.5, False, (1, 1, 1), (2, 1, 1), (0.5, 0.99))
-    mirrored = Sample(0, 0, 0.25, 0.0, 0.5, True, (1, 1, 1), (1, 1, 1), (0, 0))
+    plain = Sample(0, 0, 0.25, 0.0, 0.5, False, (0.5, 0.99))
+    mirrored = Sample(0, 0, 0.25, 0.0, 0.5, True, (0, 0))
     samples = [(s, Loaded(pixels, regions, regions.astype(np.uint8))) for s in (plain, mirrored)]
     cropper = Cropper((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), torch.device("cpu"))
     images = cropper.pictures(samples, 32)
@@ -181,10 +154,6 @@ def test_crops() -> None:
     assert cropper.labels(samples, 32).dtype == torch.int64
     assert cropper.offsets(samples, 16).tolist() == [[8, 15], [0, 0]]
     assert cropper.pictures(samples, 48).shape == (2, 3, 48, 48)
-    grey = torch.full((3, 2, 2), 0.25)
-    assert torch.allclose(change_colours(grey, (2.0, 1.0, 1.0)), grey * 2)
-    red = torch.tensor([0.8, 0.2, 0.2])[:, None, None].expand(3, 2, 2)
-    assert torch.allclose(change_colours(red, (1, 1, 0)), torch.full((3, 2, 2), 0.3794), atol=1e-4)
 
 
 def test_features_are_kept_within_a_bound(tmp_path) -> None:
@@ -197,7 +166,7 @@ def test_features_are_kept_within_a_bound(tmp_path) -> None:
     backbone = ToyBackbone()
     each = 2 * 16 * (16 + 64)
     features = Features(backbone, cropper, enlarge=2, precision="fp32", keep_bytes=3 * each)
-    low, fine, _ = features(samples, images)
+    low, fine = features(samples, images)
     assert low.shape == (4, 16, 4, 4) and fine.shape == (4, 16, 8, 8)
     assert backbone.calls == 8
     again = features(samples, images)
@@ -253,7 +222,7 @@ def test_labels(tmp_path) -> None:
 def test_options() -> None:
     config = TrainConfig.from_dict({"image_sizes": 224, "objective": parse_objective("crops=2")})
     assert config.image_sizes == (224,) and config.terms == {"crops": 2.0}
-    assert parse_objective("crops + task=0.5") == {"crops": 1.0, "task": 0.5}
+    assert parse_objective("crops + masks=0.5") == {"crops": 1.0, "masks": 0.5}
     assert TrainConfig.from_dict(config.to_dict()) == config
     resolved = config.resolve(ToyBackbone(), torch.device("cpu"))
     assert resolved.image_sizes == (224,) and resolved.side == 352
@@ -278,8 +247,8 @@ def test_options() -> None:
         ({"objective": {"crops": 0}}, "must be 0 or more"),
         ({"objective": 3}, "must be a mapping"),
         ({"crop": [0.9, 0.5]}, "two shares"),
-        ({"scaling": "log"}, "scaling 'log' is unknown"),
-        ({"cosine": 0, "mse": 0}, "nothing would be compared"),
+        ({"scaling": "log", "mse": 1}, "no longer has the options scaling, mse: leave them out"),
+        ({"objective": {"regions": 1}}, "no term regions; it has clusters, crops, masks"),
         ({"image_sizes": "big"}, "list of numbers"),
         ({"image_sizes": [8]}, "image size 8 is not possible"),
     ],

@@ -26,7 +26,7 @@ CODE = """
 
     def keep(self):
         finish(self)
-        torch.save(self.model.state_dict(), sys.argv[2] + f".rank{{self.world.rank}}.pt")
+        torch.save(self.head.state_dict(), sys.argv[2] + f".rank{{self.world.rank}}.pt")
 
     loop.Trainer.run = keep
     if {slim}:

@@ -25,9 +25,6 @@ from fmupsample.pipeline import Pipeline
 from fmupsample.probing.probe import load_probe
 from fmupsample.runs.manifest import Manifest
 from fmupsample.training import fit, loop
-from fmupsample.training.cache import Features
-from fmupsample.training.crops import Cropper
-from fmupsample.training.data import Pictures, Sampler, list_squares
 from fmupsample.upsamplers import (
     Bilinear,
     JointBilateral,
@@ -289,46 +286,23 @@ def test_train(call, tmp_path, capsys) -> None:
     given = {**SMALL, "image_sizes": [64], "side": 96, "steps": 2, "validate_every": 2}
     output = tmp_path / "h.safetensors"
     assert call("train", photos, "-o", output, "--config", json.dumps(given), "--views", 4,
-                "--objective", "shifts,crops", "--json") == 0  # fmt: skip
+                "--objective", "clusters,crops", "--json") == 0  # fmt: skip
     streams = capsys.readouterr()
     assert "4 views" in " ".join(streams.err.split())
     assert "4 passes of the backbone for every crop" in " ".join(streams.err.split())
-    assert set(json.loads(streams.out)["held_out"]["terms"]) == {"shifts", "crops"}
+    assert set(json.loads(streams.out)["held_out"]["terms"]) == {"clusters", "crops"}
     assert read_head_metadata(output)["backbone"]["views"] == 4
 
 
-def test_shifted_features_are_those_of_the_shifted_crop(tmp_path) -> None:
-    squares = list_squares(find_images([draw_pictures(tmp_path)]), 32)
-    pictures = Pictures(squares, 48, regions=False, keep_bytes=10**7)
-    cropper = Cropper((0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
-    sampler = Sampler(options(), len(squares))
-    samples = [(s, pictures.load(s.square)) for s in map(sampler, range(4))]
-    assert all(-0.5 <= v < 0.5 for s, _ in samples for v in s.shift)
-    assert len({s.shift for s, _ in samples}) == 4
-    assert sampler(2).shift == Sampler(options(), len(squares))(2).shift
-    images = cropper.pictures(samples, 32)
-    backbone = ToyBackbone()
-    found = Features(backbone, cropper, enlarge=0, precision="fp32", shifts=True)(samples, images)
-    assert found.fine is None and found.shifted.shape == found.low.shape == (4, 16, 4, 4)
-    for n, (sample, _) in enumerate(samples):
-        down, right = (round(8 * share) for share in sample.shift)
-        seen = [
-            images[n, :, (torch.arange(32) + down).clamp(0, 31)][
-                :, :, (torch.arange(32) + right).clamp(0, 31)
-            ]
-        ]
-        torch.testing.assert_close(found.shifted[n : n + 1], backbone(torch.stack(seen)))
-
-
 @pytest.mark.parametrize("views", [1, 9])
-def test_a_run_with_the_shifts_term_goes_on_to_the_same_head(views, tmp_path, monkeypatch) -> None:
+def test_a_run_with_views_goes_on_to_the_same_head(views, tmp_path, monkeypatch) -> None:
     """With cells of whole pixels, and of 8/3."""
     pictures = draw_pictures(tmp_path / "pictures")
-    config = options(objective={"shifts": 1.0, "area": 0.2}, crops_kept=2)
+    config = options(crops_kept=2)
     more = {"backbone": with_views(ToyBackbone(), views)}
     whole, output = tmp_path / "whole.safetensors", tmp_path / "head.safetensors"
     report = run(pictures, whole, config, **more)
-    assert report.score is not None and report.score.terms["shifts"] > 0
+    assert report.score is not None and report.score.terms["crops"] > 0
     step = loop.Trainer._do_step
 
     def fail(self, *arguments):
@@ -348,13 +322,10 @@ def test_a_run_with_the_shifts_term_goes_on_to_the_same_head(views, tmp_path, mo
 
 
 @pytest.mark.parametrize("name", learned_names())
-def test_every_upsampler_trains_by_shifts(name, tmp_path) -> None:
-    config = options(
-        objective={"shifts": 1.0}, upsampler=name, upsampler_config={}, steps=1, validate_every=1,
-        previews=0,
-    )  # fmt: skip
+def test_every_upsampler_trains(name, tmp_path) -> None:
+    config = options(upsampler=name, upsampler_config={}, steps=1, validate_every=1, previews=0)
     report = run(draw_pictures(tmp_path / "pictures"), tmp_path / "h.safetensors", config)
-    assert report.score.terms["shifts"] > 0
+    assert report.score.terms["crops"] > 0
 
 
 def test_configurations_of_earlier_versions() -> None:

@@ -8,8 +8,6 @@ number of crops of each instead and keeps their features: a third to half of a s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +15,13 @@ from torch import Tensor
 from fmupsample.backbones import Backbone
 from fmupsample.device import PRECISIONS, autocast
 from fmupsample.training.config import TrainConfig
-from fmupsample.training.crops import Cropper, pixel_shifts, shift_images
-from fmupsample.training.data import Loaded, Sample
+from fmupsample.training.crops import Cropper
+from fmupsample.training.samples import Samples
 
 # How many crops of a square are as good as new ones, and how often each must come for them to pay.
 CROPS, _REPEATS = 16, 3
+
+_LIMIT = torch.finfo(torch.float16).max
 
 
 def plan_crops(
@@ -38,30 +38,15 @@ def plan_crops(
     if samples < _REPEATS * CROPS * squares:
         return 0
     cells = sum(math.prod(backbone.grid((size, size))) for size in config.image_sizes)
-    each = 2 * backbone.channels * cells * (1 + config.enlarge**2 + ("shifts" in config.terms))
+    each = 2 * backbone.channels * cells * (1 + config.enlarge**2)
     return CROPS if each * CROPS * squares / world <= keep_bytes else 0
 
 
-class CropFeatures(NamedTuple):
-    """Features of crops, ``None`` for those that are not asked for.
-
-    Attributes:
-        low: ``[B, C, h, w]``.
-        fine: ``[B, C, e h, e w]``, of the crops enlarged e times.
-        shifted: ``[B, C, h, w]``, of each crop shifted by its sample's share of a cell.
-    """
-
-    low: Tensor
-    fine: Tensor | None = None
-    shifted: Tensor | None = None
-
-
 class Features:
-    """Features of crops as they are, enlarged and shifted: float32, on the device.
+    """Features of crops as they are and enlarged: float32, on the device.
 
     Args:
         enlarge: how many times; 0: not at all.
-        shifts: whether shifted crops are asked for.
         precision: of the backbone's arithmetic.
         keep_bytes: memory for features of views that come again, in half precision; 0: none. With
             it all features are rounded to half precision, whether they are kept or not, so that
@@ -76,55 +61,43 @@ class Features:
         enlarge: int,
         precision: str,
         keep_bytes: int = 0,
-        shifts: bool = False,
     ) -> None:
         self.backbone, self.cropper, self.enlarge = backbone, cropper, enlarge
-        self.shifts = shifts
         self.dtype = PRECISIONS[precision]
         self.keeping = keep_bytes > 0
         self._left = keep_bytes
-        self._kept: dict[tuple[int, int, int], CropFeatures] = {}
+        self._kept: dict[tuple[int, int, int], list[Tensor]] = {}
 
-    def __call__(self, samples: Sequence[tuple[Sample, Loaded]], images: Tensor) -> CropFeatures:
-        """Of crops ``[B, 3, H, W]``."""
+    def __call__(self, samples: Samples, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of crops ``[B, 3, H, W]``: ``low`` ``[B, C, h, w]``, and ``fine`` ``[B, C, e h, e w]`` of
+        the crops enlarged e times, or ``None``."""
         size = images.shape[-1]
         keys = [(sample.square, sample.view, size) for sample, _ in samples]
         new = [i for i, key in enumerate(keys) if key not in self._kept]
-        made: dict[int, CropFeatures] = {}
+        made: dict[int, list[Tensor]] = {}
         if new:
-            whole = self._make([samples[i] for i in new], images[new], size)
+            whole = [self.compute(images[new])]
+            if self.enlarge:
+                larger = self.cropper.pictures([samples[i] for i in new], self.enlarge * size)
+                whole.append(self.compute(larger))
             for n, i in enumerate(new):
-                made[i] = CropFeatures(*(None if part is None else part[n] for part in whole))
-                if self.keeping:
-                    made[i] = self._keep(keys[i], made[i])
+                own = [part[n] for part in whole]
+                made[i] = self._keep(keys[i], own) if self.keeping else own
         found = [made[i] if i in made else self._kept[key] for i, key in enumerate(keys)]
         device = self.cropper.device
-        return CropFeatures(
-            *(
-                None if part[0] is None else torch.stack([p.to(device).float() for p in part])
-                for part in zip(*found, strict=True)
-            )
+        low, *fine = (
+            torch.stack([each.to(device).float() for each in part])
+            for part in zip(*found, strict=True)
         )
+        return low, fine[0] if fine else None
 
-    def _make(
-        self, samples: Sequence[tuple[Sample, Loaded]], images: Tensor, size: int
-    ) -> CropFeatures:
-        low, fine, shifted = self.compute(images), None, None
-        if self.enlarge:
-            fine = self.compute(self.cropper.pictures(samples, self.enlarge * size))
-        if self.shifts:
-            shifts = pixel_shifts([sample for sample, _ in samples], size, low.shape[-2:])
-            shifted = self.compute(shift_images(images, shifts))
-        return CropFeatures(low, fine, shifted)
-
-    def _keep(self, key: tuple[int, int, int], made: CropFeatures) -> CropFeatures:
-        limit = torch.finfo(torch.float16).max
-        half = CropFeatures(*(None if x is None else x.clamp(-limit, limit).half() for x in made))
-        size = sum(x.numel() * 2 for x in half if x is not None)
+    def _keep(self, key: tuple[int, int, int], made: list[Tensor]) -> list[Tensor]:
+        half = [x.clamp(-_LIMIT, _LIMIT).half() for x in made]
+        size = sum(x.numel() * 2 for x in half)
         if size <= self._left:
             self._left -= size
             # In the machine's memory, which is larger than a GPU's.
-            self._kept[key] = CropFeatures(*(None if x is None else x.cpu() for x in half))
+            self._kept[key] = [x.cpu() for x in half]
         return half
 
     @torch.no_grad()

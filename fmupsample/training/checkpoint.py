@@ -17,7 +17,7 @@ from fmupsample.errors import OutputError, UsageError
 from fmupsample.images.find import printable
 from fmupsample.training.config import TrainConfig
 
-FORMAT = "fmupsample-training/3"  # from 3 on, "pictures" stands for their contents too
+FORMAT = "fmupsample-training/4"  # from 4 on, without the options of terms that went
 NAME = "checkpoint.pt"
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmupsample.ops.grid import interpolation_matrix
+from fmupsample.training.regions import means_of_regions
 
 # Of the fit, which is small: all of it takes seconds.
 _ROUNDS = 15  # of k-means
@@ -81,7 +82,7 @@ class Clusters:
         across = interpolation_matrix(w, size[1])[x0::step].to(fine)
         nearness = down @ nearness @ across.T
         if regions is not None and share > 0:
-            nearness = nearness.lerp(_means_of_regions(nearness, regions), share)
+            nearness = nearness.lerp(means_of_regions(nearness, regions), share)
         return nearness.argmax(1)
 
     def tensors(self) -> list[Tensor]:
@@ -112,16 +113,6 @@ def sample_pixels(
     (h, w), (height, width) = low.shape[-2:], size
     rows, columns = (rows * h // height).to(low.device), (columns * w // width).to(low.device)
     return at_pixels, low[:, rows, columns].T
-
-
-def _means_of_regions(x: Tensor, regions: Tensor) -> Tensor:
-    """``x`` ``[B, K, H, W]`` with the mean of its region at every pixel."""
-    number = regions.flatten()
-    rows = x.transpose(0, 1).flatten(1).T  # [B H W, K]
-    sizes = torch.bincount(number).clamp_min(1)
-    sums = rows.new_zeros(len(sizes), rows.shape[1]).index_add_(0, number, rows)
-    means = (sums / sizes[:, None])[number]
-    return means.T.unflatten(1, regions.shape).transpose(0, 1)
 
 
 def _k_means(x: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

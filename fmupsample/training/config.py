@@ -14,11 +14,24 @@ import torch
 
 from fmupsample.device import check_precision
 from fmupsample.errors import UsageError
-from fmupsample.training.objective import SCALINGS, TERMS
 from fmupsample.upsamplers.registry import current_name
+
+TERMS = ("clusters", "crops", "masks")  # of the objective; objective.py says what they are
+ENLARGED = frozenset({"clusters", "crops"})  # terms whose targets come from the enlarged crop
 
 # What a run may change when it goes on from a checkpoint; everything else would make it another.
 FREE = frozenset({"lr", "weight_decay", "clip", "validate_every", "log_every", "previews"})
+
+_RENAMED = {"views": "crops_kept"}  # since backbones have views, which are something else
+_REMOVED = {
+    "cosine", "mse", "scaling", "cluster_balance", "region_share", "variation", "jitter",
+    "lr_multipliers",
+}  # fmt: skip
+
+
+def _within(low: float, high: float, default: float | None) -> Any:
+    """A field that holds a number from ``low`` to ``high``, or ``None`` if that is its default."""
+    return field(default=default, metadata={"low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -32,51 +45,41 @@ class TrainConfig:
     # --- what is trained
     upsampler: str = "bilateral-cells"
     upsampler_config: dict[str, Any] = field(default_factory=dict)  # fields of its own config
-
     late_prior: bool = True  # bilateral cells have the colours of their prior after training only
 
-    # --- for what: weights of the terms in objective.py. Those that compare features (crops and
-    # regions) are best served by mixing neighbours, which costs what a linear probe tells apart.
-    objective: dict[str, float] = field(default_factory=lambda: {"clusters": 1.0})
-    cosine: float = 1.0  # distance of two features: this times 1 - cos,
-    mse: float = 0.5  # plus this times the mean squared error, on scaled channels
-    scaling: str = "standard"  # a few channels of a ViT are 100 times larger than the rest
-    clusters: int = 100  # more are finer; a hundred is what a few dozen crops can fill
-    cluster_share: float = 0.8  # of the region's mean in what a pixel's cluster is told by
-    cluster_balance: float = 0.0  # 0: all pixels count alike; 1: all clusters of a picture do
-    enlarge: int = 2  # the crop shown larger; 2 keeps it near the sizes the backbone knows
-    region_share: float = 0.8  # of the region's mean; the rest keeps shading inside a region
-    region_block: float = 2.0  # cells; a pixel cannot reach farther with 3 x 3 neighbours
-    pixel_stride: int = 2  # every n-th pixel of either axis, at random: a quarter of the work
-    mask_widen: float = 1.0  # cells; a patch tells of what is beside it: more asks for purer cells
-    variation: float = 0.3  # of colours for the augment term: what light and cameras change
+    # --- for what
+    objective: dict[str, float] = field(default_factory=lambda: {"clusters": 1.0})  # weights
+    clusters: int = _within(2, 65536, 100)  # more are finer; a few dozen crops can fill a hundred
+    cluster_share: float = _within(0, 1, 0.8)  # of the region's mean in what tells the cluster
+    region_block: float = _within(0.5, 64, 2.0)  # cells; 3 x 3 neighbours reach no farther
+    enlarge: int = _within(1, 8, 2)  # the crop shown larger; 2 is near the sizes backbones know
+    pixel_stride: int = _within(1, 64, 2)  # every n-th pixel of either axis: a quarter of the work
+    mask_widen: float = _within(1, 8, 1.0)  # cells; a patch tells of what is beside it
 
     # --- on what
     image_sizes: tuple[int, ...] | None = None  # crops, pixels; several take turns
-    side: int | None = None  # pictures are kept as squares of this side; 11/7 of the largest crop
+    side: int | None = _within(32, 8192, None)  # of squares kept; 11/7 of the largest crop
     crop: tuple[float, float] = (0.55, 1.0)  # side of a crop, as a share of the square's
-    flip: float = 0.5  # of the crops are mirrored
-    jitter: float = 0.0  # of colours of every crop; heads do well without
-    crops_kept: int | None = None  # different crops of a square; 0: always new ones; see cache.py
-    held_out: float = 0.05  # of the pictures, where no others are given for validation
+    flip: float = _within(0, 1, 0.5)  # of the crops are mirrored
+    crops_kept: int | None = _within(0, 1e6, None)  # of a square; 0: always new ones; see cache.py
+    held_out: float = _within(0, 0.9, 0.05)  # of the pictures, if none are given for validation
 
     # --- how long, how fast
-    steps: int | None = None  # a GPU does 2000 of batch 8 in minutes, two cores 400 of batch 2
-    batch_size: int | None = None  # per process
-    lr: float = 1e-3  # heads are small and start from nothing: more than the usual 2e-4
-    lr_multipliers: dict[str, float] = field(default_factory=dict)  # by parameter name's beginning
-    weight_decay: float = 0.01  # of matrices; norms and biases have none
-    warmup: float = 0.05  # of the steps
-    final_lr: float = 0.01  # of the peak, at the end of the cosine
-    clip: float = 1.0  # of the gradient's norm
-    ema: float = 0.998  # the averaged weights are what is validated and saved
+    steps: int | None = _within(1, 1e9, None)  # 2000 on a GPU, else 400: some minutes
+    batch_size: int | None = _within(1, 1e5, None)  # per process; 8 on a GPU, else 2
+    lr: float = _within(0, 100, 1e-3)  # heads are small and start from nothing: not the usual 2e-4
+    weight_decay: float = _within(0, 100, 0.01)  # of matrices; norms and biases have none
+    warmup: float = _within(0, 1, 0.05)  # of the steps
+    final_lr: float = _within(0, 1, 0.01)  # of the peak, at the end of the cosine
+    clip: float = _within(1e-9, 1e9, 1.0)  # of the gradient's norm
+    ema: float = _within(0, 1, 0.998)  # the averaged weights are what is validated and saved
     precision: str | None = None  # of the backbone: bf16 on a GPU that has it, else fp32
-    seed: int = 0
+    seed: int = _within(0, 2**63 - 1, 0)
 
     # --- how it is watched
-    validate_every: int | None = None  # steps; ten times a run
-    log_every: int = 10  # steps
-    previews: int = 2  # held-out pictures drawn at every validation
+    validate_every: int | None = _within(1, 1e9, None)  # steps; ten times a run
+    log_every: int = _within(1, 1e9, 10)  # steps
+    previews: int = _within(0, 64, 2)  # held-out pictures drawn at every validation
 
     def __post_init__(self) -> None:
         name = current_name(self.upsampler) if isinstance(self.upsampler, str) else self.upsampler
@@ -84,21 +87,10 @@ class TrainConfig:
             # "resfu-universal" was the name of heads for any backbone.
             object.__setattr__(self, "upsampler", name)
             object.__setattr__(self, "upsampler_config", {"channels": 0, **self.upsampler_config})
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
-            ):
-                raise UsageError(f"training option {name}={value!r} must be {low:g} to {high:g}")
-        for name in _WHOLE:
-            value = getattr(self, name)
-            if value is not None and value != int(value):
-                raise UsageError(f"training option {name}={value!r} must be a whole number")
+        for option in fields(self):
+            if option.metadata and (value := getattr(self, option.name)) is not None:
+                _check_number(option.name, value, str(option.type), **option.metadata)
         self._check_objective()
-        if self.scaling not in SCALINGS:
-            raise UsageError(f"scaling {self.scaling!r} is unknown: use {', '.join(SCALINGS)}")
-        if self.cosine == self.mse == 0:
-            raise UsageError("cosine and mse are both 0: nothing would be compared")
         low, high = self.crop
         if not 0 < low <= high <= 1:
             raise UsageError(f"crop {list(self.crop)} must be two shares, 0 < smallest <= largest")
@@ -123,8 +115,8 @@ class TrainConfig:
 
     @property
     def regions(self) -> bool:
-        """Whether the regions of the pictures are asked for."""
-        return "regions" in self.terms or ("clusters" in self.terms and self.cluster_share > 0)
+        """Whether the regions of the pictures are needed."""
+        return "clusters" in self.terms and self.cluster_share > 0
 
     def resolve(self, backbone: Any, device: torch.device) -> TrainConfig:
         """The same with every ``None`` decided for this backbone and device.
@@ -137,35 +129,39 @@ class TrainConfig:
         if precision is None:
             precision = "bf16" if fast and torch.cuda.is_bf16_supported() else "fp32"
         check_precision(precision, device)
-        sizes = self.image_sizes or (min(224, backbone.default_image_size),)
-        fixed = backbone.fixed_size
-        if fixed is not None and fixed[0] != fixed[1]:
-            raise UsageError(
-                f"{backbone.name} takes pictures of {fixed[0]}x{fixed[1]} only; training uses "
-                "squares: load it for a square size"
-            )
-        if fixed is not None:
-            if self.image_sizes not in (None, (fixed[0],)):
-                raise UsageError(
-                    f"{backbone.name} takes pictures of {fixed[0]}x{fixed[1]} only: leave "
-                    "--image-size away"
-                )
-            sizes = (fixed[0],)
-        multiple = backbone.size_multiple[0]
-        # At least 4 x 4 cells: below that a crop has more border than inside.
-        sizes = tuple(max(round(s / multiple), 1) * multiple for s in sizes)
-        least = math.ceil(4 * backbone.stride[0] / multiple) * multiple
-        sizes = tuple(max(s, least) for s in sizes)
+        sizes = self._crop_sizes(backbone)
         steps = self.steps or (2000 if fast else 400)
         return replace(
             self,
-            image_sizes=tuple(dict.fromkeys(sizes)),
+            image_sizes=sizes,
             side=self.side or round(max(sizes) * 11 / 14) * 2,
             steps=steps,
             batch_size=self.batch_size or (8 if fast else 2),
             precision=precision,
             validate_every=self.validate_every or max(1, steps // 10),
         )
+
+    def _crop_sizes(self, backbone: Any) -> tuple[int, ...]:
+        """The sides of crops, in multiples that the backbone takes."""
+        sizes = self.image_sizes or (min(224, backbone.default_image_size),)
+        fixed = backbone.fixed_size
+        if fixed is not None:
+            only = f"{fixed[0]}x{fixed[1]}"
+            if fixed[0] != fixed[1]:
+                raise UsageError(
+                    f"{backbone.name} takes pictures of {only} only; training uses squares: load "
+                    "it for a square size"
+                )
+            if self.image_sizes not in (None, (fixed[0],)):
+                raise UsageError(
+                    f"{backbone.name} takes pictures of {only} only: leave --image-size away"
+                )
+            sizes = (fixed[0],)
+        multiple = backbone.size_multiple[0]
+        # At least 4 x 4 cells: below that a crop has more border than inside.
+        least = math.ceil(4 * backbone.stride[0] / multiple) * multiple
+        found = (max(max(round(size / multiple), 1) * multiple, least) for size in sizes)
+        return tuple(dict.fromkeys(found))
 
     # -- as JSON --------------------------------------------------------------------------------
 
@@ -177,6 +173,10 @@ class TrainConfig:
         """Build from a mapping as JSON gives it; unknown keys are refused by name."""
         known = [f.name for f in fields(cls)]
         values = {_RENAMED.get(name, name): value for name, value in values.items()}
+        if gone := [name for name in values if name in _REMOVED]:
+            raise UsageError(
+                f"training no longer has the options {', '.join(gone)}: leave them out"
+            )
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
@@ -186,7 +186,7 @@ class TrainConfig:
         for name in ("image_sizes", "crop"):
             if changed.get(name) is not None:
                 changed[name] = _numbers(name, changed[name])
-        for name in ("objective", "upsampler_config", "lr_multipliers"):
+        for name in ("objective", "upsampler_config"):
             if name in changed and not isinstance(changed[name], Mapping):
                 raise UsageError(f"training option {name}={changed[name]!r} must be a mapping")
         try:
@@ -224,7 +224,7 @@ class TrainConfig:
 
 
 def parse_objective(text: str) -> dict[str, float]:
-    """``"crops,regions=0.5"`` -> ``{"crops": 1.0, "regions": 0.5}``.
+    """``"clusters,masks=0.5"`` -> ``{"clusters": 1.0, "masks": 0.5}``.
 
     Raises:
         UsageError: a term without name, or a weight that is not a number.
@@ -239,9 +239,16 @@ def parse_objective(text: str) -> dict[str, float]:
         if not name:
             raise UsageError(
                 f"objective {text!r} is not understood: give terms and weights such as "
-                f"crops,regions=0.5; there are {', '.join(TERMS)}"
+                f"clusters,masks=0.5; there are {', '.join(TERMS)}"
             )
     return weights
+
+
+def _check_number(name: str, value: Any, kind: str, low: float, high: float) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
+        raise UsageError(f"training option {name}={value!r} must be {low:g} to {high:g}")
+    if kind.startswith("int") and value != int(value):
+        raise UsageError(f"training option {name}={value!r} must be a whole number")
 
 
 def _numbers(name: str, value: Any) -> tuple:
@@ -251,38 +258,3 @@ def _numbers(name: str, value: Any) -> tuple:
     if name == "crop" and len(values) != 2:
         raise UsageError(f"training option crop={value!r} must be two numbers")
     return tuple(values)
-
-
-_RENAMED = {"views": "crops_kept"}  # since backbones have views, which are something else
-_WHOLE = ("clusters", "enlarge", "pixel_stride", "side", "crops_kept", "steps", "batch_size",
-          "seed", "validate_every", "log_every", "previews")  # fmt: skip
-_RANGES = (
-    ("cosine", 0, 1e6),
-    ("mse", 0, 1e6),
-    ("clusters", 2, 65536),
-    ("cluster_share", 0, 1),
-    ("cluster_balance", 0, 2),
-    ("enlarge", 1, 8),
-    ("region_share", 0, 1),
-    ("region_block", 0.5, 64),
-    ("pixel_stride", 1, 64),
-    ("mask_widen", 1, 8),
-    ("variation", 0, 1),
-    ("side", 32, 8192),
-    ("flip", 0, 1),
-    ("jitter", 0, 1),
-    ("crops_kept", 0, 1e6),
-    ("held_out", 0, 0.9),
-    ("steps", 1, 1e9),
-    ("batch_size", 1, 1e5),
-    ("lr", 0, 100),
-    ("weight_decay", 0, 100),
-    ("warmup", 0, 1),
-    ("final_lr", 0, 1),
-    ("clip", 1e-9, 1e9),
-    ("ema", 0, 1),
-    ("seed", 0, 2**63 - 1),
-    ("validate_every", 1, 1e9),
-    ("log_every", 1, 1e9),
-    ("previews", 0, 64),
-)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmupsample.bench.machine import describe
 from fmupsample.distributed import is_distributed, own_device
 
 
@@ -79,3 +80,13 @@ def world(device: str | torch.device) -> Iterator[World]:
     finally:
         if joined_here:
             dist.destroy_process_group()
+
+
+def describe_hardware(here: World) -> str:
+    """``2 x NVIDIA H100``, or the processor and its threads."""
+    facts = describe(here.device)
+    if facts["gpu"] is not None:
+        name = facts["gpu"]["name"]
+        return f"{here.size} x {name}" if here.size > 1 else name
+    several = f" in each of {here.size} processes" if here.size > 1 else ""
+    return f"{facts['cpu']}, {facts['threads']} threads{several}"

@@ -5,7 +5,6 @@ A run has one of them or, for a head of any backbone, several that take turns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,20 +16,19 @@ from fmupsample.device import PRECISIONS, autocast
 from fmupsample.errors import TrainingError
 from fmupsample.finite import is_finite
 from fmupsample.progress import Progress
-from fmupsample.training.batches import make_batch
 from fmupsample.training.cache import Features
 from fmupsample.training.clusters import Clusters, sample_pixels
-from fmupsample.training.config import TrainConfig
+from fmupsample.training.config import ENLARGED, TrainConfig
 from fmupsample.training.crops import Cropper
-from fmupsample.training.data import Loaded, Pictures, Sample, Sampler
 from fmupsample.training.distributed import World
-from fmupsample.training.objective import ENLARGED, Batch, Objective, Scaling
+from fmupsample.training.objective import Batch, Objective, Scaling
+from fmupsample.training.pictures import Loaded, Pictures
+from fmupsample.training.regions import split_into_blocks
+from fmupsample.training.samples import Sample, Sampler, Samples
 
 _SCALING_SAMPLES = 32
 _CLUSTER_SAMPLES, _CLUSTER_PIXELS = 96, 400  # crops, and pixels of each
 _HELD_BYTES = 2**28  # memory for features of held-out crops
-
-Samples = Sequence[tuple[Sample, Loaded]]
 
 
 class Feed:
@@ -59,7 +57,6 @@ class Feed:
             self.cropper,
             enlarge=config.enlarge if ENLARGED & set(config.terms) else 0,
             precision=config.precision,
-            shifts="shifts" in config.terms,
         )
         self.features = extractor(keep_bytes=keep_bytes)
         self.held_features = extractor(keep_bytes=_HELD_BYTES)
@@ -75,9 +72,20 @@ class Feed:
         return self.sizes[step % len(self.sizes)]
 
     def batch(self, samples: Samples, size: int, phase: tuple[int, int], *, held=False) -> Batch:
-        """What the objective compares, of crops of training or of ``held`` out pictures."""
-        features = self.held_features if held else self.features
-        return make_batch(samples, size, phase, self.config, self.cropper, features)
+        """Crops of ``size`` pixels, of training or of ``held`` out pictures, with all that the
+        terms need."""
+        config, cropper = self.config, self.cropper
+        images = cropper.pictures(samples, size)
+        low, fine = (self.held_features if held else self.features)(samples, images)
+        batch = Batch(images, low, fine, phase=phase)
+        if config.regions:
+            block = max(1, round(config.region_block * size / low.shape[-1]))
+            offsets = cropper.offsets(samples, block)
+            batch.regions = split_into_blocks(cropper.regions(samples, size), block, offsets)
+        if "masks" in config.terms:
+            batch.labels = cropper.labels(samples, size)
+            batch.label_weights = cropper.label_weights(samples)
+        return batch
 
     # -- what the objective knows of the features -------------------------------------------------
 
@@ -115,7 +123,7 @@ class Feed:
                 "the backbone gave NaN or infinity; nothing was trained: try --precision fp32, or "
                 "other weights"
             )
-        scaling = Scaling.fit(features, self.config.scaling)
+        scaling = Scaling.fit(features)
         self.here.share([scaling.shift, scaling.gain])
         return scaling
 
@@ -128,7 +136,7 @@ class Feed:
         for number in range(count):
             sample = sampler(number)
             pair = (sample, pictures.load(sample.square))
-            low, fine, _ = self.features([pair], self.cropper.pictures([pair], size))
+            low, fine = self.features([pair], self.cropper.pictures([pair], size))
             maps = scaling(fine)[0], scaling(low)[0]
             found.append(sample_pixels(*maps, (size, size), _CLUSTER_PIXELS, generator))
             progress.advance()
@@ -144,7 +152,7 @@ class Feed:
         ``[1, 3, S, S]``, and its features."""
         multiple, fixed = self.backbone.size_multiple[0], self.backbone.fixed_size
         size = fixed[0] if fixed else max(side // multiple, 1) * multiple
-        whole = Sample(0, 0, 0.0, 0.0, 1.0, False, (1, 1, 1), (1, 1, 1), (0, 0))
+        whole = Sample(0, 0, 0.0, 0.0, 1.0, False, (0, 0))
         image = self.cropper.pictures([(whole, loaded)], size)
         shown = (image[0] * self.cropper.std + self.cropper.mean).clamp(0, 1) * 255
         pixels = shown.round().byte().permute(1, 2, 0).cpu().numpy()

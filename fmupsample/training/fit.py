@@ -15,7 +15,9 @@ from fmupsample.images.find import Source
 from fmupsample.progress import SILENT, Progress
 from fmupsample.runs.lock import FolderLock
 from fmupsample.training.config import TrainConfig
-from fmupsample.training.run import Say, TrainReport, train
+from fmupsample.training.inputs import Say
+from fmupsample.training.report import TrainReport
+from fmupsample.training.run import train
 from fmupsample.upsamplers.loading import find_head
 from fmupsample.upsamplers.registry import METHODS
 
@@ -56,36 +58,16 @@ def fit_head(
     with FolderLock(path.with_suffix(".fitting"), wait=waiting):
         if path.exists() and not there:
             return None
-        return _fit(backbone, sources, upsampler, path, device, config, progress, say)
-
-
-def _fit(
-    backbone: Backbone,
-    sources: Sequence[Source],
-    upsampler: str,
-    path: Path,
-    device: torch.device,
-    config: TrainConfig | None,
-    progress: Progress,
-    say: Say,
-) -> TrainReport:
-    say(f"there is no {upsampler} head for {backbone.name}: training one on these pictures")
-    # A head for any backbone, where there is one, knows most of what is to be learned.
-    start = find_head(backbone, upsampler) if METHODS[upsampler].own_heads else None
-    steps = _STEPS_GPU if device.type == "cuda" else _STEPS
-    config = config or TrainConfig(
-        upsampler=upsampler, steps=steps, lr=2e-3, validate_every=-(-steps // 3), previews=0
-    )
-    return train(
-        backbone,
-        sources,
-        path,
-        config,
-        start_from=start,
-        device=device,
-        overwrite=True,
-        data=f"{len(sources)} pictures of a run",
-        recipe=f"--fit-head with {backbone.name}",
-        progress=progress,
-        say=say,
-    )
+        say(f"there is no {upsampler} head for {backbone.name}: training one on these pictures")
+        steps = _STEPS_GPU if device.type == "cuda" else _STEPS
+        config = config or TrainConfig(
+            upsampler=upsampler, steps=steps, lr=2e-3, validate_every=-(-steps // 3), previews=0
+        )
+        return train(
+            backbone, sources, path, config, device=device, overwrite=True,
+            # A head for any backbone, where there is one, knows most of what is to be learned.
+            start_from=find_head(backbone, upsampler) if METHODS[upsampler].own_heads else None,
+            data=f"{len(sources)} pictures of a run",
+            recipe=f"--fit-head with {backbone.name}",
+            progress=progress, say=say,
+        )  # fmt: skip

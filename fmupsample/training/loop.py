@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmupsample.device import is_out_of_memory
 from fmupsample.errors import FmupsampleError, TrainingError
+from fmupsample.finite import is_finite
 from fmupsample.progress import SILENT, Progress
 from fmupsample.training.config import TrainConfig
-from fmupsample.training.data import Loaded, Sample, Stream
 from fmupsample.training.distributed import World
 from fmupsample.training.feed import Feed
-from fmupsample.training.model import (
-    Model,
-    all_finite,
-    learning_rate,
-    set_learning_rate,
-    update_average,
-)
-from fmupsample.training.objective import Batch, Objective
+from fmupsample.training.interruption import Interruption
+from fmupsample.training.model import learning_rate, update_average
+from fmupsample.training.report import Log
+from fmupsample.training.samples import Samples, Stream
 from fmupsample.training.validate import Score, Validator
+from fmupsample.upsamplers.base import Upsampler
 
 _CHECKPOINT_SECONDS = 60.0
 _MOST_SKIPPED = 50  # steps in a row that fp16 may skip before it is a fault
@@ -46,16 +40,24 @@ class Best:
     state: dict[str, Tensor]
 
 
+class Keeper(Protocol):
+    """Writes down what becomes of a run; see :class:`fmupsample.training.work.WorkFolder`."""
+
+    log: Log
+
+    def save(self, state: dict[str, Any]) -> None: ...
+
+    def draw(self, trainer: Trainer) -> None: ...
+
+
 class Trainer:
     """One run from wherever it stands to its end.
 
     Args:
-        model: on the device; ``average``, ``best`` and all else start from it.
+        head: on the device; ``average``, ``best`` and all else start from it.
         feeds: of the backbones; one is drawn for each step.
         validator: ``None``: no validation, the last weights are taken.
-        save: called with :meth:`state` whenever a checkpoint is due.
-        log: called with each record.
-        validated: called after each validation.
+        keeper: of the files of the run, for the process that leads.
 
     Attributes:
         step: how many steps are done.
@@ -65,24 +67,20 @@ class Trainer:
 
     def __init__(
         self,
-        model: Model,
+        head: Upsampler,
         feeds: Sequence[Feed],
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
         world: World,
         stream: Stream,
-        *,
+        keeper: Keeper,
         validator: Validator | None = None,
-        save: Callable[[dict[str, Any]], None] = lambda _: None,
-        log: Callable[[dict[str, Any]], None] = lambda _: None,
-        validated: Callable[[Trainer], None] = lambda _: None,
         progress: Progress = SILENT,
     ) -> None:
-        self.model, self.feeds, self.optimizer = model, feeds, optimizer
+        self.head, self.feeds, self.optimizer = head, feeds, optimizer
         self.config, self.world, self.stream = config, world, stream
-        self.validator, self.save, self.log, self.validated = validator, save, log, validated
-        self.progress = progress
-        self.average = deepcopy(model).requires_grad_(False)
+        self.keeper, self.validator, self.progress = keeper, validator, progress
+        self.average = deepcopy(head).requires_grad_(False)
         self.best: Best | None = None
         self.step, self.parts, self.seconds, self._skipped = 0, 1, 0.0, 0
         self.scaler = torch.amp.GradScaler(
@@ -99,7 +97,7 @@ class Trainer:
             "step": self.step,
             "parts": self.parts,
             "seconds": self.seconds,
-            "model": self.model.state_dict(),
+            "head": self.head.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -108,8 +106,7 @@ class Trainer:
             "rng_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "best": None if self.best is None else {
                 "step": self.best.step,
-                "score": [self.best.score.terms, self.best.score.bilinear,
-                          self.best.score.loss, self.best.score.bilinear_loss],
+                "score": asdict(self.best.score),
                 "state": self.best.state,
             },
         }  # fmt: skip
@@ -117,7 +114,7 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Stand where :meth:`state` was taken."""
         self.step, self.parts, self.seconds = state["step"], state["parts"], state["seconds"]
-        self.model.load_state_dict(state["model"])
+        self.head.load_state_dict(state["head"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -128,7 +125,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng_device"], self.world.device)
         if state["best"] is not None:
             best = state["best"]
-            self.best = Best(best["step"], Score(*best["score"]), best["state"])
+            self.best = Best(best["step"], Score(**best["score"]), best["state"])
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -140,14 +137,14 @@ class Trainer:
             TrainingError: a loss that is not finite; the checkpoint holds the last good weights.
             FmupsampleError: a single crop does not fit into memory.
         """
-        self.model.train()
+        self.head.train()
         self.progress.start(self.config.steps, "training")
         self.progress.advance(self.step)
         # What earlier runs took counts too.
         began = time.monotonic() - self.seconds
         saved = time.monotonic()
         steps = self.stream(self.step, self.config.steps)
-        with _Interruption(at_once_when_repeated=self.world.size == 1) as interruption:
+        with Interruption(at_once_when_repeated=self.world.size == 1) as interruption:
             try:
                 for samples in steps:
                     if self.world.size == 1 and interruption.asked:
@@ -166,14 +163,15 @@ class Trainer:
             finally:
                 steps.close()
 
-    def _do_step(self, samples: list[tuple[Sample, Loaded]], interruption: _Interruption) -> None:
+    def _do_step(self, samples: Samples, interruption: Interruption) -> None:
         config, step = self.config, self.step
         lr = learning_rate(step, config)
-        set_learning_rate(self.optimizer, lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         values = self._gradients(samples, step)
         names, terms = list(values), torch.stack(list(values.values()))
         asked = torch.full((1,), float(interruption.asked), device=terms.device)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for p in self.head.parameters() if p.requires_grad]
         gradients = [p.grad for p in parameters]
         self.world.sum([*gradients, terms, asked])
         if self.world.size > 1:
@@ -185,7 +183,7 @@ class Trainer:
         terms = dict(zip(names, terms.tolist(), strict=True))
         loss = float(self.feeds[0].objective.total(terms))
         norm = self._update(loss, gradients)
-        update_average(self.average, self.model, step, config.ema)
+        update_average(self.average, self.head, step, config.ema)
         self.step += 1
         if self.step % config.log_every == 0 or self.step in (1, config.steps):
             self._log(
@@ -196,25 +194,23 @@ class Trainer:
             self.progress.describe(f"training, loss {loss:.4f}{held}")
 
     def _update(self, loss: float, gradients: list[Tensor]) -> float:
-        """Clip and apply the gradients; the norm of the head's own."""
+        """Clip and apply the gradients; their norm."""
         if not math.isfinite(loss):
             self._fail(f"the loss became {loss}")
         self.scaler.unscale_(self.optimizer)
-        finite = all_finite(gradients)
+        finite = all(map(is_finite, gradients))
         if not finite and not self.scaler.is_enabled():
             self._fail("the gradient is not finite")
         # fp16 overflows now and then: the scaler skips that step and scales less.
         self._skipped = 0 if finite else self._skipped + 1
         if self._skipped > _MOST_SKIPPED:
             self._fail(f"the gradient was not finite {self._skipped} times in a row")
-        norm = float("nan")
-        for part in reversed([part for part in self.model.children() if part is not None]):
-            norm = float(nn.utils.clip_grad_norm_(part.parameters(), self.config.clip))
+        norm = float(nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return norm
 
-    def _gradients(self, samples: list[tuple[Sample, Loaded]], step: int) -> dict[str, Tensor]:
+    def _gradients(self, samples: Samples, step: int) -> dict[str, Tensor]:
         """Leave the gradients of this process's samples in the parameters; the terms' values.
 
         Where memory runs out, the samples are halved until they fit.
@@ -240,35 +236,25 @@ class Trainer:
                 f"{self.parts} parts"
             )
 
-    def _accumulate(self, samples: list[tuple[Sample, Loaded]], step: int) -> dict[str, Tensor]:
+    def _accumulate(self, samples: Samples, step: int) -> dict[str, Tensor]:
         sampler = self.stream.sampler
         feed = self.feeds[sampler.turn(step, len(self.feeds))]
         size, phase = feed.size(step), sampler.phase(step)
-        self.model.head.use_with(feed.backbone.mean, feed.backbone.std)
+        self.head.use_with(feed.backbone.mean, feed.backbone.std)
         self.optimizer.zero_grad(set_to_none=True)
         values: dict[str, Tensor] = {}
         for part in _divided(samples, self.parts):
             share = len(part) / len(samples)
             batch = feed.batch(part, size, phase)
-            terms = feed.objective(self.model.head, batch, self.model.probe)
+            terms = feed.objective(self.head, batch)
             loss = feed.objective.total(terms)
-            if self.model.plain_probe is not None:
-                loss = loss + self._plain_task(batch, feed.objective)
             self.scaler.scale(share * loss).backward()
             for name, value in terms.items():
                 values[name] = values.get(name, 0) + share * value.detach()
-        for parameter in self.model.parameters():
+        for parameter in self.head.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return values
-
-    def _plain_task(self, batch: Batch, objective: Objective) -> Tensor:
-        """The ``task`` loss of bilinear upsampling, for the probe that it is compared by."""
-        low = objective.scaling(batch.low)
-        logits = self.model.plain_probe(low)
-        size = batch.labels.shape[-2:]
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return objective.cross_entropy(logits, batch.labels)
 
     # -- what happens now and then ----------------------------------------------------------------
 
@@ -281,15 +267,15 @@ class Trainer:
                 state = {k: v.detach().cpu().clone() for k, v in self.average.state_dict().items()}
                 self.best = Best(self.step, score, state)
         if self.world.leads:
-            self.validated(self)
+            self.keeper.draw(self)
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.world.leads:
-            self.log({"step": self.step, **record})
+            self.keeper.log.add({"step": self.step, **record})
 
     def _save(self) -> None:
         if self.world.leads:
-            self.save(self.state())
+            self.keeper.save(self.state())
 
     def _stop(self) -> None:
         self._save()
@@ -310,33 +296,3 @@ def _divided(samples: list, parts: int) -> Iterator[list]:
     for first, last in pairwise(edges):
         if last > first:
             yield samples[first:last]
-
-
-class _Interruption:
-    """While it lasts, Ctrl-C and SIGTERM only raise a flag: a step is done or not, never by half.
-
-    Args:
-        at_once_when_repeated: the second Ctrl-C interrupts as usual. Not with several processes,
-            which get each signal more than once, from the terminal and from torchrun.
-    """
-
-    def __init__(self, *, at_once_when_repeated: bool) -> None:
-        self.asked = False
-        self._repeatable = at_once_when_repeated
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interruption:
-        # Signals can be handled in the main thread only; elsewhere they are not ours to handle.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._raise_flag)
-        return self
-
-    def _raise_flag(self, *_: object) -> None:
-        if self.asked and self._repeatable:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -1,31 +1,76 @@
-"""What is trained: the head, and the probes of the ``task`` term beside it."""
+"""What is trained, and how its parameters move."""
 
 from __future__ import annotations
 
-from copy import deepcopy
+from collections.abc import Sequence
+from dataclasses import replace
 from math import cos, pi
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fmupsample.backbones import Backbone
 from fmupsample.errors import UsageError
+from fmupsample.images.find import printable
 from fmupsample.training.config import TrainConfig
 from fmupsample.upsamplers.base import Upsampler
+from fmupsample.upsamplers.heads import load_head
+from fmupsample.upsamplers.registry import METHODS, any_backbone_names, either, learned_method
 
 
-class Model(nn.Module):
-    """The head; for ``task`` also its linear probe, and one fitted to bilinear upsampling, without
-    which the two could not be compared.
+def choose_head(
+    config: TrainConfig, backbones: Sequence[Backbone], start_from: Path | None
+) -> tuple[Upsampler, TrainConfig]:
+    """The head to train, and the options with the whole of its configuration.
 
-    Args:
-        classes: of the labels; 0: no probes.
+    Raises:
+        UsageError: options that contradict each other, or a head that cannot be trained.
+        HeadError: ``start_from`` is damaged, or made for another backbone.
     """
+    backbone, universals = backbones[0], any_backbone_names()
+    torch.manual_seed(config.seed)
+    method = learned_method(config.upsampler)
+    for_any = config.upsampler in universals and (
+        len(backbones) > 1 or not method.own_heads or config.upsampler_config.get("channels") == 0
+    )
+    if start_from is not None:
+        head = _continued(config, backbone, start_from, for_any)
+    else:
+        if len(backbones) > 1 and not for_any:
+            raise UsageError(
+                f"several backbones are for --upsampler {either(universals)}; {config.upsampler} "
+                "is trained for one"
+            )
+        channels = 0 if for_any else backbone.channels
+        head = method.build({"channels": channels, **config.upsampler_config})
+    for each in backbones:
+        check_trainable(head, each.stride)
+    if getattr(head.config, "channels", 0) not in (0, backbone.channels):
+        raise UsageError(
+            f"upsampler_config: channels must be {backbone.channels}, as {backbone.name} has"
+        )
+    if not head.linear_in_value and "masks" in config.terms:
+        raise UsageError(
+            f"--objective masks is for upsamplers with kernel weights; {head.name} has none"
+        )
+    return head, replace(config, upsampler=head.name, upsampler_config=head.config.to_dict())
 
-    def __init__(self, head: Upsampler, channels: int, classes: int = 0) -> None:
-        super().__init__()
-        self.head = head
-        self.probe = nn.Conv2d(channels, classes, 1) if classes else None
-        self.plain_probe = deepcopy(self.probe)
+
+def _continued(config: TrainConfig, backbone: Backbone, path: Path, for_any: bool) -> Upsampler:
+    """The head in ``path``, to go on from."""
+    head = load_head(path, backbone).train().requires_grad_(True)
+    if config.upsampler not in (*any_backbone_names(), head.name):
+        raise UsageError(
+            f"{printable(path)} holds a {head.name}, which cannot become a {config.upsampler}: "
+            "leave --upsampler away"
+        )
+    if METHODS[head.name].own_heads and head.config.channels == 0 and not for_any:
+        head = head.specialised(backbone.channels).train()
+    wanted = {**head.config.to_dict(), **config.upsampler_config}
+    if wanted != head.config.to_dict():
+        raise UsageError("upsampler_config: a head to go on from keeps its own")
+    return head
 
 
 def check_trainable(head: Upsampler, stride: tuple[int, int]) -> None:
@@ -48,37 +93,14 @@ def check_trainable(head: Upsampler, stride: tuple[int, int]) -> None:
         )
 
 
-def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in groups: no decay on what has one dimension (norms, biases), and the multipliers.
-
-    Each group carries its ``multiplier``; see :func:`set_learning_rate`.
-
-    Raises:
-        UsageError: a multiplier for parameters that do not exist.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    used = set()
-    for name, parameter in model.named_parameters():
-        own = name.removeprefix("head.")
-        fitting = [p for p in config.lr_multipliers if own == p or own.startswith(f"{p}.")]
-        used.update(fitting)
-        multiplier = config.lr_multipliers[max(fitting, key=len)] if fitting else 1.0
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((decay, float(multiplier)), []).append(parameter)
-    unknown = sorted(set(config.lr_multipliers) - used)
-    if unknown:
-        tops = sorted({n.removeprefix("head.").split(".")[0] for n, _ in model.named_parameters()})
-        raise UsageError(
-            f"lr_multipliers: no parameters begin with {', '.join(unknown)}; there are "
-            f"{', '.join(tops)}"
-        )
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay, "multiplier": multiplier}
-            for (decay, multiplier), parameters in groups.items()
-        ],
-        lr=config.lr,
-    )
+def make_optimizer(head: Upsampler, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW without decay of what has one dimension (norms, biases)."""
+    parameters = list(head.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -90,21 +112,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + cos(pi * share)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["multiplier"]
-
-
 @torch.no_grad()
-def update_average(average: Model, model: Model, step: int, decay: float) -> None:
+def update_average(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
     """Move ``average`` towards ``model`` after ``step`` (from 0); faster in the first steps."""
     decay = min(decay, (step + 1) / (step + 10))
     for mean, value in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(value, 1 - decay)
     for mean, value in zip(average.buffers(), model.buffers(), strict=True):
         mean.copy_(value)
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every number is finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -1,26 +1,81 @@
-"""What a run leaves to look at: a log, a curve, pictures of held-out features."""
+"""What a run tells and shows: a summary, a log, a curve, pictures of held-out features."""
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+from torch import Tensor
 
 from fmupsample.analysis.pca import PCABasis
 from fmupsample.atomic import replacing
+from fmupsample.backbones.views import title
 from fmupsample.errors import OutputError
+from fmupsample.images.find import printable
 from fmupsample.render.panel import Tile, draw_panel
-from fmupsample.render.text import FAINT, INK, PAPER, draw_text
+from fmupsample.training.config import TrainConfig
+from fmupsample.training.feed import Feed
+from fmupsample.training.pictures import Pictures
+from fmupsample.training.validate import Score
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.classic import Bilinear
 
 LOG, CURVE, PREVIEWS = "log.jsonl", "curve.png", "previews"
+
+
+@dataclass
+class TrainReport:
+    """What became of a run.
+
+    Attributes:
+        output: the head file.
+        score: held-out losses of the weights in it; ``None`` without validation pictures.
+        best_step: after how many steps those weights were taken.
+        pictures, held_out: how many were trained and validated on.
+        seconds: of training, with validations, over all interruptions.
+        leads: false in processes that only helped: they have nothing to tell.
+    """
+
+    output: Path
+    work: Path
+    config: TrainConfig
+    parameters: int
+    pictures: int
+    held_out: int
+    best_step: int = 0
+    score: Score | None = None
+    seconds: float = 0.0
+    resumed_at: int = 0
+    card: dict[str, Any] = field(default_factory=dict)
+    leads: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON summary."""
+        return {
+            "output": printable(self.output),
+            "work": printable(self.work),
+            "upsampler": self.config.upsampler,
+            "parameters": self.parameters,
+            "pictures": self.pictures,
+            "held_out_pictures": self.held_out,
+            "steps": self.config.steps,
+            "resumed_at": self.resumed_at,
+            "best_step": self.best_step,
+            "held_out": None if self.score is None else self.score.to_json(),
+            "better_than_bilinear": None if self.score is None else self.score.better,
+            "seconds": round(self.seconds, 1),
+            "seconds_per_step": round(self.seconds / self.config.steps, 4),
+            "config": self.config.to_dict(),
+        }
 
 
 class Log:
@@ -68,25 +123,32 @@ def _odd(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-# --- the curve ------------------------------------------------------------------------------------
+def can_draw_curves() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 960, 300, 90, 24, 40, 34
-_LOSS, _HEAD, _GRID = (150, 160, 175), (30, 96, 180), (225, 226, 230)
 
+def draw_curve(records: Sequence[dict[str, Any]], steps: int) -> bytes:
+    """The training loss and the held-out loss (bilinear interpolation is 1) over the steps: PNG."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
 
-def draw_curve(records: Sequence[dict[str, Any]], steps: int) -> np.ndarray:
-    """The training loss and the held-out loss (bilinear interpolation is 1) over the steps.
-
-    Returns:
-        uint8 ``[H, W, 3]``.
-    """
     loss = [(r["step"], r["loss"]) for r in records if isinstance(r.get("loss"), int | float)]
     held = [(r["step"], r["held_out"]["vs_bilinear"]) for r in records if "held_out" in r]
-    sheet = Image.new("RGB", (_WIDTH, 2 * _HEIGHT), PAPER)
-    _draw_axes(sheet, 0, "training loss", [loss, _smoothed(loss)], [_LOSS, _HEAD], steps, None)
-    title = "held-out loss, as a share of bilinear interpolation's"
-    _draw_axes(sheet, _HEIGHT, title, [held], [_HEAD], steps, 1.0)
-    return np.asarray(sheet)
+    with style.context("default"):  # settings of the current folder do not count
+        figure = Figure((9.6, 6), layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True)
+        upper.set(title="training loss", xlim=(0, steps))
+        lower.set(title="held-out loss, as a share of bilinear interpolation's", xlabel="step")
+        if loss:
+            upper.plot(*zip(*loss, strict=True), color="0.7", linewidth=1)
+            upper.plot(*zip(*_smoothed(loss), strict=True), linewidth=2)
+        if held:
+            lower.plot(*zip(*held, strict=True), "o-", markersize=4)
+        lower.axhline(1, color="black", linestyle="--")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -98,74 +160,49 @@ def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     ]
 
 
-def _draw_axes(
-    sheet: Image.Image,
-    top: int,
-    title: str,
-    lines: list[list[tuple[int, float]]],
-    colours: list[tuple[int, int, int]],
-    steps: int,
-    reference: float | None,
-) -> None:
-    """One diagram: ``lines`` of (step, value) below ``top``, a dashed line at ``reference``."""
-    draw = ImageDraw.Draw(sheet)
-    values = [value for line in lines for _, value in line]
-    if reference is not None:
-        values = [*values, reference]
-    draw_text(sheet, (_LEFT, top + _TOP // 2), title, 17)
-    if not values:
-        return
-    low, high = min(values), max(values)
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    low, high = low - margin, high + margin
-    bottom, ceiling = top + _HEIGHT - _BOTTOM, top + _TOP
+class Previews:
+    """Some held-out squares, whole; one after another of the backbones.
 
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * step / steps
-        return x, bottom - (bottom - ceiling) * (value - low) / (high - low)
+    Args:
+        pictures: the held-out ones; count: how many of them, at most; side: about, pixels.
+    """
 
-    for value in _ticks(low, high):
-        y = place(0, value)[1]
-        draw.line([(_LEFT, y), (_WIDTH - _RIGHT, y)], fill=_GRID)
-        draw_text(sheet, (_LEFT - 10, round(y)), f"{value:g}", 14, colour=FAINT, align="right")
-    for step in _ticks(0, steps):
-        at = (round(place(step, low)[0]), bottom + _BOTTOM // 2)
-        draw_text(sheet, at, f"{step:g}", 14, colour=FAINT, align="middle")
-    if reference is not None:
-        y = place(0, reference)[1]
-        for x in range(_LEFT, _WIDTH - _RIGHT, 12):
-            draw.line([(x, y), (x + 6, y)], fill=INK, width=2)
-    for line, colour in zip(lines, colours, strict=True):
-        points = [place(*point) for point in line]
-        if len(points) > 1:
-            draw.line(points, fill=colour, width=3 if colour == _HEAD else 1, joint="curve")
-        if len(points) < 20:
-            for x, y in points:
-                draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+    def __init__(self, feeds: Sequence[Feed], pictures: Pictures, count: int, side: int) -> None:
+        count = min(count, len(pictures))
+        squares = range(0, len(pictures), -(-len(pictures) // count)) if count else ()
+        # Of each the feed, and what Feed.view gives.
+        self._chosen = [
+            (feed := feeds[n % len(feeds)], *feed.view(pictures.load(square), side))
+            for n, square in enumerate(squares)
+        ]
+        # The colours are those of all squares of a backbone together.
+        self._bases: dict[Feed, PCABasis] = {}
+        for feed in {feed: None for feed, *_ in self._chosen}:
+            own = [features[0].flatten(1).T for f, _, _, features in self._chosen if f is feed]
+            self._bases[feed] = PCABasis.fit(torch.cat(own))
 
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers between ``low`` and ``high``."""
-    raw = (high - low) / 5
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-    first = math.ceil(low / step)
-    return [round(n * step, 12) for n in range(first, math.floor(high / step) + 1)]
-
-
-# --- the previews ---------------------------------------------------------------------------------
+    def draw(self, folder: Path, head: Upsampler, step: int, steps: int) -> None:
+        """A panel of each square with what ``head`` makes of it after ``step`` of ``steps``."""
+        head.eval()
+        for number, (feed, pixels, image, features) in enumerate(self._chosen, 1):
+            head.use_with(feed.backbone.mean, feed.backbone.std)
+            note = f"{title(feed.backbone)}, step {step} of {steps}"
+            panel = _draw_panel(pixels, image, features, head, self._bases[feed], note)
+            buffer = io.BytesIO()
+            Image.fromarray(panel).save(buffer, format="png")
+            save_picture(folder / f"step-{step:06}-{number}.png", buffer.getvalue())
 
 
 @torch.no_grad()
-def draw_preview(
+def _draw_panel(
     pixels: np.ndarray,
-    image: torch.Tensor,
-    features: torch.Tensor,
+    image: Tensor,
+    features: Tensor,
     head: Upsampler,
     basis: PCABasis,
     note: str,
 ) -> np.ndarray:
-    """A panel: the picture, its features upsampled bilinearly, and by the head, as PCA colours.
+    """The picture, its features upsampled bilinearly, and by the head, as PCA colours.
 
     Args:
         pixels: uint8 ``[H, W, 3]``.
@@ -185,8 +222,8 @@ def draw_preview(
     return draw_panel(tiles, note=note, columns=3).pixels
 
 
-def save_picture(path: Path, pixels: np.ndarray) -> None:
-    """Write a PNG.
+def save_picture(path: Path, data: bytes) -> None:
+    """Write an encoded picture.
 
     Raises:
         OutputError: it cannot be written.
@@ -194,6 +231,6 @@ def save_picture(path: Path, pixels: np.ndarray) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            Image.fromarray(pixels).save(temporary, format="png")
+            temporary.write_bytes(data)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from fmupsample.training.data import Pictures, Sampler
 from fmupsample.training.feed import Feed
-from fmupsample.training.model import Model
-from fmupsample.training.objective import Batch
+from fmupsample.training.pictures import Pictures
+from fmupsample.training.samples import Sampler
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.classic import Bilinear
 
@@ -33,15 +31,15 @@ class Score:
     bilinear: dict[str, float]
     loss: float
     bilinear_loss: float
-    relative: dict[str, float] = field(init=False)
 
-    def __post_init__(self) -> None:
-        ratios = {
+    @property
+    def relative(self) -> dict[str, float]:
+        """Each term of the head over that of bilinear interpolation."""
+        return {
             name: self.terms[name] / reference
             for name, reference in self.bilinear.items()
-            if reference > 1e-12  # colours do not matter to bilinear interpolation
+            if reference > 1e-12
         }
-        object.__setattr__(self, "relative", ratios)
 
     @property
     def ratio(self) -> float:
@@ -79,40 +77,25 @@ class Validator:
         self._bilinear: dict[str, float] | None = None
 
     @torch.no_grad()
-    def __call__(self, model: Model, batch_size: int) -> Score:
-        """Score ``model``, ``batch_size`` crops at a time."""
-        objective = self.feeds[0].objective
-        heads = {"head": {}, "bilinear": {}}
-        # Bilinear interpolation never changes, but the probe on it does.
-        again = self._bilinear is None or "task" in objective.config.terms
-        model.eval()
+    def __call__(self, head: Upsampler, batch_size: int) -> Score:
+        """Score ``head``, ``batch_size`` crops at a time."""
+        head.eval()
+        found = self._losses(head, batch_size)
+        head.train()
+        if self._bilinear is None:  # it never changes
+            self._bilinear = self._losses(Bilinear(), batch_size)
+        total = self.feeds[0].objective.total
+        return Score(found, dict(self._bilinear), float(total(found)), float(total(self._bilinear)))
+
+    def _losses(self, upsampler: Upsampler, batch_size: int) -> dict[str, float]:
+        sums: dict[str, float] = {}
         for feed in self.feeds:
-            model.head.use_with(feed.backbone.mean, feed.backbone.std)
+            upsampler.use_with(feed.backbone.mean, feed.backbone.std)
             for first in range(0, len(self.samples), batch_size):
                 chosen = self.samples[first : first + batch_size]
                 samples = [(sample, self.pictures.load(sample.square)) for sample in chosen]
                 batch = feed.batch(samples, feed.size(0), (0, 0), held=True)
-                self._add(heads["head"], feed, model.head, batch, model.probe)
-                if again:
-                    self._add(heads["bilinear"], feed, Bilinear(), batch, model.plain_probe)
-        model.train()
-        if again:
-            self._bilinear = heads["bilinear"]
-        return Score(
-            heads["head"],
-            dict(self._bilinear),
-            float(objective.total(heads["head"])),
-            float(objective.total(self._bilinear)),
-        )
-
-    def _add(
-        self,
-        sums: dict[str, float],
-        feed: Feed,
-        upsampler: Upsampler,
-        batch: Batch,
-        probe: nn.Module | None,
-    ) -> None:
-        share = len(batch.image) / len(self.samples) / len(self.feeds)
-        for name, value in feed.objective(upsampler, batch, probe).items():
-            sums[name] = sums.get(name, 0.0) + share * float(value)
+                share = len(samples) / len(self.samples) / len(self.feeds)
+                for name, value in feed.objective(upsampler, batch).items():
+                    sums[name] = sums.get(name, 0.0) + share * float(value)
+        return sums

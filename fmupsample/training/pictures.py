@@ -1,17 +1,12 @@
-"""The pictures of a training run: which squares there are, and which crops each step takes of them.
-
-What a step sees is a function of the seed and of the numbers of its samples, and of nothing else:
-not of threads, of how many processes share the work, or of whether the run was interrupted.
-"""
+"""The pictures of a training run: which squares there are, and what is decoded of them."""
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,17 +16,11 @@ from fmupsample.images.arrays import resize
 from fmupsample.images.find import Source
 from fmupsample.images.read import read_picture, read_size
 from fmupsample.labels import read_labels
-from fmupsample.prefetch import prefetch
-from fmupsample.threads import compute_alone
-from fmupsample.training.config import TrainConfig
 from fmupsample.training.regions import find_regions
 
 MIN_PICTURES = 4  # fewer say nothing about pictures in general, and some are kept for validation
 _OBLONG = 1.15  # long over short side, from which on a picture gives two squares
 _MOST_VALIDATION_SQUARES = 32
-
-# Streams of random numbers, kept apart by a number in their seeds.
-_ORDER, _CROP, _STEP, _HELD, _TURN = range(5)
 
 
 class LabelFile(NamedTuple):
@@ -75,34 +64,6 @@ class Loaded:
         return sum(part.nbytes for part in parts if part is not None)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One crop of one square.
-
-    Attributes:
-        square: its number.
-        view: names what the backbone sees of it: equal squares and views, equal pictures.
-        top, left, side: of the crop, as shares of the square's side.
-        flip: mirrored, left and right.
-        colours: factors of brightness, contrast and saturation.
-        varied: the like, for the ``augment`` term.
-        blocks: where the grid of blocks begins, as shares of a block, down and right.
-        shift: of the view that the ``shifts`` term compares with, as shares of a cell, down and
-            right; from -1/2 to 1/2.
-    """
-
-    square: int
-    view: int
-    top: float
-    left: float
-    side: float
-    flip: bool
-    colours: tuple[float, float, float]
-    varied: tuple[float, float, float]
-    blocks: tuple[float, float]
-    shift: tuple[float, float] = (0.0, 0.0)
-
-
 def list_squares(
     sources: Sequence[Source],
     smallest: int,
@@ -120,7 +81,8 @@ def list_squares(
         UsageError: fewer than ``least`` pictures remain.
     """
     squares: list[Square] = []
-    small, broken, used = [], [], 0
+    small: list[tuple[int, Source, tuple[int, int]]] = []
+    broken: list[str] = []
     for source in sources:
         try:
             size = read_size(source.path)
@@ -130,21 +92,15 @@ def list_squares(
         if min(size) < smallest:
             small.append((min(size), source, size))
             continue
-        used += 1
         parts = 2 if max(size) >= _OBLONG * min(size) else 1
         own = (labels or {}).get(source, LabelFile(None))
         squares += [
             Square(source, size, part, parts, own.path, own.weight) for part in range(parts)
         ]
-    reasons = []
-    if small:
-        _, source, size = min(small, key=lambda found: found[0])
-        reasons.append(f"{_count(small)} too small (under {smallest} pixels; {source} has "
-                       f"{size[1]}x{size[0]})")  # fmt: skip
-    if broken:
-        reasons.append(f"{_count(broken)} unreadable ({broken[0]})")
+    reasons = _reasons(small, broken, smallest)
+    used = len(sources) - len(small) - len(broken)
     if used < least:
-        found = f"{len(sources)} given" + "".join(f", {reason}" for reason in reasons)
+        found = ", ".join([f"{len(sources)} given", *reasons])
         raise UsageError(
             f"{purpose} needs at least {least} usable pictures and has {used}: {found}; give more "
             "or larger pictures" + (", or a smaller --image-size" if small else "")
@@ -152,6 +108,18 @@ def list_squares(
     for reason in reasons:
         warn(f"{purpose}: {reason}; left out")
     return squares
+
+
+def _reasons(small: list, broken: list[str], smallest: int) -> list[str]:
+    """Why pictures are left out, in words."""
+    reasons = []
+    if small:
+        _, source, size = min(small, key=lambda found: found[0])
+        reasons.append(f"{_count(small)} too small (under {smallest} pixels; {source} has "
+                       f"{size[1]}x{size[0]})")  # fmt: skip
+    if broken:
+        reasons.append(f"{_count(broken)} unreadable ({broken[0]})")
+    return reasons
 
 
 def _count(pictures: Sequence[object]) -> str:
@@ -259,110 +227,3 @@ class Pictures:
         share = (0.5,) if square.parts == 1 else (0.0, 1.0)
         top, left = (round(n * share[square.part]) for n in room)
         return array[top : top + self.side, left : left + self.side].copy()
-
-
-class Sampler:
-    """Sample numbers -> samples. Numbers count from 0 through the whole run, over all processes.
-
-    Every square comes once before any comes again, in an order drawn anew each time.
-    """
-
-    def __init__(self, config: TrainConfig, squares: int, views: int = 0) -> None:
-        self.config, self.squares, self.views = config, squares, views
-        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
-
-    def __call__(self, number: int) -> Sample:
-        epoch, place = divmod(number, self.squares)
-        if epoch != self._epoch:
-            order = np.random.default_rng([self.config.seed, _ORDER, epoch])
-            self._epoch, self._order = epoch, order.permutation(self.squares)
-        square = int(self._order[place])
-        if not self.views:
-            return self._draw(square, number, [self.config.seed, _CROP, number], number)
-        view = epoch % self.views
-        return self._draw(square, view, [self.config.seed, _CROP, square, view], number)
-
-    def held_out(self, square: int) -> Sample:
-        """The crop of a held-out square: always the same."""
-        return self._draw(square, 0, [self.config.seed, _HELD, square], square)
-
-    def phase(self, step: int) -> tuple[int, int]:
-        """The first row and column of the pixels looked at in a step."""
-        random = np.random.default_rng([self.config.seed, _STEP, step])
-        y, x = random.integers(0, self.config.pixel_stride, 2)
-        return int(y), int(x)
-
-    def turn(self, step: int, backbones: int) -> int:
-        """Which of the backbones a step is about."""
-        if backbones == 1:
-            return 0
-        # Each comes once before any comes again.
-        round_, place = divmod(step, backbones)
-        order = np.random.default_rng([self.config.seed, _TURN, round_]).permutation(backbones)
-        return int(order[place])
-
-    def _draw(self, square: int, view: int, seed: list[int], number: int) -> Sample:
-        random, config = np.random.default_rng(seed), self.config
-        side = float(random.uniform(*config.crop))
-        top, left = (float(v) for v in random.uniform(0, 1 - side, 2))
-        flip = bool(random.random() < config.flip)
-        colours = _factors(random, config.jitter)
-        shift = tuple(float(v) for v in random.uniform(-0.5, 0.5, 2))
-        # What the backbone does not see may be new even where a view comes again.
-        fresh = np.random.default_rng([*seed, number])
-        varied = _factors(fresh, config.variation)
-        y, x = (float(v) for v in fresh.random(2))
-        return Sample(square, view, top, left, side, flip, colours, varied, (y, x), shift)
-
-
-def _factors(random: np.random.Generator, strength: float) -> tuple[float, float, float]:
-    """Three factors around 1, log-uniform: strength 0.3 gives 0.74 to 1.35."""
-    return tuple(float(math.exp(v)) for v in random.uniform(-strength, strength, 3))
-
-
-class Stream:
-    """Decodes the samples of each step ahead, in threads.
-
-    Args:
-        rank, world: this process takes every ``world``-th run of ``batch`` samples.
-    """
-
-    def __init__(
-        self,
-        pictures: Pictures,
-        sampler: Sampler,
-        batch: int,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 1,
-    ) -> None:
-        self.pictures, self.sampler, self.batch = pictures, sampler, batch
-        self.rank, self.world, self.workers = rank, world, workers
-
-    def numbers(self, step: int) -> range:
-        """The numbers of this process's samples in a step."""
-        first = (step * self.world + self.rank) * self.batch
-        return range(first, first + self.batch)
-
-    def __call__(self, start: int, stop: int) -> Iterator[list[tuple[Sample, Loaded]]]:
-        """The samples of the steps ``start`` to ``stop - 1``, step by step."""
-        samples = (self.sampler(n) for step in range(start, stop) for n in self.numbers(step))
-        loaded: Any = prefetch(
-            lambda sample: self.pictures.load(sample.square),
-            samples,
-            workers=self.workers,
-            ahead=self.workers + 2 * self.batch,
-            begin=compute_alone,
-        )
-        step: list[tuple[Sample, Loaded]] = []
-        try:
-            for sample, picture, error in loaded:
-                if error is not None:
-                    raise error
-                step.append((sample, picture))
-                if len(step) == self.batch:
-                    yield step
-                    step = []
-        finally:
-            loaded.close()
