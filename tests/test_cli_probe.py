@@ -415,7 +415,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, c
     Image.new("L", (72, 56), 9).save(root / "labels/2.png")
     cases = [
         ((root, "--classes", "a,b,c"), r"labels/2.png hold 9, which is none of the 3 classes"),
-        ((root, "--layout", "voc"), "SegmentationClass does not exist"),
+        ((root, "--layout", "voc"), "has no JPEGImages/ and SegmentationClass/ below it"),
         ((root / "images", tmp_path / "none"), "does not exist"),
         ((root, "--split", "test"), "no split 'test'"),
         ((root, "--val-split", "val"), "needs --split train"),

@@ -112,7 +112,7 @@ def fit_classes(
     )
 
 
-_NONE = Dataset("folders", [])
+_NONE = Dataset([])
 
 
 def fit_labels(

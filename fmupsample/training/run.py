@@ -24,7 +24,7 @@ from fmupsample.errors import OutputError, UsageError
 from fmupsample.folders import holds_keys, refuse_others_files
 from fmupsample.images.find import Source, printable
 from fmupsample.labels import count_classes
-from fmupsample.labels.layouts.folders import find_labels
+from fmupsample.labels.matching import find_labels
 from fmupsample.progress import SILENT, Progress
 from fmupsample.runs.lock import FolderLock
 from fmupsample.threads import cores
