@@ -353,12 +353,12 @@ def test_nothing_is_overwritten(tmp_path, fitted, capsys):
 
 
 def test_an_interrupted_fit_leaves_nothing(tmp_path, monkeypatch, capsys):
-    from fmupsample.probing import linear
+    from fmupsample.probing import batches
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(linear._TrainingData, "loss", stop)
+    monkeypatch.setattr(batches.Batches, "loss", stop)
     assert fit(draw(tmp_path / "train"), tmp_path / "out/p.safetensors") == 130
     assert "stopped before the probe was complete" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
