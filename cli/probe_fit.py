@@ -413,10 +413,10 @@ def _check_output(output: Path, overwrite: bool, inputs: list[Path]) -> None:
 
 def _store(cache: Path | None, limit: float, memory: float) -> Any:
     from fmupsample.folders import cache_folder
-    from fmupsample.probing.cache import DiskStore, MemoryStore, SpillingStore
+    from fmupsample.probing.store import Store
 
-    disk = DiskStore(cache or cache_folder() / "probing", int(limit * 1e9))
-    return disk if cache else SpillingStore(MemoryStore(int(memory * 1e9)), disk)
+    folder = cache or cache_folder() / "probing"
+    return Store(0 if cache else int(memory * 1e9), folder, int(limit * 1e9))
 
 
 def _command() -> str:

@@ -168,7 +168,7 @@ def show_survey(dataset: Dataset, found: Survey, *, what: str, quiet: bool) -> N
     from rich.table import Table
     from rich.text import Text
 
-    from fmupsample.labels.dataset import histogram_rows
+    from fmupsample.labels.surveys import sizes_text
     from fmupsample_cli.progress import console
 
     ignored = found.pixels[-1] / max(1, found.pixels.sum())
@@ -176,14 +176,14 @@ def show_survey(dataset: Dataset, found: Survey, *, what: str, quiet: bool) -> N
         Text(
             f"{what}: {len(dataset.pairs)} pairs (layout {dataset.layout}), "
             f"{len(dataset.missing)} pictures without labels, {len(dataset.orphans)} labels "
-            f"without picture; sizes {found.sizes_text()}; {ignored:.1%} of the pixels ignored"
+            f"without picture; sizes {sizes_text(found.sizes)}; {ignored:.1%} of the pixels ignored"
         ),
         soft_wrap=True,
     )
     table = Table(box=box.SIMPLE)
     for name in ("class", "value", "pixels", "pictures"):
         table.add_column(name, justify="left" if name == "class" else "right")
-    rows = histogram_rows(found)
+    rows = found.rows()
     shown = rows if len(rows) <= 40 else sorted(rows, key=lambda r: -r[3])[:40]
     for name, value, share, pictures in shown:
         table.add_row(Text(name), value, share, str(pictures))

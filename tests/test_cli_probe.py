@@ -353,12 +353,12 @@ def test_nothing_is_overwritten(tmp_path, fitted, capsys):
 
 
 def test_an_interrupted_fit_leaves_nothing(tmp_path, monkeypatch, capsys):
-    from fmupsample.probing import linear
+    from fmupsample.probing import batches
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(linear._TrainingData, "loss", stop)
+    monkeypatch.setattr(batches.Batches, "loss", stop)
     assert fit(draw(tmp_path / "train"), tmp_path / "out/p.safetensors") == 130
     assert "stopped before the probe was complete" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -415,7 +415,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, c
     Image.new("L", (72, 56), 9).save(root / "labels/2.png")
     cases = [
         ((root, "--classes", "a,b,c"), r"labels/2.png hold 9, which is none of the 3 classes"),
-        ((root, "--layout", "voc"), "SegmentationClass does not exist"),
+        ((root, "--layout", "voc"), "has no JPEGImages/ and SegmentationClass/ below it"),
         ((root / "images", tmp_path / "none"), "does not exist"),
         ((root, "--split", "test"), "no split 'test'"),
         ((root, "--val-split", "val"), "needs --split train"),

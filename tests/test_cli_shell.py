@@ -20,10 +20,11 @@ from fmupsample.errors import BackboneError, ImageError, UsageError
 from fmupsample.progress import Progress
 from fmupsample.threads import compute_alone
 from fmupsample.waiting import spin_briefly
+from fmupsample.wording import human_bytes
 from fmupsample_cli.errors import run
 from fmupsample_cli.main import main
 from fmupsample_cli.progress import RichProgress
-from fmupsample_cli.report import human_bytes, print_summary
+from fmupsample_cli.report import print_summary
 
 NARROW = {"COLUMNS": "100", "TERM": "dumb"}
 

@@ -23,7 +23,7 @@ from fmupsample.labels import (
 )
 from fmupsample.labels.classes import COLOUR, class_colours
 from fmupsample.labels.dataset import read_pair
-from fmupsample.labels.layouts import ade20k, cityscapes
+from fmupsample.labels.published import ADE20K, CITYSCAPES_IDS, CITYSCAPES_TRAIN_IDS
 
 
 def photo(path: Path, size=(8, 6)) -> Path:
@@ -139,7 +139,8 @@ def test_cityscapes(tmp_path, end):
     assert found.layout == "cityscapes" and len(found.pairs) == 2
     assert all(p.labels.stem.endswith(end) for p in found.pairs)
     table = survey(found).table
-    assert table is cityscapes.TABLES[end] and table.names[13] == "car"
+    tables = {"labelIds": CITYSCAPES_IDS, "labelTrainIds": CITYSCAPES_TRAIN_IDS}
+    assert table is tables[end] and table.names[13] == "car"
     encoded = read_pair(found.pairs[0], table)
     assert sorted(set(encoded.flat)) == [0, 18, IGNORE]
     two = open_dataset(tmp_path / "leftImg8bit", tmp_path / "gtFine")
@@ -149,7 +150,7 @@ def test_cityscapes(tmp_path, end):
 
 
 def test_ade20k(tmp_path):
-    assert len(ade20k.TABLE) == 150 and ade20k.TABLE.names[149] == "flag"
+    assert len(ADE20K) == 150 and ADE20K.names[149] == "flag"
     for split, name in (("training", "ADE_train_1"), ("validation", "ADE_val_1")):
         photo(tmp_path / "images" / split / f"{name}.jpg")
         label(tmp_path / "annotations" / split / f"{name}.png", [0, 1, 150])
@@ -169,6 +170,17 @@ def test_coco(tmp_path, maps):
     assert found.layout == "coco" and len(found.pairs) == 1
     values = survey(found).table.values
     assert values == ((0, 50, 181) if "thing" in maps else (50, 181))
+    # Two folders have splits as well.
+    folders = tmp_path / "images", (tmp_path / maps).parent
+    photo(tmp_path / "images/val2017/000000000010.jpg")
+    label(
+        (tmp_path / maps).parent / Path(maps).name.replace("train", "val") / "000000000010.png", [1]
+    )
+    for split, name in (("train", "000000000009"), ("val", "000000000010")):
+        found = open_dataset(*folders, layout="coco", split=split)
+        assert found.layout == "coco" and stems(found) == [(name, name)]
+    with pytest.raises(UsageError, match=r"no split 'test' of pictures .*train2017, val2017"):
+        open_dataset(*folders, layout="coco", split="test")
 
 
 def test_a_layout_can_be_forced_and_unknown_ones_are_refused(tmp_path):
@@ -178,7 +190,7 @@ def test_a_layout_can_be_forced_and_unknown_ones_are_refused(tmp_path):
     assert found.table is None
     with pytest.raises(UsageError, match="layout 'kitti' is unknown: use voc, cityscapes"):
         open_dataset(tmp_path, layout="kitti")
-    assert all(module.WHAT and name == module.NAME for name, module in LAYOUTS.items())
+    assert all(layout.what for layout in LAYOUTS.values())
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -377,7 +389,7 @@ def test_classes_that_cannot_be(tmp_path):
 
 
 def test_a_table_survives_json():
-    table = cityscapes.TABLES["labelIds"]
+    table = CITYSCAPES_IDS
     assert ClassTable.from_json(json.loads(json.dumps(table.to_json()))) == table
     with pytest.raises(UsageError, match="two classes are called a"):
         ClassTable(("a", "a"), (3, 4), ((0, 0, 0),) * 2)

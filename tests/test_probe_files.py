@@ -156,7 +156,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def test_classes_in_parts_are_classes_at_once(monkeypatch):
-    from fmupsample.probing import probe as module
+    from fmupsample.probing import tasks as module
 
     made = probe()
     logits = torch.randn(3, 6, 7, generator=torch.Generator().manual_seed(1))

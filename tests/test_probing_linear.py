@@ -19,18 +19,19 @@ from fmupsample.images.size import ImageSize
 from fmupsample.ops import reassemble, reassemble_at
 from fmupsample.pipeline import Pipeline
 from fmupsample.probing import (
-    DiskStore,
     EncodedPicture,
     Example,
     FitOptions,
     LinearProbe,
-    MemoryStore,
+    Store,
+    batches,
     encode,
     fit_probe,
-    linear,
     predict,
+    training,
 )
 from fmupsample.probing.cache import kernels_prefix
+from fmupsample.probing.tasks import Classes
 from fmupsample.progress import SILENT
 from fmupsample.upsamplers import Bilinear, JointBilateral, Nearest, ReSFU, ReSFUConfig
 
@@ -73,7 +74,7 @@ def draw(folder, count=4, size=(48, 64)):
 def examples_of(folder, upsampler, count=4, store=None, **options) -> list[Example]:
     sources, labels = draw(folder, count)
     pipeline = Pipeline(ToyBackbone(), upsampler, image_size=ImageSize.parse("48"), workers=0)
-    pictures = encode(pipeline, sources, store or MemoryStore(), flips=True, **options)
+    pictures = encode(pipeline, sources, store or Store(), flips=True, **options)
     return [Example(p, y) for p, y in zip(pictures, labels, strict=True)]
 
 
@@ -122,17 +123,17 @@ def test_gradients_are_those_of_the_materialised_route(name, tmp_path, monkeypat
     examples = examples_of(tmp_path, upsampler)
     options = FitOptions(rates=(1e-3, 1e-2), pixels=None)
     generator = torch.Generator().manual_seed(0)
-    stack = linear._Stack(examples, 3, options, generator)
+    stack = batches.Classifiers(examples, 3, options, generator)
     for number, (weight, _) in enumerate(stack.parameters):
         weight.data *= 20 * (number + 1)  # so that the two classifiers differ, and say something
-    data = linear._TrainingData(examples, upsampler, 3, options, generator)
+    data = batches.Batches(examples, upsampler, Classes(3), options, generator)
     batch = [(0, False), (2, True), (3, False)]
     loss = data.loss(stack, batch)
     parameters = [p for both in stack.parameters for p in both]
     got = torch.autograd.grad(loss.sum(), parameters)
     # In pieces, as a fit does it; neither number divides what it divides.
-    monkeypatch.setattr(linear, "_MAPS", 4)
-    monkeypatch.setattr(linear, "_PIXELS", 300)
+    monkeypatch.setattr(batches, "_MAPS", 4)
+    monkeypatch.setattr(batches, "_PIXELS", 300)
     torch.testing.assert_close(data.backward(stack, batch), loss.detach(), atol=1e-5, rtol=1e-5)
     for parameter, gradient in zip(parameters, got, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
@@ -169,7 +170,7 @@ def test_gradients_are_exact_where_weights_sum_to_one(tmp_path):
     target = torch.randint(0, 3, (1, 32, 40), generator=generator)
     kernels = upsampler.kernels(features, image)
     dense = F.conv2d(upsampler.reassemble(kernels, features), weight[:, :, None, None], bias)
-    low = linear._affine(weight, bias, features[0])
+    low = LinearProbe(weight, bias).logits(features[0])
     first = upsampler.reassemble(kernels, low[None])
     pixels = torch.arange(32 * 40)
     chosen = upsampler.reassemble_at(kernels[0], low, pixels).T.reshape(1, 3, 32, 40)
@@ -187,12 +188,12 @@ def test_drawn_pixels_give_the_expected_gradient(tmp_path):
     examples = examples_of(tmp_path, Bilinear())
     options = FitOptions(pixels=64)
     generator = torch.Generator().manual_seed(0)
-    stack = linear._Stack(examples, 3, options, generator)
+    stack = batches.Classifiers(examples, 3, options, generator)
     batch = [(0, False), (1, True)]
 
     def gradient(pixels):
-        data = linear._TrainingData(
-            examples, Bilinear(), 3, replace(options, pixels=pixels), generator
+        data = batches.Batches(
+            examples, Bilinear(), Classes(3), replace(options, pixels=pixels), generator
         )
         return torch.autograd.grad(data.loss(stack, batch).sum(), stack.parameters[0][0])[0]
 
@@ -216,7 +217,7 @@ def test_rates_are_fitted_as_if_alone(tmp_path):
 
 def fit_all(examples, options) -> list[LinearProbe]:
     """The probes of all rates, with nothing held out."""
-    return linear._train(examples, JointBilateral(), 3, options, SILENT)[0]
+    return training.train_all(examples, JointBilateral(), Classes(3), options, SILENT)[0]
 
 
 def test_a_probe_learns_and_chooses_by_held_out_pictures(tmp_path):
@@ -257,14 +258,14 @@ def test_faults_are_named(tmp_path):
 
 def test_labels_take_the_pixel_at_their_centre():
     labels = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8)
-    assert linear.labels_at(labels, (2, 8))[1].tolist() == [0, 0, 1, 1, 2, 2, 255, 255]
-    assert linear.labels_at(labels, (1, 4)) is labels
+    assert batches.labels_at(labels, (2, 8))[1].tolist() == [0, 0, 1, 1, 2, 2, 255, 255]
+    assert batches.labels_at(labels, (1, 4)) is labels
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_what_is_cached_is_not_computed_again(kind, tmp_path):
     sources, _ = draw(tmp_path / "pictures", 2)
-    store = MemoryStore() if kind == "memory" else DiskStore(tmp_path / "cache")
+    store = Store() if kind == "memory" else Store(0, tmp_path / "cache")
     backbone = ToyBackbone()
 
     def run(upsampler, size="48", store=store):
@@ -281,7 +282,7 @@ def test_what_is_cached_is_not_computed_again(kind, tmp_path):
     assert run(bilinear)[1] == 0  # other kernel weights, the same features
     assert run(nearest, "64")[1] == 4
     if kind == "disk":
-        again = DiskStore(tmp_path / "cache")
+        again = Store(0, tmp_path / "cache")
         assert run(nearest, store=again)[1] == 0
         for path in (tmp_path / "cache").glob("features-*"):
             path.write_bytes(b"cut")
@@ -301,9 +302,9 @@ def test_memory_is_bounded(tmp_path):
     backbone = ToyBackbone()
     pipeline = Pipeline(backbone, resfu(), image_size=ImageSize.parse("48"), workers=0)
     with pytest.raises(UsageError, match="more than the limit"):
-        encode(pipeline, sources, MemoryStore(limit=100_000))
+        encode(pipeline, sources, Store(memory=100_000))
     assert backbone.calls == 1  # it is known after the first picture
-    store = MemoryStore(limit=10**6)
+    store = Store(memory=10**6)
     encode(pipeline, sources, store)
     used = store.used
     store.forget(kernels_prefix(pipeline))
@@ -313,12 +314,12 @@ def test_memory_is_bounded(tmp_path):
 def test_the_cache_refuses_what_it_cannot_serve(tmp_path):
     sources, _ = draw(tmp_path, 1)
     with pytest.raises(UsageError, match="linear in its values"):
-        encode(Pipeline(ToyBackbone(), NotLinear(), workers=0), sources, MemoryStore())
+        encode(Pipeline(ToyBackbone(), NotLinear(), workers=0), sources, Store())
     (tmp_path / "bad.png").write_bytes(b"nothing")
     bad = [Source(tmp_path / "bad.png", PurePosixPath("bad.png"))]
     with pytest.raises(ImageError, match=r"bad\.png"):
-        encode(Pipeline(ToyBackbone(), Nearest(), workers=0), bad, MemoryStore())
-    gone = EncodedPicture(bad[0], (("a", "b"),), MemoryStore())
+        encode(Pipeline(ToyBackbone(), Nearest(), workers=0), bad, Store())
+    gone = EncodedPicture(bad[0], (("a", "b"),), Store())
     with pytest.raises(FmupsampleError, match="gone"):
         gone.view()
 
@@ -328,11 +329,11 @@ def test_a_fit_is_that_of_the_materialised_features(tmp_path):
     upsampler = resfu()
     examples = examples_of(tmp_path, upsampler)
     options = FitOptions(rates=(3e-2,), epochs=4, pixels=None, batch_size=2, seed=5)
-    (got,), losses = linear._train(examples, upsampler, 3, options, SILENT)
+    (got,), losses = training.train_all(examples, upsampler, Classes(3), options, SILENT)
 
     generator = torch.Generator().manual_seed(5)
-    stack = linear._Stack(examples, 3, options, generator)
-    order = linear._TrainingData(examples, upsampler, 3, options, generator)
+    stack = batches.Classifiers(examples, 3, options, generator)
+    order = batches.Batches(examples, upsampler, Classes(3), options, generator)
     weight, bias = stack.parameters[0]
     optimizer = torch.optim.AdamW([weight, bias], lr=3e-2, weight_decay=options.weight_decay)
     steps, expected = len(losses), []
@@ -368,16 +369,16 @@ def test_padding_teaches_nothing(tmp_path):
     pipeline = Pipeline(
         ToyBackbone(), upsampler, image_size=ImageSize.parse("64x64"), fit="pad", workers=0
     )
-    encoded = encode(pipeline, sources, MemoryStore(), flips=True)
+    encoded = encode(pipeline, sources, Store(), flips=True)
     view = encoded[0].view()
     assert view.size == (64, 64) and view.placed == (48, 64)
     examples = [Example(e, y) for e, y in zip(encoded, labels, strict=True)]
-    data = linear._TrainingData(
-        examples, upsampler, 3, FitOptions(), torch.Generator().manual_seed(0)
+    data = batches.Batches(
+        examples, upsampler, Classes(3), FitOptions(), torch.Generator().manual_seed(0)
     )
-    padded = data._labels(0, view)
+    padded = data.labels_of(0, view)
     assert (padded[48:] == 255).all() and torch.equal(padded[:48], labels[0])
-    assert torch.equal(linear._mirrored(padded, (48, 64))[:48], labels[0].flip(-1))
+    assert torch.equal(data.labels_of(0, view, flipped=True)[:48], labels[0].flip(-1))
     fit = fit_probe(examples, upsampler, 3, FitOptions(rates=(3e-2,), epochs=40, seed=1))
     (mask,) = predict([fit.probe], upsampler, view, (48, 64))
     judged = labels[0] != 255
@@ -391,8 +392,8 @@ def test_few_labelled_pixels_are_all_used(tmp_path):
     one = [Example(examples[0].picture, sparse)]
     options = FitOptions(pixels=100)
     generator = torch.Generator().manual_seed(0)
-    stack = linear._Stack(one, 3, options, generator)
-    some = linear._TrainingData(one, Bilinear(), 3, options, generator)
-    every = linear._TrainingData(one, Bilinear(), 3, replace(options, pixels=None), generator)
+    stack = batches.Classifiers(one, 3, options, generator)
+    some = batches.Batches(one, Bilinear(), Classes(3), options, generator)
+    every = batches.Batches(one, Bilinear(), Classes(3), replace(options, pixels=None), generator)
     for batch in ([(0, False)], [(0, True)]):
         torch.testing.assert_close(some.loss(stack, batch), every.loss(stack, batch))

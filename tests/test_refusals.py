@@ -21,8 +21,9 @@ from fmupsample.atomic import temporary_for
 from fmupsample.errors import HeadError, ImageError, OutputError, UsageError
 from fmupsample.folders import cache_folder
 from fmupsample.images import find, find_images
-from fmupsample.labels.classes import ClassTable, parse_classes, parse_ignore
+from fmupsample.labels.classes import ClassTable
 from fmupsample.labels.depth import read_depth
+from fmupsample.labels.parsing import parse_classes, parse_ignore
 from fmupsample.labels.values import read_values
 from fmupsample.probing.points import read_clicks
 from fmupsample.runs.lock import FolderLock

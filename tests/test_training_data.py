@@ -15,7 +15,7 @@ from toy import ToyBackbone
 from fmupsample.errors import ImageError, UsageError
 from fmupsample.images import find_images
 from fmupsample.labels import count_classes, read_labels
-from fmupsample.labels.layouts.folders import find_labels
+from fmupsample.labels.matching import find_labels
 from fmupsample.training.cache import CROPS, Features, plan_crops
 from fmupsample.training.config import TrainConfig, parse_objective
 from fmupsample.training.crops import Cropper

@@ -3,9 +3,11 @@
 Nothing here imports torch: what is wrong with the labels is said before a model is loaded.
 """
 
-from fmupsample.labels.classes import IGNORE, ClassTable, parse_classes, parse_ignore
-from fmupsample.labels.dataset import Dataset, Survey, open_dataset, survey
+from fmupsample.labels.classes import IGNORE, ClassTable
+from fmupsample.labels.dataset import Dataset, open_dataset
 from fmupsample.labels.layouts import LAYOUTS, Found, Pair
+from fmupsample.labels.parsing import parse_classes, parse_ignore
+from fmupsample.labels.surveys import Survey, survey
 from fmupsample.labels.values import count_classes, read_labels, read_values
 
 __all__ = [

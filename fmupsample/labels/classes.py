@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,18 @@ def value_text(value: int) -> str:
     return f"colour #{value - COLOUR:06x}" if value >= COLOUR else str(value)
 
 
+def parse_colour(given: Any) -> Colour:
+    """``"#8040ff"`` or three numbers from 0 to 255; a ValueError for anything else."""
+    if isinstance(given, str):
+        if not re.fullmatch(r"#?[0-9a-fA-F]{6}", given):
+            raise ValueError(f"colour {given!r} is not #rrggbb")
+        given = bytes.fromhex(given.removeprefix("#"))
+    colour = [int(c) for c in given]
+    if len(colour) != 3 or not all(0 <= c <= 255 for c in colour):
+        raise ValueError(f"colour {colour} is not three numbers from 0 to 255")
+    return colour[0], colour[1], colour[2]
+
+
 def default_colour(number: int) -> Colour:
     """The colour PASCAL VOC gives to an index: far apart for small ones, black for 0."""
     red = green = blue = 0
@@ -50,45 +61,24 @@ def default_colour(number: int) -> Colour:
 
 # Told apart side by side and over a photograph, which the first colours of VOC (dark red, darker
 # red, olive) are not.
-_DISTINCT: tuple[Colour, ...] = (
-    (66, 133, 214),
-    (231, 126, 49),
-    (68, 163, 80),
-    (206, 56, 61),
-    (140, 94, 181),
-    (240, 200, 66),
-    (108, 77, 60),
-    (234, 134, 186),
-    (64, 190, 196),
-    (150, 160, 168),
-    (170, 200, 60),
-    (24, 72, 130),
-    (120, 20, 70),
-    (255, 178, 140),
-    (30, 98, 70),
-    (190, 170, 235),
-    (178, 140, 62),
-    (90, 220, 150),
-    (220, 30, 140),
-    (70, 70, 76),
-    (160, 215, 245),
-    (110, 120, 30),
-    (255, 235, 170),
-    (95, 35, 20),
-)
+_DISTINCT: tuple[Colour, ...] = tuple(
+    (number >> 16, number >> 8 & 255, number & 255)
+    for number in (
+        0x4285D6, 0xE77E31, 0x44A350, 0xCE383D, 0x8C5EB5, 0xF0C842, 0x6C4D3C, 0xEA86BA,
+        0x40BEC4, 0x96A0A8, 0xAAC83C, 0x184882, 0x781446, 0xFFB28C, 0x1E6246, 0xBEAAEB,
+        0xB28C3E, 0x5ADC96, 0xDC1E8C, 0x46464C, 0xA0D7F5, 0x6E781E, 0xFFEBAA, 0x5F2314,
+    )
+)  # fmt: skip
 _NOTHING = ("background", "void", "other", "none", "unlabeled", "unlabelled", "0")
 
 
 def class_colours(names: Sequence[str]) -> tuple[Colour, ...]:
     """Colours of classes that bring none along: black for a background, else far apart."""
-    colours, next_one = [], 0
+    colours: list[Colour] = []
+    further = chain(_DISTINCT, map(default_colour, count(len(_DISTINCT) + 1)))
     for name in names:
-        if name.lower() in _NOTHING and (0, 0, 0) not in colours:
-            colours.append((0, 0, 0))
-            continue
-        few = next_one < len(_DISTINCT)
-        colours.append(_DISTINCT[next_one] if few else default_colour(next_one + 1))
-        next_one += 1
+        black = name.lower() in _NOTHING and (0, 0, 0) not in colours
+        colours.append((0, 0, 0) if black else next(further))
     return tuple(colours)
 
 
@@ -188,7 +178,7 @@ class ClassTable:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ClassTable:
         """Raises UsageError, KeyError, TypeError or ValueError for anything else."""
-        colours = tuple(_colour(c) for c in data["colours"])
+        colours = tuple(parse_colour(c) for c in data["colours"])
         names = tuple(data["names"])
         if not all(isinstance(n, str) for n in names):
             raise TypeError("class names must be text")
@@ -203,161 +193,3 @@ def table_of(
     values = tuple(range(first, first + len(names)))
     colours = tuple(default_colour(v) for v in values)
     return ClassTable(tuple(names), values, colours, tuple(ignored))
-
-
-# -- what people write ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Given:
-    """A class as ``--classes`` names it; what is ``None`` was left open."""
-
-    name: str
-    value: int | None = None
-    colour: Colour | None = None
-
-
-def parse_classes(text: str) -> list[Given]:
-    """From ``"sky,road,car"``, or from a file: JSON, CSV with a header, or one class a line.
-
-    JSON: a list of names, a list of ``{"name", "value", "colour"}``, or ``{"0": "sky", ...}``.
-    CSV: columns ``name`` and, where wanted, ``value`` and ``r``, ``g``, ``b``. Lines: ``name``,
-    ``name r g b``, ``r g b name``, ``name #rrggbb``, each with ``value:`` before it or not.
-
-    Raises:
-        UsageError: says which entry is not understood.
-    """
-    path = Path(text)
-    try:
-        is_file = path.is_file()
-    except OSError:  # a list of names too long for a path
-        is_file = False
-    if not is_file:
-        if path.suffix.lower() in (".json", ".csv", ".txt"):
-            raise UsageError(f"--classes: the file {printable(path)} does not exist")
-        given = [Given(name.strip()) for name in text.split(",")]
-    else:
-        try:
-            content = path.read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--classes: {printable(path)} cannot be read: {error}") from error
-        try:
-            given = _from_text(content, path.suffix.lower())
-        except (
-            ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError,
-            csv.Error,
-        ) as error:  # fmt: skip
-            raise UsageError(f"--classes: {printable(path)} is not understood: {error}") from error
-    if len(given) < 2 or not all(g.name for g in given):
-        raise UsageError(
-            f"--classes {printable(text)} names fewer than two classes, or an empty one"
-        )
-    return given
-
-
-def _from_text(content: str, suffix: str) -> list[Given]:
-    if suffix == ".json" or content.lstrip()[:1] in ("[", "{"):
-        return _from_json(json.loads(content))
-    lines = [line for line in content.splitlines() if line.strip() and line.strip()[0] != "#"]
-    first = [cell.strip().lower() for cell in lines[0].split(",")] if lines else []
-    if "name" in first:
-        return [_from_row(row) for row in csv.DictReader(lines)]
-    return [_from_line(line.strip()) for line in lines]
-
-
-def _from_json(data: Any) -> list[Given]:
-    if isinstance(data, dict) and all(str(k).isdigit() for k in data):
-        return [Given(str(name), int(value)) for value, name in data.items()]
-    if not isinstance(data, list):
-        raise ValueError("expected a list of classes")
-    given = []
-    for entry in data:
-        if isinstance(entry, str):
-            given.append(Given(entry))
-            continue
-        value = entry.get("value", entry.get("id"))
-        colour = entry.get("colour", entry.get("color"))
-        given.append(
-            Given(
-                str(entry["name"]),
-                None if value is None else int(value),
-                None if colour is None else _colour(colour),
-            )
-        )
-    return given
-
-
-def _from_row(row: Mapping[str, str | None]) -> Given:
-    cells = {(k or "").strip().lower(): (v or "").strip() for k, v in row.items() if k}
-    value = cells.get("value") or cells.get("id")
-    colour = [cells.get(k) for k in ("r", "g", "b")]
-    return Given(
-        cells["name"],
-        int(value) if value else None,
-        _colour([int(c) for c in colour if c]) if all(colour) else None,
-    )
-
-
-_SEPARATOR = r"[,\s]+"
-_RGB = rf"(\d+){_SEPARATOR}(\d+){_SEPARATOR}(\d+)"
-_LINES = (
-    re.compile(rf"(?:(?P<value>\d+)\s*:\s*)?{_RGB}{_SEPARATOR}(?P<name>\D.*)"),
-    re.compile(rf"(?:(?P<value>\d+)\s*[:,\s]\s*)?(?P<name>\D.*?){_SEPARATOR}{_RGB}"),
-    re.compile(
-        rf"(?:(?P<value>\d+)\s*[:,\s]\s*)?(?P<name>\D.*?)(?:{_SEPARATOR}(?P<hex>#[0-9a-fA-F]{{6}}))?"
-    ),
-)
-
-
-def _from_line(line: str) -> Given:
-    for pattern in _LINES:
-        match = pattern.fullmatch(line)
-        if match is None:
-            continue
-        groups = match.groupdict()
-        numbers = [int(g) for k, g in enumerate(match.groups(), 1) if g and g.isdigit()]
-        if groups["value"] is not None:
-            numbers = numbers[1:]
-        colour = groups.get("hex") or (numbers[-3:] if len(numbers) >= 3 else None)
-        value = None if groups["value"] is None else int(groups["value"])
-        return Given(groups["name"].strip(), value, None if colour is None else _colour(colour))
-    raise ValueError(f"line {line!r}")
-
-
-def _colour(given: Any) -> Colour:
-    if isinstance(given, str):
-        if not re.fullmatch(r"#?[0-9a-fA-F]{6}", given):
-            raise ValueError(f"colour {given!r} is not #rrggbb")
-        given = bytes.fromhex(given.removeprefix("#"))
-    colour = tuple(int(c) for c in given)
-    if len(colour) != 3 or not all(0 <= c <= 255 for c in colour):
-        raise ValueError(f"colour {list(colour)} is not three numbers from 0 to 255")
-    return colour  # type: ignore[return-value]
-
-
-def parse_ignore(texts: Sequence[str] | None) -> tuple[int, ...] | None:
-    """Values of ``--ignore``: numbers, colours ``#rrggbb``, or ``none``; ``None`` without any.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if not texts:
-        return None
-    words = [word.strip() for text in texts for word in text.split(",") if word.strip()]
-    if words == ["none"]:
-        return ()
-    values = []
-    for word in words:
-        if word.startswith("#"):
-            try:
-                values.append(int(pack_colours(np.array(_colour(word), np.uint8))))
-                continue
-            except ValueError as error:
-                raise UsageError(f"--ignore {word}: {error}") from error
-        if not re.fullmatch("[0-9]{1,8}", word) or int(word) >= COLOUR:
-            raise UsageError(
-                f"--ignore {word!r} is not understood: give numbers (0,255), colours (#000000) or "
-                "none"
-            )
-        values.append(int(word))
-    return tuple(values)

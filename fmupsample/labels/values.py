@@ -16,7 +16,7 @@ from fmupsample.labels.classes import COLOUR, IGNORE, pack_colours
 # Modes whose pixels are numbers as they stand; P gives the index and not the colour.
 _NUMBERS = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N")
 # What np.load raises on damaged files: it reads the header of one as Python does.
-UNREADABLE_ARRAY = (
+_UNREADABLE_ARRAY = (
     OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, RecursionError, MemoryError,
 )  # fmt: skip
 _LOSSY = ("JPEG", "MPO")
@@ -36,7 +36,7 @@ def read_values(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """
     shown = printable(path)
     if path.suffix.lower() == ".npy":
-        return _of_size(_read_array(path), path, size)
+        return check_size(_read_array(path), path, size)
     try:
         with open_picture(path) as image:
             kind, mode = image.format, image.mode
@@ -57,7 +57,7 @@ def read_values(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         raise ImageError(f"the labels {shown} are a JPEG, which blurs numbers; save them as PNG")
     if values is None:
         raise ImageError(f"the labels {shown} have pixels of mode {mode}; save them as a PNG")
-    _of_size(values, path, size)
+    check_size(values, path, size)
     if values.ndim == 2:
         return values.astype(np.int32)
     if (values[..., :1] == values).all():
@@ -65,25 +65,38 @@ def read_values(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return pack_colours(values)
 
 
-def _of_size(values: np.ndarray, path: Path, size: tuple[int, int] | None) -> np.ndarray:
+def check_size(
+    values: np.ndarray, path: Path, size: tuple[int, int] | None, what: str = "labels"
+) -> np.ndarray:
+    """``values`` ``[H, W, ...]`` of the file ``path``, or an ImageError if ``size`` is another."""
     if size is not None and values.shape[:2] != tuple(size):
         raise ImageError(
-            f"the labels {printable(path)} have {values.shape[1]}x{values.shape[0]} pixels, their "
+            f"the {what} {printable(path)} have {values.shape[1]}x{values.shape[0]} pixels, their "
             f"picture has {size[1]}x{size[0]}"
         )
     return values
 
 
-def _read_array(path: Path) -> np.ndarray:
-    """The integers of an npy file, int32 ``[H, W]``."""
-    check_regular(path, "file of labels")
+def load_array(path: Path, what: str = "labels") -> np.ndarray:
+    """The array of an npy file. What is no array is an ImageError, pickles among it."""
+    check_regular(path, f"file of {what}")
     try:
         values = np.load(path, allow_pickle=False)
-    except UNREADABLE_ARRAY as error:
-        raise ImageError(f"the labels {printable(path)} cannot be read: {error}") from error
-    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "uib":
-        kind = f"{values.dtype} {list(values.shape)}" if hasattr(values, "dtype") else "an archive"
-        raise ImageError(f"the labels {printable(path)} are {kind}: expected integers [H, W]")
+    except _UNREADABLE_ARRAY as error:
+        raise ImageError(f"the {what} {printable(path)} cannot be read: {error}") from error
+    if not isinstance(values, np.ndarray):
+        raise ImageError(f"the {what} {printable(path)} are an archive: expected one array")
+    return values
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """The integers of an npy file, int32 ``[H, W]``."""
+    values = load_array(path)
+    if values.ndim != 2 or values.dtype.kind not in "uib":
+        raise ImageError(
+            f"the labels {printable(path)} are {values.dtype} {list(values.shape)}: expected "
+            "integers [H, W]"
+        )
     if values.size and not -(2**31) <= int(values.min()) <= int(values.max()) < COLOUR:
         raise ImageError(f"the labels {printable(path)} hold numbers that are no classes")
     return values.astype(np.int32)

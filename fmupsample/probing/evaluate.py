@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.labels.classes import ClassTable
 from fmupsample.labels.dataset import Dataset, read_pair
 from fmupsample.labels.depth import read_depth
-from fmupsample.labels.layouts import Pair
+from fmupsample.labels.matching import Pair
 from fmupsample.pipeline import Pipeline
 from fmupsample.probing.metrics import Segmentation
 from fmupsample.probing.probe import Probe
@@ -47,9 +47,7 @@ def evaluate(
         ImageError: a picture or label file that cannot be used.
     """
     judge = Segmentation(len(table), tolerance=tolerance)
-    read = _reader(dataset, lambda pair: torch.from_numpy(read_pair(pair, table)))
-    for decided, labels in _decisions(probe, pipeline, dataset, read, progress):
-        judge.add(decided, labels)
+    _add_all(judge, probe, pipeline, dataset.pairs, lambda p: read_pair(p, table), progress)
     return judge
 
 
@@ -61,38 +59,34 @@ def evaluate_depth(
     progress: Progress = SILENT,
 ) -> DepthErrors:
     """The same for depth; ``scale``: units a metre in 16-bit files."""
-    errors = DepthErrors(probe.depth_task())
-    reader = _reader(dataset, lambda pair: torch.from_numpy(read_depth(pair.labels, scale)))
-    for decided, labels in _decisions(probe, pipeline, dataset, reader, progress):
-        errors.add(decided, labels)
-    return errors
+    judge = DepthErrors(probe.depth_task())
+    _add_all(judge, probe, pipeline, dataset.pairs, lambda p: read_depth(p.labels, scale), progress)
+    return judge
 
 
-def _reader(dataset: Dataset, read: Callable[[Pair], Tensor]) -> Callable[[Source], Tensor]:
-    pairs = {pair.source: pair for pair in dataset.pairs}
-    return lambda source: read(pairs[source])
-
-
-def _decisions(
+@torch.no_grad()
+def _add_all(
+    judge: Segmentation | DepthErrors,
     probe: Probe,
     pipeline: Pipeline,
-    dataset: Dataset,
-    read: Callable[[Source], Tensor],
+    pairs: Sequence[Pair],
+    read: Callable[[Pair], np.ndarray],
     progress: Progress,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the probe says of each picture, and its labels."""
-
-    def stop(source: Source, error: FmupsampleError) -> None:
-        raise error
-
+) -> None:
+    """Tell ``judge`` what the probe says of each picture, and its labels."""
     probe.check(pipeline)
-    progress.start(len(dataset.pairs), "judging")
-    for item in pipeline.items([pair.source for pair in dataset.pairs], on_error=stop):
-        labels = read(item.source)
-        with torch.no_grad():
-            decided = probe.decide(probe.logits(pipeline, item), tuple(labels.shape))
-        yield decided.cpu(), labels
+    progress.start(len(pairs), "judging")
+    by_source = {pair.source: pair for pair in pairs}
+    for item in pipeline.items(list(by_source), on_error=stop):
+        labels = torch.from_numpy(read(by_source[item.source]))
+        decided = probe.decide(probe.logits(pipeline, item), tuple(labels.shape))
+        judge.add(decided.cpu(), labels)
         progress.advance()
+
+
+def stop(source: Source, error: FmupsampleError) -> None:
+    """For a pipeline that is to leave out no picture."""
+    raise error
 
 
 def report(judge: Segmentation, table: ClassTable) -> dict[str, Any]:

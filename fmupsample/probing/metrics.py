@@ -66,6 +66,8 @@ class Confusion:
         """
         return self.iou().nanmean().item()
 
+    score = miou  # of a choice of learning rates
+
     def pixel_accuracy(self) -> float:
         """Share of the counted pixels that are right; NaN without any."""
         return (self.matrix.diag().sum().double() / self.matrix.sum()).item()

@@ -21,7 +21,7 @@ from fmupsample.images.find import printable
 from fmupsample.labels.classes import ClassTable
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.probing.linear import LinearProbe
-from fmupsample.probing.tasks import Depth, largest
+from fmupsample.probing.tasks import Depth, classes_at
 from fmupsample.upsamplers.heads import describe_backbone, is_other_version
 from fmupsample.upsamplers.registry import names_in_files
 
@@ -29,8 +29,6 @@ FORMAT = "fmupsample-probe/1"
 TASKS = ("segmentation", "depth")
 _KEYS = ("backbone", "upsampler", "pictures", "classes", "depth", "card")
 _LOCAL = ".local-"
-# Logits at the original pixels beyond this are made for some classes at a time.
-_CHUNK_BYTES = 256 * 2**20
 _MOST_CHANNELS = 1 << 20
 
 
@@ -121,25 +119,13 @@ class Probe:
 
         Classified at low resolution, then reassembled: no map of all channels is made.
         """
-        weight = self.linear.weight.to(item.features)
-        bias = self.linear.bias.to(item.features)
-        low = LinearProbe(weight, bias).logits(item.features)
-        return pipeline.upsample(item, value=low)
+        return pipeline.upsample(item, value=self.linear.logits(item.features))
 
     def decide(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         """Class numbers (int64) or metres (float32) ``[H, W]`` at ``size``."""
         if self.classes is None:
-            return resized(self.depth_task().depth(logits)[None], size)[0]
-        step = max(1, _CHUNK_BYTES // (4 * size[0] * size[1]))
-        parts = (logits[start : start + step] for start in range(0, len(logits), step))
-        return largest(own for part in parts for own in resized(part, size))
-
-
-def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """``[V, h, w]`` at ``size``, bilinearly."""
-    if maps.shape[-2:] == size:
-        return maps
-    return torch.nn.functional.interpolate(maps[None], size, mode="bilinear")[0]
+            return self.depth_task().decide(logits, size)
+        return classes_at(logits, size)
 
 
 def make_probe(

@@ -16,26 +16,26 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import Source
 from fmupsample.labels.classes import ClassTable
 from fmupsample.labels.dataset import read_pair
-from fmupsample.labels.layouts import Pair
+from fmupsample.labels.matching import Pair
 from fmupsample.pipeline import Item, Pipeline
-from fmupsample.probing.cache import View
-from fmupsample.probing.fit import options_for
-from fmupsample.probing.linear import Example, LinearProbe, fit_probe, labels_at
+from fmupsample.probing.batches import Example, labels_at
+from fmupsample.probing.cache import View, halved
+from fmupsample.probing.evaluate import stop
+from fmupsample.probing.linear import LinearProbe, stacked
 from fmupsample.probing.metrics import IGNORE, Segmentation
-from fmupsample.probing.tasks import largest
+from fmupsample.probing.options import options_for
+from fmupsample.probing.tasks import classes_at
+from fmupsample.probing.training import Fit, fit_probe
 from fmupsample.progress import SILENT, Progress
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.classic import Nearest
 
 PIXELS = 4096  # kept of each picture
-_LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,11 @@ class Comparison:
         fitted = time.perf_counter()
         probes = [self._preserved, fit.probe]
         metrics = [Segmentation(len(self.table)) for _ in probes]
-        pipeline = self._with(upsampler)
+        pipeline = self.pipeline.with_upsampler(upsampler)
         self.progress.start(len(self.judged), f"judging {upsampler.name}")
         for item, labels in self.judged:
-            for metric, decided in zip(
-                metrics, decide(pipeline, self._restored(item), probes, labels), strict=True
-            ):
+            found = decide(pipeline, self._restored(item), probes, labels)
+            for metric, decided in zip(metrics, found, strict=True):
                 metric.add(decided, labels)
             self.progress.advance()
         return {
@@ -131,26 +130,22 @@ class Comparison:
             },
         }
 
-    def _fit(self, upsampler: Upsampler, label: str):
-        pipeline = self._with(upsampler)
+    def _fit(self, upsampler: Upsampler, label: str) -> Fit:
+        pipeline = self.pipeline.with_upsampler(upsampler)
         self.progress.start(len(self.train), f"pixels by {label}")
         examples = []
         for item, pixels, labels in self.train:
-            found = _halved(features_at(pipeline, self._restored(item), pixels)).cpu()
+            found = halved(features_at(pipeline, self._restored(item), pixels)).cpu()
             examples.append(Example(Drawn(item.source, found.T[..., None]), labels[:, None]))
             self.progress.advance()
         return fit_probe(examples, Kept(), len(self.table), self.options, self.progress)
 
     def _shown(self, pairs: Sequence[Pair]) -> Iterator[tuple[Item, Tensor]]:
         """Each picture with its features in half precision on the CPU, and its labels."""
-
-        def stop(source: Source, error: FmupsampleError) -> None:
-            raise error
-
         by_source = {pair.source: pair for pair in pairs}
-        for item in self.pipeline.items([pair.source for pair in pairs], on_error=stop):
+        for item in self.pipeline.items(list(by_source), on_error=stop):
             labels = torch.from_numpy(read_pair(by_source[item.source], self.table))
-            small = _halved(item.features).cpu()
+            small = halved(item.features).cpu()
             yield replace(item, features=small, guidance=torch.empty(0)), labels
             self.progress.advance()
 
@@ -158,18 +153,6 @@ class Comparison:
         features = item.features.to(self.pipeline.device, torch.float32)
         guidance = self.pipeline.guidance(item.canvas, item.window)
         return replace(item, features=features, guidance=guidance)
-
-    def _with(self, upsampler: Upsampler) -> Pipeline:
-        own = self.pipeline
-        return Pipeline(
-            own.backbone,
-            upsampler,
-            image_size=own.image_size,
-            fit=own.fit,
-            device=own.device,
-            precision=own.precision,
-            max_memory=own.max_memory,
-        )
 
 
 @torch.no_grad()
@@ -195,20 +178,14 @@ def decide(
     pipeline: Pipeline, item: Item, probes: Sequence[LinearProbe], labels: Tensor
 ) -> list[Tensor]:
     """Classes by each probe, int64 at the size of ``labels`` ``[H, W]``, on the CPU."""
-    weight = torch.cat([p.weight for p in probes]).to(pipeline.device)
-    bias = torch.cat([p.bias for p in probes]).to(pipeline.device)
     assert pipeline.upsampler is not None
+    probe = stacked(probes)
     if pipeline.upsampler.linear_in_value:
-        low = torch.einsum("oc,chw->ohw", weight, item.features) + bias[:, None, None]
-        logits = pipeline.upsample(item, value=low)
+        logits = pipeline.upsample(item, value=probe.logits(item.features))
     else:
-        map_ = pipeline.upsample(item)
-        logits = torch.einsum("oc,chw->ohw", weight, map_) + bias[:, None, None]
-        del map_
-    size = (int(labels.shape[0]), int(labels.shape[1]))
-    if tuple(logits.shape[1:]) != size:
-        logits = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
-    return [largest(own).cpu() for own in logits.chunk(len(probes))]
+        logits = probe.logits(pipeline.upsample(item))
+    height, width = labels.shape
+    return [classes_at(own, (height, width)).cpu() for own in logits.chunk(len(probes))]
 
 
 def _draw(
@@ -220,7 +197,3 @@ def _draw(
     if len(known) > 0:
         known = known[torch.randint(len(known), (count,), generator=generator)]
     return known, there[known]
-
-
-def _halved(features: Tensor) -> Tensor:
-    return features.half() if features.abs().max() < _LARGEST_HALF else features

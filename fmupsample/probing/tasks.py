@@ -12,6 +12,9 @@ from torch import Tensor
 from fmupsample.errors import UsageError
 from fmupsample.probing.metrics import IGNORE, Confusion
 
+# Logits at the original pixels beyond this are made for some classes at a time.
+_CHUNK_BYTES = 256 * 2**20
+
 
 class Judge(Protocol):
     """Collects decisions over a set."""
@@ -54,8 +57,8 @@ class Task(Protocol):
             labelled: pixels of the batch with a label.
         """
 
-    def decide(self, logits: Tensor) -> Tensor:
-        """``[outputs, H, W]`` -> ``[H, W]``, comparable with labels."""
+    def decide(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """``[outputs, h, w]`` -> ``[H, W]`` of ``size``, comparable with labels."""
 
     def judge(self) -> Judge:
         """A new one."""
@@ -66,15 +69,26 @@ def largest(logits: Tensor | Iterable[Tensor]) -> Tensor:
 
     Also of maps that are made one after the other.
     """
-    best = found = None
-    for number, own in enumerate(logits):
-        if best is None or found is None:
-            best, found = own, torch.zeros(own.shape, dtype=torch.uint8, device=own.device)
-            continue
+    maps = iter(logits)
+    best = next(maps)
+    found = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
+    for number, own in enumerate(maps, 1):
         found.masked_fill_(own > best, number)
         best = torch.maximum(best, own)
-    assert found is not None
     return found.long()
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[V, h, w]`` at ``size``, bilinearly."""
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps[None], size, mode="bilinear")[0]
+
+
+def classes_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class of the largest of ``logits`` ``[classes, h, w]`` at ``size``, int64 ``[H, W]``."""
+    step = max(1, _CHUNK_BYTES // (4 * size[0] * size[1]))
+    return largest(own for part in logits.split(step) for own in resized(part, size))
 
 
 class Classes:
@@ -107,16 +121,11 @@ class Classes:
         ).view(-1, rates)
         return (each * scale[:, None]).sum(0) / labelled
 
-    def decide(self, logits: Tensor) -> Tensor:
-        return largest(logits)
+    def decide(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        return classes_at(logits, size)
 
     def judge(self) -> Judge:
-        return _MeanIoU(self.outputs, self.nothing)
-
-
-class _MeanIoU(Confusion):
-    def score(self) -> float:
-        return self.miou()
+        return Confusion(self.outputs, self.nothing)
 
 
 class Depth:
@@ -163,10 +172,9 @@ class Depth:
     def depth(self, logits: Tensor, dim: int = 0) -> Tensor:
         """Metres: the outputs along ``dim`` become one."""
         shares = logits.relu() + 0.1
-        centres = self.centres.to(logits).movedim(0, -1)
         shape = [1] * logits.ndim
-        shape[dim] = len(centres)
-        return (shares * centres.view(shape)).sum(dim) / shares.sum(dim)
+        shape[dim] = -1
+        return (shares * self.centres.to(logits).view(shape)).sum(dim) / shares.sum(dim)
 
     def loss(self, logits: Tensor, target: Tensor, scale: Tensor, labelled: int) -> Tensor:
         judged = self.judged(target)
@@ -177,8 +185,8 @@ class Depth:
         variance = (gap.square() * share).sum(0) - mean.square()
         return (variance.clamp(min=0) + 0.15 * mean.square() + 1e-8).sqrt()
 
-    def decide(self, logits: Tensor) -> Tensor:
-        return self.depth(logits)
+    def decide(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        return resized(self.depth(logits)[None], size)[0]
 
     def judge(self) -> Judge:
         return DepthErrors(self)

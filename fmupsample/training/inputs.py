@@ -13,7 +13,7 @@ from pathlib import Path
 from fmupsample.backbones import Backbone
 from fmupsample.errors import UsageError
 from fmupsample.images.find import Source
-from fmupsample.labels.layouts.folders import find_labels
+from fmupsample.labels.matching import find_labels
 from fmupsample.training.checkpoint import content_mark
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.pictures import (

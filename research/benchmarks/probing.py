@@ -34,17 +34,16 @@ from fmupsample.images.size import ImageSize
 from fmupsample.labels import open_dataset, parse_classes, survey
 from fmupsample.pipeline import Pipeline
 from fmupsample.probing import (
-    DiskStore,
     EncodedPicture,
     Example,
     FitOptions,
     LinearProbe,
-    MemoryStore,
+    Store,
 )
+from fmupsample.probing.batches import Batches, Classifiers
 from fmupsample.probing.evaluate import evaluate, report
 from fmupsample.probing.fit import fit_classes, options_for
-from fmupsample.probing.linear import _Stack, _TrainingData
-from fmupsample.probing.tasks import largest
+from fmupsample.probing.tasks import Classes, largest
 from fmupsample.upsamplers import load_upsampler
 from fmupsample_cli.progress import RichProgress
 from labelled import CAMVID
@@ -83,7 +82,7 @@ def prepare(setting: Setting, name: str) -> Case:
 
 def _examples(setting: Setting) -> tuple[Workload, list[Example]]:
     """Pictures with random features, kernel weights and labels, as the cache gives them."""
-    store, generator = MemoryStore(), torch.Generator().manual_seed(0)
+    store, generator = Store(), torch.Generator().manual_seed(0)
     work = Workload(setting, torch.device("cpu"))
     side, cells = setting.size, setting.cells
     examples = []
@@ -107,13 +106,13 @@ def _epoch(setting: Setting, name: str) -> Case:
     pixels = 4096 if name == "epoch, drawn pixels" else None
     options = FitOptions((RATE,), pixels=pixels, flips=False, batch_size=PICTURES)
     generator = torch.Generator().manual_seed(0)
-    stack = _Stack(examples, CLASSES, options, generator)
-    data = _TrainingData(examples, work.head, CLASSES, options, generator)
-    optimizer = torch.optim.AdamW([p for both in stack.parameters for p in both], lr=RATE)
+    classifiers = Classifiers(examples, CLASSES, options, generator)
+    data = Batches(examples, work.head, Classes(CLASSES), options, generator)
+    optimizer = torch.optim.AdamW([p for both in classifiers.parameters for p in both], lr=RATE)
 
     def run() -> float:
         optimizer.zero_grad()
-        loss = data.backward(stack, data.draw(PICTURES))
+        loss = data.backward(classifiers, data.draw(PICTURES))
         optimizer.step()
         return loss.item()
 
@@ -206,7 +205,7 @@ def measure_camvid(args: argparse.Namespace) -> dict:
             data.pairs = data.pairs[: args.limit]
     names = parse_classes(",".join(CAMVID.names))
     tables = {split: survey(data, given=names).table for split, data in sets.items()}
-    store = DiskStore(args.cache)
+    store = Store(0, args.cache)
     rows = []
     with RichProgress(unit="steps") as progress:
         for name, seed in product(args.upsamplers, range(args.seeds)):

@@ -24,17 +24,16 @@ from fmupsample.pipeline import Pipeline
 from fmupsample.probing import (
     BoundaryF,
     Confusion,
-    DiskStore,
     Example,
     FitOptions,
     LinearProbe,
-    MemoryStore,
     Segmentation,
+    Store,
     encode,
     fit_probe,
     predict,
 )
-from fmupsample.probing.cache import Store, kernels_prefix
+from fmupsample.probing.cache import kernels_prefix
 from fmupsample.progress import Progress
 from fmupsample.upsamplers import Nearest, Upsampler, load_upsampler
 from labelled import CAMVID, DAVIS, camvid, davis
@@ -49,9 +48,7 @@ class Bench:
         self.backbone = load_backbone(
             args.backbone, layer=args.layer, weights=args.backbone_weights
         )
-        self.store: Store = (
-            DiskStore(args.cache) if args.cache else MemoryStore(int(args.memory * 1e9))
-        )
+        self.store = Store(0 if args.cache else int(args.memory * 1e9), args.cache)
         pixels = args.pixels or None
         self.options = FitOptions(tuple(args.rates), epochs=args.epochs, pixels=pixels)
         # One frame says little of the directions in which its features hardly vary: whitening would
