@@ -13,14 +13,14 @@ from fmupsample.errors import ExtensionError
 from fmupsample.ops import backend
 from fmupsample.ops.backend import BACKENDS, Choice
 from fmupsample.ops.building import extension
+from fmupsample.ops.building.compiling import Tool, Tools
 from fmupsample.ops.building.extension import Extension
-from fmupsample.ops.building.toolchain import Nvcc, Tool, Toolchain
 from fmupsample_cli import loading
 from fmupsample_cli.main import main
 from fmupsample_cli.options import BackendName
 
 KNOWN = tuple(f"{kind}_{n}" for kind in ("sm", "compute") for n in (75, 80, 86, 89, 90))
-TOOLS = Toolchain(Tool(("g++",), "g++ 1"), Tool(("ninja",), "1.11"), Nvcc(("nvcc",), "13.0", KNOWN))
+TOOLS = Tools(Tool("g++", "g++ 1"), Tool("ninja", "1.11"), Tool("nvcc", "13.0", targets=KNOWN))
 
 
 class Compiler:
@@ -31,8 +31,8 @@ class Compiler:
         self.error: ExtensionError | None = None
 
     def __call__(
-        self, sources, target, toolchain, targets, *, log, jobs, timeout, progress, output
-    ) -> None:
+        self, sources, work, tools, targets, *, log, jobs, timeout, progress, output
+    ) -> Path:
         self.calls.append((tuple(targets), jobs))
         progress("compiling the CUDA extension, once", 0.0)
         progress("compiling the CUDA extension, once", 1.0)
@@ -40,7 +40,8 @@ class Compiler:
             output("what the compilers say\n")
         if self.error:
             raise self.error
-        target.write_text("a library")
+        (work / "x.so").write_text("a library")
+        return work / "x.so"
 
 
 @pytest.fixture
@@ -50,11 +51,10 @@ def compiler(tmp_path: Path, monkeypatch) -> Compiler:
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc/k.cu").write_text("")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(extension, "find_toolchain", lambda cuda: TOOLS)
+    monkeypatch.setattr(extension, "find_tools", lambda cuda: TOOLS)
     monkeypatch.setattr(extension, "capabilities", list)
-    made = Extension(
-        tmp_path / "csrc", cache=tmp_path / "cache", package=tmp_path / "none", compiler=fake
-    )
+    monkeypatch.setattr(extension, "compile_library", fake)
+    made = Extension(tmp_path / "csrc", tmp_path / "cache", tmp_path / "none")
     made.open = lambda library: None
     monkeypatch.setattr(extension, "EXTENSION", made)
     return fake
@@ -151,7 +151,7 @@ def test_doctor_names_what_is_missing(compiler, examine, monkeypatch) -> None:
         raise ExtensionError("nvcc, the CUDA compiler, was not found", "nvcc")
 
     monkeypatch.setattr(extension, "capabilities", lambda: [(8, 6)])
-    monkeypatch.setattr(extension, "find_toolchain", missing)
+    monkeypatch.setattr(extension, "find_tools", missing)
     assert "not usable, plain PyTorch is used: nvcc" in examine()["CUDA extension"]
 
 

@@ -1,7 +1,7 @@
-"""GPU architectures: what to compile for, and what runs on what.
+"""GPU architectures: what to compile for, and which code runs on which GPU.
 
 Targets are named as nvcc names them: ``sm_90`` is machine code for compute capability 9.0,
-``compute_90`` is PTX, which the driver compiles for GPUs of 9.0 and newer. Standard library only.
+``compute_90`` is PTX, which the driver compiles for GPUs of 9.0 and newer.
 """
 
 from __future__ import annotations
@@ -15,20 +15,14 @@ Capability = tuple[int, int]
 
 # Older GPUs lack instructions that the kernels use.
 OLDEST: Capability = (7, 5)
-# What a library is compiled for when it is not known where it will run; PTX of the last.
-AHEAD = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
-# The kernels choose their way by the GPU's capability, and from 8.0 on they take one that is not
-# in code for older GPUs.
+# What is compiled where it is not known which GPU will run it.
+USUAL = "7.5,8.0,8.6,8.9,9.0+PTX"
+# From this capability on, the kernels choose a way that code for older GPUs does not contain.
 _STEP = 80
 
 # The family names that TORCH_CUDA_ARCH_LIST may hold.
-_NAMES = {
-    "turing": ("7.5",),
-    "ampere": ("8.0", "8.6"),
-    "ada": ("8.9",),
-    "hopper": ("9.0",),
-    "blackwell": ("10.0", "12.0"),
-}
+_NAMES = {"turing": ["7.5"], "ampere": ["8.0", "8.6"], "ada": ["8.9"], "hopper": ["9.0"]}
+_NAMES["blackwell"] = ["10.0", "12.0"]
 _ENTRY = re.compile(r"(?:sm_|compute_)?(\d{1,2})\.?(\d)([af]?)")
 
 
@@ -41,7 +35,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     targets = set()
     for entry in re.split(r"[\s,;]+", text.strip()):
         name = entry.lower().removesuffix("+ptx")
-        for number in _NAMES.get(name, (name,)):
+        for number in _NAMES.get(name, [name]):
             match = _ENTRY.fullmatch(number)
             if match is None:
                 raise UsageError(
@@ -58,7 +52,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 def covers(targets: Iterable[str], capability: Capability) -> bool:
     """Whether code for ``targets`` runs, and runs the right way, on a GPU of ``capability``."""
-    wanted = _number(capability)
+    wanted = 10 * capability[0] + capability[1]
     for target in targets:
         kind, value, suffix = _split(target)
         if kind == "sm":
@@ -70,61 +64,37 @@ def covers(targets: Iterable[str], capability: Capability) -> bool:
     return False
 
 
-def targets_for(capabilities: Iterable[Capability], known: Sequence[str]) -> tuple[str, ...]:
-    """The fewest targets for GPUs of ``capabilities``, of those that nvcc knows.
+def targets_for(gpus: Sequence[Capability], known: Sequence[str]) -> tuple[str, ...]:
+    """The fewest of the targets that nvcc knows that serve ``gpus``, without those too old.
 
     Raises:
-        ExtensionError: there is none for one of the GPUs.
+        ExtensionError: there is none for one of the GPUs, or no GPU is left.
     """
+    young = [gpu for gpu in gpus if gpu >= OLDEST]
+    if not young:
+        found = ", ".join(map(show, gpus)) or "none"
+        reason = f"it needs a GPU of compute capability {show(OLDEST)}, found {found}"
+        raise ExtensionError(reason, "gpu")
     targets = set()
-    for capability in capabilities:
+    for gpu in young:
         # The nearest machine code, else the newest PTX, which the driver brings up to date.
-        wanted = [t for t in known if not _split(t)[2] and covers([t], capability)]
+        wanted = [t for t in known if not _split(t)[2] and covers([t], gpu)]
         if not wanted:
-            raise ExtensionError(
-                f"the nvcc at hand cannot compile for compute capability {show(capability)}", "gpu"
-            )
+            reason = f"the nvcc at hand cannot compile for compute capability {show(gpu)}"
+            raise ExtensionError(reason, "gpu")
         targets.add(max(wanted, key=lambda t: (t.startswith("sm_"), _split(t)[1])))
     return _sorted(targets)
 
 
-def ahead_targets(known: Sequence[str]) -> tuple[str, ...]:
-    """:data:`AHEAD`, as far as nvcc knows them, and PTX of the last."""
-    codes = [target for target in AHEAD if target in known]
-    if not codes:
-        raise ExtensionError(f"the nvcc at hand knows none of {', '.join(AHEAD)}", "version")
-    return _sorted([*codes, codes[-1].replace("sm_", "compute_")])
-
-
-def listed_targets(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Targets for machines that are not at hand: of ``$TORCH_CUDA_ARCH_LIST``, else the usual ones.
-
-    Lists made for many programs hold more than nvcc or the kernels know; that is left out.
-    """
-    if not text.strip():
-        return ahead_targets(known)
-    targets = only_known(parse_targets(text), known)
-    if not targets:
-        raise ExtensionError(
-            f"TORCH_CUDA_ARCH_LIST={text} holds nothing that both nvcc and the kernels support",
-            "gpu",
-        )
-    return targets
-
-
 def only_known(targets: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
     """Those of ``targets`` that nvcc knows and the kernels can run on."""
-    oldest = _number(OLDEST)
+    oldest = 10 * OLDEST[0] + OLDEST[1]
     return tuple(t for t in targets if t in known and _split(t)[1] >= oldest)
 
 
 def show(capability: Capability) -> str:
     """``(9, 0)`` -> ``9.0``."""
     return f"{capability[0]}.{capability[1]}"
-
-
-def _number(capability: Capability) -> int:
-    return 10 * capability[0] + capability[1]
 
 
 def _split(target: str) -> tuple[str, int, str]:
