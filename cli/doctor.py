@@ -104,7 +104,7 @@ def _extension() -> list[dict[str, Any]]:
     import torch
 
     from fmupsample.ops.backend import get_backend
-    from fmupsample.ops.building.compiling import find_cxx, find_ninja, find_nvcc
+    from fmupsample.ops.building.compiling import find_tools, version
     from fmupsample.ops.building.extension import EXTENSION
 
     rows = [_extension_state(EXTENSION)]
@@ -115,9 +115,9 @@ def _extension() -> list[dict[str, Any]]:
         rows.append(_check("backend", str(error), NOTE))
     if EXTENSION.loaded is not None:
         rows.append(_comparison())
-    tools = {"nvcc": find_nvcc(torch.version.cuda), "c++": find_cxx(), "ninja": find_ninja()}
-    for name, tool in tools.items():
-        rows.append(_check(name, str(tool)) if tool else _check(name, "not found", NOTE))
+    for name, path in zip(("nvcc", "c++", "ninja"), find_tools(torch.version.cuda), strict=True):
+        row = (f"{version(path)}, {path}",) if path else ("not found", NOTE)
+        rows.append(_check(name, *row))
     return rows
 
 

@@ -16,26 +16,23 @@ import torch
 
 from fmupsample.errors import ExtensionError, UsageError
 from fmupsample.ops.building import compiling, extension
-from fmupsample.ops.building.architectures import covers, parse_targets, targets_for
+from fmupsample.ops.building.architectures import covers, native_targets, parse_targets
 from fmupsample.ops.building.cache import WAITING
 from fmupsample.ops.building.compiling import (
-    Tool,
     Tools,
     compile_library,
-    find_cxx,
-    find_ninja,
     find_tools,
     first_error,
+    required_tools,
 )
 from fmupsample.ops.building.extension import Extension
 
-KNOWN = tuple(f"{kind}_{n}" for kind in ("sm", "compute") for n in (75, 80, 86, 89, 90))
-USUAL = (*KNOWN[:5], "compute_90")
-NVCC = Tool("nvcc", "13.0", targets=KNOWN)
-TOOLS = Tools(Tool("g++", "g++ 1"), Tool("ninja", "1.11"), None)
+KNOWN = [75, 80, 86, 89, 90]
+USUAL = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "compute_90")
+TOOLS = Tools(None, "g++", "ninja")
 
 needs_compiler = pytest.mark.skipif(
-    find_cxx() is None or find_ninja() is None, reason="needs a C++ compiler and ninja"
+    None in find_tools(None)[1:], reason="needs a C++ compiler and ninja"
 )
 
 
@@ -48,7 +45,7 @@ needs_compiler = pytest.mark.skipif(
         ("8.0;9.0+PTX", ("sm_80", "sm_90", "compute_90")),
         ("sm_90 75,8.6", ("sm_75", "sm_86", "sm_90")),
         ("Ampere Hopper+PTX", ("sm_80", "sm_86", "sm_90", "compute_90")),
-        ("compute_80,12.0,9.0a", ("sm_90a", "sm_120", "compute_80")),
+        ("compute_80,12.0,9.0a", ("sm_90", "sm_120", "compute_80")),
     ],
 )
 def test_architectures_are_written_as_everywhere(text, targets) -> None:
@@ -69,8 +66,6 @@ def test_what_is_no_architecture_is_refused(text) -> None:
         (("sm_89",), (8, 6), False),
         (("sm_90",), (10, 0), False),
         (("compute_90",), (12, 0), True),
-        (("sm_90a",), (9, 0), True),
-        (("sm_100a",), (10, 3), False),
         (("compute_75",), (9, 0), False),  # runs, but without the instructions chosen for 9.0
         ((), (9, 0), False),
     ],
@@ -80,11 +75,11 @@ def test_what_runs_on_what(targets, capability, runs) -> None:
 
 
 def test_targets_for_the_gpus_at_hand() -> None:
-    assert targets_for([(9, 0), (8, 0), (9, 0)], KNOWN) == ("sm_80", "sm_90")
-    assert targets_for([(8, 7)], KNOWN) == ("sm_86",)  # nvcc does not know it, its major version
-    assert targets_for([(12, 0)], KNOWN) == ("compute_90",)  # newer than nvcc: the driver compiles
+    assert native_targets([(9, 0), (8, 0), (9, 0)], KNOWN) == ("sm_80", "sm_90")
+    assert native_targets([(8, 7)], KNOWN) == ("sm_86",)  # nvcc does not know it, its major version
+    assert native_targets([(12, 0)], KNOWN) == ("compute_90",)  # the driver compiles
     with pytest.raises(ExtensionError, match=r"capability 8\.0"):
-        targets_for([(8, 0)], ("sm_90", "compute_90"))
+        native_targets([(8, 0)], [90])
 
 
 @pytest.fixture
@@ -93,7 +88,8 @@ def kernels(tmp_path: Path, monkeypatch) -> Extension:
     (tmp_path / "k.cu").write_text("")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(extension, "capabilities", list)
-    monkeypatch.setattr(extension, "find_tools", lambda cuda: TOOLS._replace(nvcc=NVCC))
+    monkeypatch.setattr(compiling, "required_tools", lambda cuda: TOOLS._replace(nvcc="nvcc"))
+    monkeypatch.setattr(compiling, "known_codes", lambda nvcc: KNOWN)
     return Extension(tmp_path, tmp_path / "cache")
 
 
@@ -103,12 +99,10 @@ def test_targets_for_gpus_elsewhere(kernels, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "5.2 7.0 8.0 12.0+PTX")
     assert kernels.targets("listed") == ("sm_80",) and kernels.targets("all") == USUAL
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
-    with pytest.raises(UsageError, match=r"TORCH_CUDA_ARCH_LIST: .* do not support sm_70; "):
+    with pytest.raises(UsageError, match="sm_70 is not supported by the kernels"):
         kernels.targets("listed")
-    with pytest.raises(
-        UsageError, match=r"--arch: nvcc 13\.0 .* sm_60; they are for 7\.5 and newer"
-    ):
-        kernels.targets("6.0,8.0")
+    with pytest.raises(UsageError, match=r"sm_60, sm_120 is not .* 7\.5 and newer, .* sm_75, "):
+        kernels.targets("6.0,8.0,12.0")
     with pytest.raises(ExtensionError, match=r"capability 7\.5, found none"):
         kernels.targets()
     monkeypatch.setattr(extension, "capabilities", lambda: [(6, 1), (9, 0)])
@@ -155,11 +149,10 @@ def test_the_real_nvcc_is_found_behind_a_script(monkeypatch, tmp_path: Path) -> 
     real = toolkit(tmp_path / "cuda-13.0", "13.0")
     wrapper = program(tmp_path / "bin/nvcc", f'exec {real} "$@"')
     monkeypatch.setenv("PATH", str(wrapper.parent), prepend=":")
-    nvcc = compiling.find_nvcc("13.2")
-    assert nvcc is not None and (nvcc.path, nvcc.version) == (str(real), "13.0")
-    assert nvcc.targets == ("sm_80", "sm_90", "compute_80", "compute_90")
+    tools = TOOLS._replace(nvcc=find_tools("13.2").nvcc)
+    assert tools.nvcc == str(real) and compiling.version(str(real)) == "13.0"
+    assert compiling.known_codes(str(real)) == [80, 90]
     # cpp_extension takes the toolkit from there, and the runtime by the name that the linker knows.
-    tools = TOOLS._replace(nvcc=nvcc)
     assert compiling._environment(tmp_path, tools, 2)["CUDA_HOME"] == str(tmp_path / "cuda-13.0")
     (tmp_path / "cuda-13.0/lib").mkdir()
     (tmp_path / "cuda-13.0/lib/libcudart.so.13").write_text("")
@@ -177,10 +170,10 @@ def test_of_several_the_nvcc_that_fits_pytorch_is_taken(monkeypatch, tmp_path: P
     old, new = toolkit(tmp_path / "old", "11.8"), toolkit(tmp_path / "new", "12.4")
     monkeypatch.setenv("CUDA_HOME", str(old.parent.parent))
     monkeypatch.setenv("PATH", str(new.parent), prepend=":")
-    assert compiling.find_nvcc("12.8").path == str(new)
-    assert compiling.find_nvcc("11.8").path == str(old)
+    assert find_tools("12.8").nvcc == str(new)
+    assert find_tools("11.8").nvcc == str(old)
     with pytest.raises(ExtensionError, match=r"CUDA 11\.8 and PyTorch of CUDA 13\.2") as caught:
-        find_tools("13.2")
+        required_tools("13.2")
     assert caught.value.kind == "version"
 
 
@@ -188,7 +181,7 @@ def test_of_several_the_nvcc_that_fits_pytorch_is_taken(monkeypatch, tmp_path: P
 def test_a_missing_tool_is_named(monkeypatch, tmp_path: Path) -> None:
     def reason(cuda: str | None) -> tuple[str, str]:
         with pytest.raises(ExtensionError) as caught:
-            find_tools(cuda)
+            required_tools(cuda)
         return caught.value.kind, str(caught.value)
 
     assert reason("13.0") == ("nvcc", "nvcc, the CUDA compiler, was not found")
@@ -201,12 +194,13 @@ def test_a_missing_tool_is_named(monkeypatch, tmp_path: Path) -> None:
     assert kind == "ninja" and "pip install ninja" in said
     # In the environment of the Python that runs, whether or not that is active.
     ninja = program(tmp_path / "env/bin/ninja", "echo 1.13.0")
-    found = find_tools(None)
-    assert found == (Tool(str(cxx), "c++ 12"), Tool(str(ninja), "1.13.0"), None)
+    assert required_tools(None) == (None, str(cxx), str(ninja))
+    assert compiling.version(str(cxx)) == "c++ 12" and compiling.version(str(ninja)) == "1.13.0"
     # cpp_extension takes one word.
     monkeypatch.setenv("CXX", f"ccache {cxx} -m64")
-    cxx_of_two = find_tools(None).cxx
-    assert (cxx_of_two.path, cxx_of_two.flags) == (str(cxx), ("-m64",))
+    tools = required_tools(None)
+    assert tools.cxx == str(cxx)
+    assert "-m64" in compiling._settings([], tmp_path, tools, (), 1)["extra_cflags"]
 
 
 # -- compiling ------------------------------------------------------------------------------------
@@ -242,7 +236,7 @@ def test_a_broken_source_is_explained(tmp_path: Path) -> None:
     heard: list[str] = []
     with pytest.raises(ExtensionError, match=r"op\.cpp:1:18: error: .*nothing") as caught:
         compile_library(
-            [source], work, find_tools(None), (),
+            [source], work, required_tools(None), (),
             log=tmp_path / "log", timeout=600, output=heard.append,
         )  # fmt: skip
     assert caught.value.kind == "compile" and caught.value.log == str(tmp_path / "log")
@@ -291,7 +285,7 @@ def test_a_stand_in_is_compiled_loaded_and_found_again(tmp_path: Path, monkeypat
     library = Extension(sources, tmp_path / "cache", tmp_path).load()
     assert library.fresh and library.targets == ()
     assert torch.ops.fmupsample_stand_in.twice(21) == 42
-    monkeypatch.setattr(extension, "compile_library", never)
+    monkeypatch.setattr(compiling, "compile_library", never)
     assert Extension(sources, tmp_path / "cache", tmp_path).load().path == library.path
     assert {path.name for path in library.path.parent.iterdir()} == {
         ".lock", library.path.name, library.path.with_suffix(".json").name,
@@ -333,7 +327,7 @@ def broken(log: str = "") -> ExtensionError:
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch) -> Path:
     """A source folder, on a machine that has the tools."""
-    monkeypatch.setattr(extension, "find_tools", lambda cuda: TOOLS)
+    monkeypatch.setattr(compiling, "required_tools", lambda cuda: TOOLS)
     folder = tmp_path / "csrc"
     folder.mkdir()
     (folder / "op.cpp").write_text("int x;\n")
@@ -345,7 +339,7 @@ def make(sources: Path, tmp_path: Path, monkeypatch):
     """``make(compiler)``: an extension as a new process would see it; nothing is really loaded."""
 
     def extension_of(compiler=never) -> Extension:
-        monkeypatch.setattr(extension, "compile_library", compiler)
+        monkeypatch.setattr(compiling, "compile_library", compiler)
         made = Extension(sources, tmp_path / "cache", tmp_path / "package")
         made.open = lambda library: None
         return made
@@ -547,9 +541,9 @@ def test_a_failure_is_remembered_explained_and_not_repeated(make, tmp_path: Path
 def test_other_tools_or_sources_are_tried(make, sources: Path, monkeypatch) -> None:
     with pytest.raises(ExtensionError):
         make(Compiler(broken())).load()
-    other = Tools(Tool("g++", "g++ 2"), TOOLS.ninja, None)
+    other = TOOLS._replace(cxx="clang++")
     with monkeypatch.context() as context:
-        context.setattr(extension, "find_tools", lambda cuda: other)
+        context.setattr(compiling, "required_tools", lambda cuda: other)
         assert make(Compiler()).load().fresh
     with pytest.raises(ExtensionError):
         make(Compiler(broken())).build((), force=True)
@@ -562,7 +556,7 @@ def test_a_missing_tool_is_not_remembered(make, monkeypatch) -> None:
         raise ExtensionError("ninja was not found", "ninja")
 
     with monkeypatch.context() as context:
-        context.setattr(extension, "find_tools", missing)
+        context.setattr(compiling, "required_tools", missing)
         with pytest.raises(ExtensionError, match="ninja"):
             make().load()
     assert make(Compiler()).load().fresh
@@ -599,7 +593,7 @@ def test_where_it_cannot_be(make, sources: Path, monkeypatch, files, cuda, kind)
         (sources / name).write_text(text)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(extension, "capabilities", list)
-    monkeypatch.setattr(extension, "find_tools", lambda cuda: TOOLS._replace(nvcc=NVCC))
+    monkeypatch.setattr(compiling, "required_tools", lambda cuda: TOOLS._replace(nvcc="nvcc"))
     with pytest.raises(ExtensionError) as caught:
         make().load()
     assert caught.value.kind == kind

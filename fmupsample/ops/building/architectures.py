@@ -19,77 +19,89 @@ OLDEST: Capability = (7, 5)
 USUAL = "7.5,8.0,8.6,8.9,9.0+PTX"
 # From this capability on, the kernels choose a way that code for older GPUs does not contain.
 _STEP = 80
-
 # The family names that TORCH_CUDA_ARCH_LIST may hold.
 _NAMES = {"turing": ["7.5"], "ampere": ["8.0", "8.6"], "ada": ["8.9"], "hopper": ["9.0"]}
 _NAMES["blackwell"] = ["10.0", "12.0"]
-_ENTRY = re.compile(r"(?:sm_|compute_)?(\d{1,2})\.?(\d)([af]?)")
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """``"8.0;9.0+PTX"``, ``"sm_80 sm_90"`` or ``"Ampere,Hopper+PTX"`` -> targets, sorted.
+    """``"8.0;9.0a+PTX"``, ``"sm_80 sm_90"`` or ``"Ampere,Hopper+PTX"`` -> targets, sorted.
 
     Raises:
         UsageError: an entry that is no architecture.
     """
     targets = set()
     for entry in re.split(r"[\s,;]+", text.strip()):
-        name = entry.lower().removesuffix("+ptx")
+        name, ptx, _ = entry.lower().partition("+ptx")
         for number in _NAMES.get(name, [name]):
-            match = _ENTRY.fullmatch(number)
-            if match is None:
+            # The kernels use nothing that only 9.0a, and not 9.0, has.
+            match = re.fullmatch(r"(sm_|compute_)?(\d{1,2})\.?(\d)[af]?", number)
+            if match is None or entry.lower() != name + ptx:
                 raise UsageError(
                     f"architecture {entry!r} is unknown: write 9.0, 9.0+PTX or sm_90, several "
                     "with commas"
                 )
-            digits = "".join(match.groups())
-            if not number.startswith("compute_"):
-                targets.add(f"sm_{digits}")
-            if number.startswith("compute_") or name != entry.lower():
-                targets.add(f"compute_{digits}")
+            kinds = {match[1] or "sm_", *(["compute_"] if ptx else [])}
+            targets |= {f"{kind}{match[2]}{match[3]}" for kind in kinds}
     return _sorted(targets)
 
 
-def covers(targets: Iterable[str], capability: Capability) -> bool:
-    """Whether code for ``targets`` runs, and runs the right way, on a GPU of ``capability``."""
-    wanted = 10 * capability[0] + capability[1]
-    for target in targets:
-        kind, value, suffix = _split(target)
-        if kind == "sm":
-            same_major = value // 10 == wanted // 10 and value <= wanted and suffix != "a"
-            if value == wanted or same_major:
-                return True
-        elif not suffix and value <= wanted and (value >= _STEP or wanted < _STEP):
-            return True
-    return False
-
-
-def targets_for(gpus: Sequence[Capability], known: Sequence[str]) -> tuple[str, ...]:
-    """The fewest of the targets that nvcc knows that serve ``gpus``, without those too old.
+def native_targets(gpus: Iterable[Capability], known: Iterable[int]) -> tuple[str, ...]:
+    """The fewest targets for ``gpus``, but for those too old, of what nvcc knows (90 for 9.0).
 
     Raises:
-        ExtensionError: there is none for one of the GPUs, or no GPU is left.
+        ExtensionError: no GPU is left, or there is no target for one.
     """
-    young = [gpu for gpu in gpus if gpu >= OLDEST]
-    if not young:
+    targets = set()
+    for gpu in (gpu for gpu in gpus if gpu >= OLDEST):
+        wanted = 10 * gpu[0] + gpu[1]
+        # The nearest machine code, else the newest PTX, which the driver brings up to date.
+        nearest = max((code for code in known if code <= wanted), default=0)
+        kind = "sm" if nearest // 10 == gpu[0] else "compute"
+        if not covers([f"{kind}_{nearest}"], gpu):
+            reason = f"the nvcc at hand cannot compile for compute capability {show(gpu)}"
+            raise ExtensionError(reason, "gpu")
+        targets.add(f"{kind}_{nearest}")
+    if not targets:
         found = ", ".join(map(show, gpus)) or "none"
         reason = f"it needs a GPU of compute capability {show(OLDEST)}, found {found}"
         raise ExtensionError(reason, "gpu")
-    targets = set()
-    for gpu in young:
-        # The nearest machine code, else the newest PTX, which the driver brings up to date.
-        wanted = [t for t in known if not _split(t)[2] and covers([t], gpu)]
-        if not wanted:
-            reason = f"the nvcc at hand cannot compile for compute capability {show(gpu)}"
-            raise ExtensionError(reason, "gpu")
-        targets.add(max(wanted, key=lambda t: (t.startswith("sm_"), _split(t)[1])))
     return _sorted(targets)
 
 
-def only_known(targets: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Those of ``targets`` that nvcc knows and the kernels can run on."""
-    oldest = 10 * OLDEST[0] + OLDEST[1]
-    return tuple(t for t in targets if t in known and _split(t)[1] >= oldest)
+def supported(
+    targets: Sequence[str], known: Iterable[int], *, lenient: bool = False
+) -> tuple[str, ...]:
+    """Those of ``targets`` that nvcc knows and the kernels can run on.
+
+    Args:
+        lenient: leave out the others, as long as something is left.
+
+    Raises:
+        UsageError: nvcc or the kernels do not support one, or with ``lenient`` any.
+    """
+    usable = sorted(code for code in known if code >= 10 * OLDEST[0] + OLDEST[1])
+    left = tuple(target for target in targets if _number(target) in usable)
+    if left != tuple(targets) and not (lenient and left):
+        strange = ", ".join(target for target in targets if target not in left)
+        raise UsageError(
+            f"architecture {strange} is not supported by the kernels, which are for "
+            f"{show(OLDEST)} and newer, or by the nvcc at hand, which knows "
+            f"{', '.join(f'sm_{code}' for code in usable)} of them"
+        )
+    return left
+
+
+def covers(targets: Iterable[str], gpu: Capability) -> bool:
+    """Whether code for ``targets`` runs, and runs the right way, on ``gpu``."""
+    wanted = 10 * gpu[0] + gpu[1]
+    older = [target for target in targets if _number(target) <= wanted]
+    return any(
+        _number(target) // 10 == gpu[0]
+        if target.startswith("sm_")
+        else _number(target) >= _STEP or wanted < _STEP
+        for target in older
+    )
 
 
 def show(capability: Capability) -> str:
@@ -97,13 +109,10 @@ def show(capability: Capability) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _split(target: str) -> tuple[str, int, str]:
-    """``sm_90a`` -> ``("sm", 90, "a")``."""
-    kind, _, rest = target.partition("_")
-    digits = rest.rstrip("af")
-    return kind, int(digits), rest[len(digits) :]
+def _number(target: str) -> int:
+    return int(target.partition("_")[2])
 
 
 def _sorted(targets: Iterable[str]) -> tuple[str, ...]:
     """Machine code first, then PTX, each from old to new."""
-    return tuple(sorted(set(targets), key=lambda t: (not t.startswith("sm_"), _split(t)[1:])))
+    return tuple(sorted(targets, key=lambda t: (t.startswith("compute_"), _number(t))))

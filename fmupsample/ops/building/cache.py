@@ -7,13 +7,17 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fmupsample.atomic import replacing
+from fmupsample.ops.building.architectures import OLDEST, Capability, covers
 from fmupsample.ops.building.compiling import Progress
 
 WAITING = "waiting for another process that compiles the CUDA extension"
@@ -49,6 +53,19 @@ class Library:
             return library if path.stat().st_size == library.bytes else None
         except (OSError, KeyError, TypeError):
             return None
+
+    def refused(self, key: str, gpus: Sequence[Capability]) -> str | None:
+        """Why it does not serve the PyTorch in use, sources of ``key``, and ``gpus``.
+
+        GPUs that are too old for the kernels use plain PyTorch and need no code.
+        """
+        if self.torch != torch.__version__:
+            return f"was compiled for PyTorch {self.torch}, this is {torch.__version__}"
+        if self.key != key:
+            return "was compiled from other sources, or for another CUDA"
+        if not all(covers(self.targets, gpu) for gpu in gpus if gpu >= OLDEST):
+            return f"holds {', '.join(self.targets)}, not for this GPU"
+        return None
 
     def write(self, compiled: Path) -> None:
         """Copy the file ``compiled`` to the path of this library, whole or not at all."""
@@ -135,3 +152,16 @@ def locked(path: Path, progress: Progress | None) -> Iterator[None]:
                 pass
             break
         yield
+
+
+@contextlib.contextmanager
+def work_folder(cache: Path, timeout: float) -> Iterator[Path]:
+    """An empty folder in ``cache`` that goes at the end.
+
+    Those of killed processes go as well: no build takes longer than ``timeout`` seconds.
+    """
+    for leftover in cache.glob(".build-*"):
+        if time.time() - leftover.stat().st_mtime > timeout:
+            shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as work:
+        yield Path(work)

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,84 +40,67 @@ _CHILD = "import json, sys, torch.utils.cpp_extension as e; e.load(**json.loads(
 _PACKAGES = Path(torch.__file__).parents[1] / "nvidia"  # the CUDA toolkit as Python packages
 
 
-@dataclass(frozen=True)
-class Tool:
-    """A compiler or ninja.
-
-    Attributes:
-        path: the program itself; of nvcc that in its toolkit, not a script that starts it.
-        flags: what the C++ compiler is always given.
-        targets: what nvcc can compile for: ``sm_80``, ..., ``compute_80``, ...
-    """
-
-    path: str
-    version: str
-    flags: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.version}, {shlex.join([self.path, *self.flags])}"
-
-
 class Tools(NamedTuple):
-    """All that a build needs; ``nvcc`` is ``None`` where there is no CUDA source."""
+    """The paths of all that a build needs; ``None``: it was not found."""
 
-    cxx: Tool
-    ninja: Tool
-    nvcc: Tool | None
+    nvcc: str | None
+    cxx: str | None
+    ninja: str | None
+
+    def identity(self) -> list[str]:
+        """Paths and versions, by which a later process sees that it has the same tools."""
+        return [f"{version(path)}, {path}" for path in self if path]
 
 
 def find_tools(torch_cuda: str | None) -> Tools:
-    """The tools for an extension of a PyTorch made for CUDA ``torch_cuda`` (``None``: no CUDA).
+    """What this machine has, for a PyTorch made for CUDA ``torch_cuda``.
+
+    ``nvcc`` is the first of the same major version, else the first at all, in its toolkit and not
+    a script that starts it.
+    """
+    found = [path for path in dict.fromkeys(map(_real_nvcc, _nvcc_paths())) if path]
+    fitting = [path for path in found if _major(version(path)) == _major(torch_cuda or "")]
+    # cpp_extension takes one word for the C++ compiler, and puts ccache in front by itself.
+    given = [word for word in shlex.split(os.environ.get("CXX", "")) if word[0] != "-"][-1:]
+    cxx = filter(None, map(shutil.which, given or ["c++", "g++", "clang++"]))
+    # ninja may be beside the Python that runs, in an environment that is not active.
+    beside = str(Path(sys.executable).parent)
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=beside)
+    return Tools(next(iter(fitting or found), None), next(cxx, None), ninja)
+
+
+def required_tools(torch_cuda: str | None) -> Tools:
+    """The tools that a build needs; ``torch_cuda`` is ``None`` where there is no CUDA source.
 
     Raises:
         ExtensionError: something is missing, or nvcc does not fit PyTorch.
     """
-    nvcc = find_nvcc(torch_cuda) if torch_cuda else None
-    if torch_cuda and nvcc is None:
+    tools = find_tools(torch_cuda)
+    if torch_cuda and not tools.nvcc:
         raise ExtensionError("nvcc, the CUDA compiler, was not found", "nvcc")
-    if torch_cuda and nvcc and _major(nvcc.version) != _major(torch_cuda):
+    if torch_cuda and _major(version(tools.nvcc)) != _major(torch_cuda):
         raise ExtensionError(
-            f"nvcc is of CUDA {nvcc.version} and PyTorch of CUDA {torch_cuda}: "
+            f"nvcc is of CUDA {version(tools.nvcc)} and PyTorch of CUDA {torch_cuda}: "
             "their major versions must be the same",
             "version",
         )
-    cxx, ninja = find_cxx(), find_ninja()
-    if cxx is None:
+    if not tools.cxx:
         raise ExtensionError("no C++ compiler was found (c++, g++, clang++ or $CXX)", "compiler")
-    if ninja is None:
+    if not tools.ninja:
         raise ExtensionError("ninja was not found; `pip install ninja` brings it", "ninja")
-    return Tools(cxx, ninja, nvcc)
+    return tools if torch_cuda else tools._replace(nvcc=None)
 
 
-def find_cxx() -> Tool | None:
-    """The C++ compiler: that of ``$CXX``, with its flags, or one of the usual names."""
-    given = shlex.split(os.environ.get("CXX", ""))
-    flags = tuple(word for word in given if word.startswith("-"))
-    # cpp_extension takes a single word, and puts ccache in front of it by itself.
-    names = [word for word in given if word not in flags][-1:] or ["c++", "g++", "clang++"]
-    for path in filter(None, map(shutil.which, names)):
-        if said := _ask(path, "--version"):
-            return Tool(path, said.splitlines()[0], flags)
-    return None
+def version(tool: str) -> str:
+    """What a tool says of its version, e.g. ``13.0`` of nvcc."""
+    said = _ask(tool, "--version")
+    release = re.search(r"release (\d+\.\d+)", said)
+    return release[1] if release else said.partition("\n")[0]
 
 
-def find_ninja() -> Tool | None:
-    """ninja on the path, or beside the Python that runs, whose environment may not be active."""
-    path = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-    said = _ask(path, "--version") if path else None
-    return Tool(path, said.strip()) if path and said else None
-
-
-def find_nvcc(torch_cuda: str | None) -> Tool | None:
-    """The first nvcc of the major version of CUDA ``torch_cuda``, else the first at all."""
-    first = None
-    for path in dict.fromkeys(_nvcc_paths()):
-        nvcc = _describe_nvcc(path)
-        if nvcc and torch_cuda and _major(nvcc.version) == _major(torch_cuda):
-            return nvcc
-        first = first or nvcc
-    return first
+def known_codes(nvcc: str) -> list[int]:
+    """What ``nvcc`` can compile for: 90 for compute capability 9.0, ..."""
+    return [int(code) for code in re.findall(r"\bsm_(\d+)\b", _ask(nvcc, "--list-gpu-code"))]
 
 
 def compile_library(
@@ -199,27 +181,29 @@ def _settings(
     sources: Sequence[Path], work: Path, tools: Tools, targets: Sequence[str], jobs: int
 ) -> dict[str, object]:
     """The arguments of ``cpp_extension.load``."""
+    flags = [word for word in shlex.split(os.environ.get("CXX", "")) if word[0] == "-"]
     cuda, include = list(_NVCC_FLAGS), []
-    if tools.nvcc:
-        home = Path(tools.nvcc.path).parents[1]
-        packages = [_PACKAGES / f"cu{_major(tools.nvcc.version)}", _PACKAGES / "cuda_runtime"]
-        homes = [home, *sorted(home.glob("targets/*")), *packages]
+    files = sum(path.suffix == ".cu" for path in sources)
+    if files:
+        home = Path(tools.nvcc).parents[1]
+        homes = [home, *sorted(home.glob("targets/*")), *_PACKAGES.glob("cu[0-9]*")]
         include = [str(h / "include") for h in homes if h != Path("/usr")]
         # Python packages lack the plain name of the CUDA runtime, by which the linker finds it.
         for runtime in [file for h in homes for file in sorted(h.glob("lib*/libcudart.so*"))][:1]:
             (work / "libcudart.so").symlink_to(runtime)
         cuda += [f"-gencode=arch={t.replace('sm_', 'compute_')},code={t}" for t in targets]
         # Compilers beyond one for each file share the architectures of a file.
-        cuda += ["--threads", str(max(1, jobs // sum(path.suffix == ".cu" for path in sources)))]
+        cuda += ["--threads", str(max(1, jobs // files))]
     return {
         "name": _NAME,
         "sources": [str(path.resolve()) for path in sources],
-        "extra_cflags": [*tools.cxx.flags, *_CXX_FLAGS],
+        "extra_cflags": [*flags, *_CXX_FLAGS],
         "extra_cuda_cflags": cuda,
-        "extra_ldflags": [*tools.cxx.flags, "-L."],
+        # Without what it does not need, such as PyTorch's Python module.
+        "extra_ldflags": [*flags, "-L.", "-Wl,--as-needed"],
         "extra_include_paths": include,
         "build_directory": str(work),
-        "with_cuda": tools.nvcc is not None,
+        "with_cuda": files > 0,
         "is_python_module": False,
         "verbose": True,
     }
@@ -227,51 +211,47 @@ def _settings(
 
 def _environment(work: Path, tools: Tools, jobs: int) -> dict[str, str]:
     """What ``cpp_extension`` and the compilers read."""
-    changes = {
-        "CXX": tools.cxx.path,
-        "CC": os.environ.get("NVCC_CCBIN") or tools.cxx.path,  # the C++ compiler that nvcc uses
+    beside = str(Path(tools.ninja).parent)
+    home = {"CUDA_HOME": str(Path(tools.nvcc).parents[1])} if tools.nvcc else {}
+    return {
+        **os.environ,
+        **home,
+        "CXX": tools.cxx,
+        "CC": os.environ.get("NVCC_CCBIN") or tools.cxx,  # the C++ compiler that nvcc uses
         "MAX_JOBS": str(jobs),
-        "PATH": os.pathsep.join([os.environ.get("PATH", ""), str(Path(tools.ninja.path).parent)]),
+        "PATH": os.pathsep.join([os.environ.get("PATH", ""), beside]),
         "TMPDIR": str(work),
+        "TORCH_EXTENSION_SKIP_NVCC_GEN_DEPENDENCIES": "1",  # they serve a second build only
         "LC_ALL": "C",
     }
-    if tools.nvcc:
-        changes["CUDA_HOME"] = str(Path(tools.nvcc.path).parents[1])
-    return {**os.environ, **changes}
 
 
 def _nvcc_paths() -> Iterator[str]:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     yield from (str(Path(home, "bin", "nvcc")) for home in homes)
-    yield from filter(None, [shutil.which("nvcc")])
+    yield shutil.which("nvcc") or ""
     yield from map(str, sorted(Path("/usr/local").glob("cuda*/bin/nvcc")))
     yield from map(str, sorted(_PACKAGES.glob("*/bin/nvcc")))
 
 
-def _describe_nvcc(path: str) -> Tool | None:
-    """Ask the nvcc at ``path``, which may be a script, where it is and what it knows."""
-    release = re.search(r"release (\d+\.\d+)", _ask(path, "--version") or "")
-    if release is None:
-        return None
+def _real_nvcc(path: str) -> str | None:
+    """The nvcc that ``path``, which may be a script, starts; ``None`` if that is none."""
     # The file need not exist: with --dryrun nothing is read.
-    here = re.search(r"#\$ _HERE_=(.+)", _ask(path, "--dryrun", "-c", "none.cu") or "")
-    real = here and shutil.which("nvcc", path=here[1].strip())
-    codes = re.findall(r"\bsm_\w+", _ask(path, "--list-gpu-code") or "")
-    codes += [code.replace("sm_", "compute_") for code in codes]
-    return Tool(real or path, release[1], targets=tuple(codes))
+    here = re.search(r"#\$ _HERE_=(.+)", _ask(path, "--dryrun", "-c", "none.cu"))
+    return shutil.which("nvcc", path=here[1].strip()) if here else None
 
 
-def _major(version: str) -> str:
-    return version.partition(".")[0]
+def _major(release: str) -> str:
+    return release.partition(".")[0]
 
 
-def _ask(*command: str) -> str | None:
-    """What a program prints, or ``None`` if it does not run or fails."""
+def _ask(*command: str) -> str:
+    """What a program prints; nothing if it does not run or fails."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=30, check=False,
             stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout + done.stderr if done.returncode == 0 else None
+        return ""
+    return "" if done.returncode else done.stdout + done.stderr

@@ -28,28 +28,12 @@ from typing import Any
 
 import torch
 
-from fmupsample.errors import ExtensionError, UsageError
+from fmupsample.errors import ExtensionError
 from fmupsample.folders import cache_folder
-from fmupsample.ops.building.architectures import (
-    OLDEST,
-    USUAL,
-    Capability,
-    covers,
-    only_known,
-    parse_targets,
-    show,
-    targets_for,
-)
-from fmupsample.ops.building.cache import (
-    Library,
-    is_ours,
-    is_private,
-    locked,
-    make_private,
-    read_json,
-    write_json,
-)
-from fmupsample.ops.building.compiling import FLAGS, Progress, Tools, compile_library, find_tools
+from fmupsample.ops.building import architectures, cache, compiling
+from fmupsample.ops.building.architectures import Capability
+from fmupsample.ops.building.cache import Library
+from fmupsample.ops.building.compiling import Progress, Tools
 
 PACKAGE = Path(__file__).parents[1]  # fmupsample.ops
 # A build takes about a minute; one that takes this long will not end.
@@ -116,7 +100,7 @@ class Extension:
 
     def tools(self) -> Tools:
         """Raises ExtensionError where a tool is missing."""
-        return find_tools(torch.version.cuda if self.has_cuda else None)
+        return compiling.required_tools(torch.version.cuda if self.has_cuda else None)
 
     def targets(self, arch: str = "native") -> tuple[str, ...]:
         """What to compile for, as nvcc names it.
@@ -130,31 +114,22 @@ class Extension:
             UsageError: not an architecture, or one that nvcc or the kernels do not support.
             ExtensionError: there is no GPU for ``"native"``, or a tool is missing.
         """
-        given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() if arch == "listed" else ""
-        asked = (
-            ()
-            if arch == "native"
-            else parse_targets(given or (USUAL if arch in ("listed", "all") else arch))
-        )
+        text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() if arch == "listed" else arch
+        text = architectures.USUAL if text in ("", "all") else text
+        asked = architectures.parse_targets(text) if text != "native" else ()
         self.check()
         nvcc = self.tools().nvcc
         if nvcc is None:
             return ()
-        if arch == "native":
-            return targets_for(capabilities(), nvcc.targets)
-        known = only_known(asked, nvcc.targets)
-        if known != asked and (arch not in ("listed", "all") or not known):
-            raise UsageError(
-                f"{'TORCH_CUDA_ARCH_LIST' if given else '--arch'}: nvcc {nvcc.version} or the "
-                f"kernels do not support {', '.join(t for t in asked if t not in known)}; they are "
-                f"for {show(OLDEST)} and newer, nvcc for {nvcc.targets[0]} and newer"
-            )
-        return known
+        known = compiling.known_codes(nvcc)
+        if text == "native":
+            return architectures.native_targets(capabilities(), known)
+        return architectures.supported(asked, known, lenient=arch in ("listed", "all"))
 
     def key(self) -> str:
         """16 hex digits over all that decides the library, but for the architectures."""
         facts = [torch.__version__, torch.version.cuda, platform.system(), platform.machine()]
-        whole = hashlib.sha256("\n".join(map(str, [*facts, *FLAGS])).encode())
+        whole = hashlib.sha256("\n".join(map(str, [*facts, *compiling.FLAGS])).encode())
         for path in sorted(self.folder.glob("*")):
             if path.suffix in (".cpp", ".cu", ".cuh", ".h"):
                 whole.update(f"\n{path.name} {path.stat().st_size}\n".encode())
@@ -165,32 +140,25 @@ class Extension:
         """The library in the package, or why the one that is there is not used."""
         for path in sorted(self.package.glob("_cuda*.so")):
             library = Library.read(path)
-            if library is None:
-                return None, f"{path} is damaged"
-            if library.torch != torch.__version__:
-                made = f"compiled for PyTorch {library.torch}, this is {torch.__version__}"
-                return None, f"{path} was {made}"
-            if library.key != self.key():
-                return None, f"{path} was compiled from other sources, or for another CUDA"
-            if not _serves(library, gpus):
-                return None, f"{path} holds {', '.join(library.targets)}, not for this GPU"
-            return library, None
+            refused = library.refused(self.key(), gpus) if library else "is damaged"
+            return (None, f"{path} {refused}") if refused else (library, None)
         return None, None
 
     def cached(self, gpus: Sequence[Capability] = ()) -> Library | None:
         """The library in the cache; of several, the one for the most architectures."""
-        if not is_private(self.cache):
+        if not cache.is_private(self.cache):
             return None
-        paths = filter(is_ours, self.cache.glob(f"{self.key()}-*.so"))
-        found = [lib for lib in map(Library.read, paths) if lib and _serves(lib, gpus)]
+        key = self.key()
+        paths = filter(cache.is_ours, self.cache.glob(f"{key}-*.so"))
+        found = [lib for lib in map(Library.read, paths) if lib and not lib.refused(key, gpus)]
         return max(found, key=lambda library: len(library.targets), default=None)
 
     def remembered(self, targets: Sequence[str] | None = None) -> ExtensionError | None:
         """Why the last build with these tools failed, if it was for ``targets`` (None: any)."""
-        known = read_json(self._record)
+        known = cache.read_json(self._record)
         if not known or targets not in (None, tuple(known.get("targets", ()))):
             return None
-        if known.get("tools") != [str(tool) for tool in self.tools()]:
+        if known.get("tools") != self.tools().identity():
             return None
         reason = f"{known.get('reason')} (an earlier build; `fmupsample build` tries again)"
         return ExtensionError(reason, str(known.get("kind")), known.get("log"))
@@ -217,36 +185,37 @@ class Extension:
             ExtensionError: it did not work; the reason is remembered if the compilers gave it.
         """
         self.check()
-        tools, cache = self.tools(), self.cache
-        path = cache / f"{self.key()}-{'-'.join(targets) or 'host'}.so"
+        tools = self.tools()
+        path = self.cache / f"{self.key()}-{'-'.join(targets) or 'host'}.so"
         try:
-            make_private(cache)
-            with locked(cache / ".lock", progress):
+            cache.make_private(self.cache)
+            with cache.locked(self.cache / ".lock", progress):
                 # Another process may have been here while this one waited.
-                if not force and is_ours(path) and (library := Library.read(path)):
+                if not force and cache.is_ours(path) and (library := Library.read(path)):
                     return library
                 if not retry and (failure := self.remembered(targets)):
                     raise failure
-                for leftover in cache.glob(".build-*"):  # of a process that was killed
-                    if time.time() - leftover.stat().st_mtime > TIMEOUT:
-                        shutil.rmtree(leftover, ignore_errors=True)
-                with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as work:
-                    log = self._record.with_suffix(".log")
-                    options |= {"log": log, "progress": progress}
-                    try:
-                        library = self._compile(path, Path(work), tools, targets, **options)
-                    except ExtensionError as error:
-                        self._remember(error, tools, targets)
-                        raise
-                for old in (log, self._record):
-                    old.unlink(missing_ok=True)
-                return library
+                with cache.work_folder(self.cache, TIMEOUT) as work:
+                    return self._build(path, work, tools, targets, progress=progress, **options)
         except OSError as error:
-            raise ExtensionError(
-                f"cannot write to {cache} ({error.strerror or error}); FMUPSAMPLE_CACHE "
-                "names another cache folder",
-                "cache",
-            ) from error
+            reason = f"cannot write to {self.cache} ({error.strerror or error})"
+            advice = "FMUPSAMPLE_CACHE names another cache folder"
+            raise ExtensionError(f"{reason}; {advice}", "cache") from error
+
+    def _build(
+        self, path: Path, work: Path, tools: Tools, targets: tuple[str, ...], **options: Any
+    ) -> Library:
+        """Compile into the cache, and remember how that ended."""
+        log = self._record.with_suffix(".log")
+        try:
+            library = self._compile(path, work, tools, targets, log=log, **options)
+        except ExtensionError as error:
+            facts = {"reason": str(error), "kind": error.kind, "log": error.log}
+            cache.write_json(self._record, facts | {"targets": targets, "tools": tools.identity()})
+            raise
+        for old in (log, self._record):
+            old.unlink(missing_ok=True)
+        return library
 
     def build_into(self, path: Path, targets: tuple[str, ...], **options: Any) -> Library:
         """Compile into the library ``path``, ``_cuda*.so`` of a package, with facts beside it.
@@ -285,7 +254,9 @@ class Extension:
         self, path: Path, work: Path, tools: Tools, targets: tuple[str, ...], **options: Any
     ) -> Library:
         began = time.monotonic()
-        made = compile_library(self.sources, work, tools, targets, timeout=TIMEOUT, **options)
+        made = compiling.compile_library(
+            self.sources, work, tools, targets, timeout=TIMEOUT, **options
+        )
         seconds = round(time.monotonic() - began, 1)
         size = made.stat().st_size
         library = Library(path, targets, self.key(), torch.__version__, seconds, size)
@@ -296,20 +267,12 @@ class Extension:
     def _record(self) -> Path:
         return self.cache / f"{self.key()}.failed.json"
 
-    def _remember(self, error: ExtensionError, tools: Tools, targets: tuple[str, ...]) -> None:
-        facts = {"reason": str(error), "kind": error.kind, "log": error.log}
-        write_json(self._record, {**facts, "targets": targets, "tools": [str(t) for t in tools]})
-
 
 def capabilities() -> list[Capability]:
     """Of every GPU that this process sees."""
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-
-
-def _serves(library: Library, gpus: Sequence[Capability]) -> bool:
-    return all(covers(library.targets, gpu) for gpu in gpus if gpu >= OLDEST)
 
 
 EXTENSION = Extension()
