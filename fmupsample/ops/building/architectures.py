@@ -87,7 +87,7 @@ def supported(
         raise UsageError(
             f"architecture {strange} is not supported by the kernels, which are for "
             f"{show(OLDEST)} and newer, or by the nvcc at hand, which knows "
-            f"{', '.join(f'sm_{code}' for code in usable)} of them"
+            f"{', '.join(f'sm_{code}' for code in usable)}"
         )
     return left
 

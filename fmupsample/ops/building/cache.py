@@ -131,10 +131,10 @@ def _holds(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path, progress: Progress | None) -> Iterator[None]:
+def locked(path: Path, progress: Progress | None) -> Iterator[bool]:
     """Hold the lock file ``path``, waiting for it; it is free when its process has ended.
 
-    Network disks may have no locks: nobody waits there.
+    Network disks may have no locks: nobody waits there, and it yields False.
     """
     import fcntl  # which Windows lacks
 
@@ -147,21 +147,19 @@ def locked(path: Path, progress: Progress | None) -> Iterator[None]:
                 if progress:
                     progress(WAITING, time.monotonic() - began)
                 time.sleep(0.1)
-                continue
             except OSError:
-                pass
-            break
-        yield
+                held = False
+                break
+            else:
+                held = True
+                break
+        yield held
 
 
 @contextlib.contextmanager
-def work_folder(cache: Path, timeout: float) -> Iterator[Path]:
-    """An empty folder in ``cache`` that goes at the end.
-
-    Those of killed processes go as well: no build takes longer than ``timeout`` seconds.
-    """
-    for leftover in cache.glob(".build-*"):
-        if time.time() - leftover.stat().st_mtime > timeout:
-            shutil.rmtree(leftover, ignore_errors=True)
+def work_folder(cache: Path, *, alone: bool) -> Iterator[Path]:
+    """An empty folder in ``cache`` that goes at the end; where ``alone``, so do killed builds'."""
+    for leftover in cache.glob(".build-*") if alone else ():
+        shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=cache) as work:
         yield Path(work)

@@ -189,13 +189,13 @@ class Extension:
         path = self.cache / f"{self.key()}-{'-'.join(targets) or 'host'}.so"
         try:
             cache.make_private(self.cache)
-            with cache.locked(self.cache / ".lock", progress):
+            with cache.locked(self.cache / ".lock", progress) as alone:
                 # Another process may have been here while this one waited.
                 if not force and cache.is_ours(path) and (library := Library.read(path)):
                     return library
                 if not retry and (failure := self.remembered(targets)):
                     raise failure
-                with cache.work_folder(self.cache, TIMEOUT) as work:
+                with cache.work_folder(self.cache, alone=alone) as work:
                     return self._build(path, work, tools, targets, progress=progress, **options)
         except OSError as error:
             reason = f"cannot write to {self.cache} ({error.strerror or error})"
