@@ -61,7 +61,9 @@ def find_tools(torch_cuda: str | None) -> Tools:
     found = [path for path in dict.fromkeys(map(_real_nvcc, _nvcc_paths())) if path]
     fitting = [path for path in found if _major(version(path)) == _major(torch_cuda or "")]
     # cpp_extension takes one word for the C++ compiler, and puts ccache in front by itself.
-    given = [word for word in shlex.split(os.environ.get("CXX", "")) if word[0] != "-"][-1:]
+    given = [word for word in shlex.split(os.environ.get("CXX", "")) if not word.startswith("-")][
+        -1:
+    ]
     cxx = filter(None, map(shutil.which, given or ["c++", "g++", "clang++"]))
     # ninja may be beside the Python that runs, in an environment that is not active.
     beside = str(Path(sys.executable).parent)
@@ -181,7 +183,7 @@ def _settings(
     sources: Sequence[Path], work: Path, tools: Tools, targets: Sequence[str], jobs: int
 ) -> dict[str, object]:
     """The arguments of ``cpp_extension.load``."""
-    flags = [word for word in shlex.split(os.environ.get("CXX", "")) if word[0] == "-"]
+    flags = [word for word in shlex.split(os.environ.get("CXX", "")) if word.startswith("-")]
     cuda, include = list(_NVCC_FLAGS), []
     files = sum(path.suffix == ".cu" for path in sources)
     if files:
