@@ -16,8 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-HOME = Path("fmupsample", "ops")
-NAMES = ("_cuda.so", "_cuda.json")
+NAMES = ("fmupsample/ops/_cuda.so", "fmupsample/ops/_cuda.json")
 
 
 class BuildLibrary(build_ext):
@@ -25,30 +24,21 @@ class BuildLibrary(build_ext):
 
     def run(self) -> None:
         sys.path.insert(0, str(ROOT))
-        from fmupsample.errors import ExtensionError
-        from fmupsample.ops.building.architectures import listed_targets
+        from fmupsample.errors import FmupsampleError
         from fmupsample.ops.building.extension import EXTENSION
 
+        path = (ROOT if self.inplace else Path(self.build_lib)) / NAMES[0]
         try:
-            EXTENSION.check()
-            nvcc = EXTENSION.toolchain().nvcc
-            wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-            targets = listed_targets(wanted, nvcc.targets) if nvcc else ()
-            library = EXTENSION.build_into(self._folder() / NAMES[0], targets, jobs=self.parallel)
-        except ExtensionError as error:
+            library = EXTENSION.build_into(path, EXTENSION.targets("listed"), jobs=self.parallel)
+        except FmupsampleError as error:
             sys.exit(f"error: FMUPSAMPLE_BUILD_CUDA is set, but {error}")
-        print(f"compiled {library.path} for {', '.join(targets)} in {library.seconds:.0f} s")
-
-    def _folder(self) -> Path:
-        return (ROOT if self.inplace else Path(self.build_lib)) / HOME
+        print(f"compiled {path} for {', '.join(library.targets)} in {library.seconds:.0f} s")
 
     def get_outputs(self) -> list[str]:
-        return [str(self._folder() / name) for name in NAMES]
+        return [str(ROOT / name if self.inplace else Path(self.build_lib, name)) for name in NAMES]
 
     def get_output_mapping(self) -> dict[str, str]:
-        if not self.inplace:
-            return {}
-        return {str(Path(self.build_lib, HOME, name)): str(HOME / name) for name in NAMES}
+        return {str(Path(self.build_lib, name)): name for name in NAMES if self.inplace}
 
 
 class PlatformWheel(bdist_wheel):
@@ -58,11 +48,9 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+options = {}
 if os.environ.get("FMUPSAMPLE_BUILD_CUDA", "") not in ("", "0"):
-    setup(
-        # For setuptools it is an extension without sources: a file of this platform to be made.
-        ext_modules=[Extension("fmupsample.ops._cuda", sources=[])],
-        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
-    )
-else:
-    setup()
+    # For setuptools it is an extension without sources: a file of this platform to be made.
+    options["ext_modules"] = [Extension("fmupsample.ops._cuda", sources=[])]
+    options["cmdclass"] = {"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel}
+setup(**options)

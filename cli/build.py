@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from fmupsample_cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from fmupsample.ops.building.extension import Extension, Library
+    from fmupsample.ops.building.cache import Library
 
 
 def build(
@@ -57,13 +56,14 @@ def build(
         fmupsample build --arch all --force
     """
     from fmupsample.errors import ExtensionError
-    from fmupsample.ops.building.extension import EXTENSION
+    from fmupsample.ops.building.extension import EXTENSION, capabilities
     from fmupsample.wording import human_bytes
     from fmupsample_cli.progress import BuildLine
     from fmupsample_cli.report import print_json, print_summary
 
     try:
-        targets = choose_targets(EXTENSION, arch)
+        default = "native" if capabilities() else "listed"
+        targets = EXTENSION.targets((arch or "").strip().lower() or default)
         # The line that counts, or what the compilers say: not both.
         with BuildLine(quiet=quiet or verbose) as line:
             library = EXTENSION.build(
@@ -81,7 +81,7 @@ def build(
         raise
     rows = {
         "library": str(library.path),
-        "size": human_bytes(library.path.stat().st_size),
+        "size": human_bytes(library.bytes),
         "for": f"PyTorch {library.torch}, {', '.join(library.targets) or 'the CPU'}",
         "compiled": _when(library),
     }
@@ -89,48 +89,15 @@ def build(
     print_summary(title, rows, as_json=as_json, payload=_payload(library))
 
 
-def choose_targets(extension: Extension, arch: str | None) -> tuple[str, ...]:
-    """What ``--arch`` asks for, as nvcc names it.
-
-    Raises:
-        UsageError: not an architecture, or one that nvcc or the kernels do not know.
-        ExtensionError: the extension cannot be compiled here at all.
-    """
-    from fmupsample.errors import UsageError
-    from fmupsample.ops.building.architectures import listed_targets, only_known, parse_targets
-    from fmupsample.ops.building.extension import capabilities
-
-    word = (arch or "").strip().lower()
-    explicit = parse_targets(word) if word not in ("", "native", "all") else ()
-    extension.check()
-    nvcc = extension.toolchain().nvcc
-    if nvcc is None:
-        return ()
-    if explicit:
-        known = only_known(explicit, nvcc.targets)
-        if known != explicit:
-            strange = ", ".join(t for t in explicit if t not in known)
-            raise UsageError(
-                f"--arch: nvcc {nvcc.version} or the kernels do not support {strange}; they are "
-                f"for 7.5 and newer, nvcc for {nvcc.targets[0]} and newer"
-            )
-        return explicit
-    gpus = capabilities()
-    if word == "native" or (not word and gpus):
-        return extension.needed(gpus)
-    listed = "" if word == "all" else os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    return listed_targets(listed, nvcc.targets)
-
-
 def _payload(library: Library) -> dict[str, Any]:
     return {
         "ok": True,
         "library": str(library.path),
-        "bytes": library.path.stat().st_size,
+        "bytes": library.bytes,
         "targets": list(library.targets),
         "torch": library.torch,
         "compiled": library.fresh,
-        "seconds": round(library.seconds, 1),
+        "seconds": library.seconds,
     }
 
 

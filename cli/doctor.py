@@ -105,8 +105,8 @@ def _extension() -> list[dict[str, Any]]:
     import torch
 
     from fmupsample.ops.backend import get_backend
+    from fmupsample.ops.building.compiling import find_tools, version
     from fmupsample.ops.building.extension import EXTENSION
-    from fmupsample.ops.building.toolchain import find_cxx, find_ninja, find_nvcc
 
     rows = [_extension_state(EXTENSION)]
     try:
@@ -116,9 +116,9 @@ def _extension() -> list[dict[str, Any]]:
         rows.append(_check("backend", str(error), NOTE))
     if EXTENSION.loaded is not None:
         rows.append(_comparison())
-    tools = {"nvcc": find_nvcc(torch.version.cuda), "c++": find_cxx(), "ninja": find_ninja()}
-    for name, tool in tools.items():
-        rows.append(_check(name, str(tool)) if tool else _check(name, "not found", NOTE))
+    for name, path in zip(("nvcc", "c++", "ninja"), find_tools(torch.version.cuda), strict=True):
+        row = (f"{version(path)}, {path}",) if path else ("not found", NOTE)
+        rows.append(_check(name, *row))
     return rows
 
 
@@ -138,15 +138,12 @@ def _extension_state(extension: Extension) -> dict[str, Any]:
                 return _check(_EXTENSION, f"compiled, not used: no CUDA device; {where}", NOTE)
             extension.load()
             return _check(_EXTENSION, f"loaded: {where}")
-        if gpus:
-            failure = extension.remembered(extension.needed(gpus))
-        else:
-            failure = next(iter(extension.failures()), None)
+        failure = extension.remembered(extension.targets() if gpus else None)
         if failure is not None:
             return _check(_EXTENSION, f"failed, plain PyTorch is used: {failure}", NOTE)
         if not gpus:
             return _check(_EXTENSION, f"not usable: no CUDA device{aside}", NOTE)
-        extension.toolchain()
+        extension.tools()
     except FmupsampleError as error:
         return _check(_EXTENSION, f"not usable, plain PyTorch is used: {error}", NOTE)
     when = "would be compiled at the first use; `fmupsample build` does it now"
@@ -195,7 +192,7 @@ def _caches() -> list[dict[str, Any]]:
     hub, own = hub_cache(), cache_folder()
     count, heads = len(cached_timm_repositories()), len(list(own.glob("heads/*.safetensors")))
     builds = own / "extensions"
-    libraries = len(list(builds.glob("*/*.so")))
+    libraries = len(list(builds.glob("*.so")))
     return [
         _check("hub cache", f"{hub}: {count} timm models, {human_bytes(_folder_size(hub))}"),
         _check("own cache", f"{own}: {heads} heads, {human_bytes(_folder_size(own))}"),

@@ -15,7 +15,7 @@ import torch
 from fmupsample.errors import ExtensionError, UsageError
 from fmupsample.ops import backend, plain
 from fmupsample.ops.building import extension
-from fmupsample.ops.building.extension import Library
+from fmupsample.ops.building.cache import Library
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -32,7 +32,7 @@ class FakeExtension:
             progress("compiling", 1.0)
         if self.error:
             raise self.error
-        return Library(Path("lib.so"), ("sm_80",), "key", torch.__version__, 1.0)
+        return Library(Path("lib.so"), ("sm_80",), "key", torch.__version__, 1.0, 1)
 
 
 @pytest.fixture(autouse=True)

@@ -12,15 +12,16 @@ from drawn import Blocks, PatchMeans, draw
 from fmupsample.errors import ExtensionError
 from fmupsample.ops import backend
 from fmupsample.ops.backend import BACKENDS, Choice
-from fmupsample.ops.building import extension
+from fmupsample.ops.building import compiling, extension
+from fmupsample.ops.building.compiling import Tools
 from fmupsample.ops.building.extension import Extension
-from fmupsample.ops.building.toolchain import Nvcc, Tool, Toolchain
 from fmupsample_cli import loading
 from fmupsample_cli.main import main
 from fmupsample_cli.options import BackendName
 
-KNOWN = tuple(f"{kind}_{n}" for kind in ("sm", "compute") for n in (75, 80, 86, 89, 90))
-TOOLS = Toolchain(Tool(("g++",), "g++ 1"), Tool(("ninja",), "1.11"), Nvcc(("nvcc",), "13.0", KNOWN))
+KNOWN = [75, 80, 86, 89, 90]
+USUAL = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "compute_90")
+TOOLS = Tools("nvcc", "g++", "ninja")
 
 
 class Compiler:
@@ -31,8 +32,8 @@ class Compiler:
         self.error: ExtensionError | None = None
 
     def __call__(
-        self, sources, target, toolchain, targets, *, log, jobs, timeout, progress, output
-    ) -> None:
+        self, sources, work, tools, targets, *, log, jobs, timeout, progress, output
+    ) -> Path:
         self.calls.append((tuple(targets), jobs))
         progress("compiling the CUDA extension, once", 0.0)
         progress("compiling the CUDA extension, once", 1.0)
@@ -40,7 +41,8 @@ class Compiler:
             output("what the compilers say\n")
         if self.error:
             raise self.error
-        target.write_text("a library")
+        (work / "x.so").write_text("a library")
+        return work / "x.so"
 
 
 @pytest.fixture
@@ -50,11 +52,11 @@ def compiler(tmp_path: Path, monkeypatch) -> Compiler:
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc/k.cu").write_text("")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(extension, "find_toolchain", lambda cuda: TOOLS)
+    monkeypatch.setattr(compiling, "required_tools", lambda cuda: TOOLS)
+    monkeypatch.setattr(compiling, "known_codes", lambda nvcc: KNOWN)
     monkeypatch.setattr(extension, "capabilities", list)
-    made = Extension(
-        tmp_path / "csrc", cache=tmp_path / "cache", package=tmp_path / "none", compiler=fake
-    )
+    monkeypatch.setattr(compiling, "compile_library", fake)
+    made = Extension(tmp_path / "csrc", tmp_path / "cache", tmp_path / "none")
     made.open = lambda library: None
     monkeypatch.setattr(extension, "EXTENSION", made)
     return fake
@@ -66,7 +68,7 @@ def test_build_says_what_it_built_where_in_how_long(compiler, tmp_path: Path, ca
     assert "the CUDA extension is compiled" in streams.out and "in 0 s" in streams.out
     assert f"{tmp_path}/cache" in streams.out and "sm_75" in streams.out
     assert streams.err == "compiling the CUDA extension, once ...\n"
-    assert compiler.calls == [((*KNOWN[:5], "compute_90"), 2)]
+    assert compiler.calls == [(USUAL, 2)]
     assert main(["build"]) == 0
     assert "there already" in capsys.readouterr().out and len(compiler.calls) == 1
     assert main(["build", "--force", "--quiet"]) == 0
@@ -84,7 +86,7 @@ def test_build_for_what_is_asked(compiler, monkeypatch, capsys) -> None:
     assert targets("--arch", "8.0,9.0+PTX") == ("sm_80", "sm_90", "compute_90")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 8.6")
     assert targets() == ("sm_86",)
-    assert targets("--arch", "all") == (*KNOWN[:5], "compute_90")
+    assert targets("--arch", "all") == USUAL
     monkeypatch.setattr(extension, "capabilities", lambda: [(9, 0)])
     assert targets() == ("sm_90",)
 
@@ -151,7 +153,7 @@ def test_doctor_names_what_is_missing(compiler, examine, monkeypatch) -> None:
         raise ExtensionError("nvcc, the CUDA compiler, was not found", "nvcc")
 
     monkeypatch.setattr(extension, "capabilities", lambda: [(8, 6)])
-    monkeypatch.setattr(extension, "find_toolchain", missing)
+    monkeypatch.setattr(compiling, "required_tools", missing)
     assert "not usable, plain PyTorch is used: nvcc" in examine()["CUDA extension"]
 
 

@@ -1,151 +1,175 @@
-"""Compile a folder of C++ and CUDA sources that register PyTorch operators into one library.
+"""Compile C++ and CUDA sources with ``torch.utils.cpp_extension``, in a process of its own.
 
-Not through ``torch.utils.cpp_extension``: that looks for CUDA by the path of ``nvcc`` (which may be
-a script), always links Python and the toolkit's own ``libcudart.so``, loads what it built at once,
-and cannot be stopped. The library made here depends on PyTorch and the CUDA runtime, not on Python.
+``cpp_extension`` reads its settings from the environment when it is imported, loads what it has
+built, and cannot be stopped. A process of its own is given its environment, proves that the library
+loads, and is killed when its time is up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
-import sysconfig
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fmupsample.errors import ExtensionError
-from fmupsample.ops.building.toolchain import Nvcc, Toolchain
 from fmupsample.threads import cores
 
-# Told about every second: what is being done, and for how many seconds.
+# Is told several times a second what is being done, and for how many seconds.
 Progress = Callable[[str, float], None]
 
 COMPILING = "compiling the CUDA extension, once"
-HEADERS = (".cuh", ".h", ".hpp")
+_CXX_FLAGS = ("-O3",)
+# Compressed, machine code takes an eighth of the space, and no longer to make.
+_NVCC_FLAGS = ("-O3", "-Xfatbin=-compress-all")
+FLAGS = (*_CXX_FLAGS, *_NVCC_FLAGS)
 
-_TORCH = Path(torch.__file__).parent
-_OPTIMISE = ("-O3",)
-
-
-def source_files(folder: Path) -> list[Path]:
-    """What is compiled: the ``.cpp`` and ``.cu`` files, in a fixed order."""
-    return sorted(p for p in folder.glob("*") if p.suffix in (".cpp", ".cu"))
-
-
-def has_cuda(sources: Sequence[Path]) -> bool:
-    return any(path.suffix == ".cu" for path in sources)
+_NAME = "fmupsample_cuda"
+_CHILD = "import json, sys, torch.utils.cpp_extension as e; e.load(**json.loads(sys.argv[1]))"
+_PACKAGES = Path(torch.__file__).parents[1] / "nvidia"  # the CUDA toolkit as Python packages
 
 
-def common_flags() -> tuple[str, ...]:
-    """Flags of every source that follow from the PyTorch in use."""
-    abi = int(torch.compiled_with_cxx11_abi())
-    return (f"-std=c++{_standard()}", *_OPTIMISE, f"-D_GLIBCXX_USE_CXX11_ABI={abi}")
+class Tools(NamedTuple):
+    """The paths of all that a build needs; ``None``: it was not found."""
+
+    nvcc: str | None
+    cxx: str | None
+    ninja: str | None
+
+    def identity(self) -> list[str]:
+        """Paths and versions, by which a later process sees that it has the same tools."""
+        return [f"{version(path)}, {path}" for path in self if path]
 
 
-def nvcc_flags() -> tuple[str, ...]:
-    # Compressed, machine code takes an eighth of the space, and no longer to make.
-    return ("--expt-relaxed-constexpr", "-Xfatbin=-compress-all")
+def find_tools(torch_cuda: str | None) -> Tools:
+    """What this machine has, for a PyTorch made for CUDA ``torch_cuda``.
+
+    ``nvcc`` is the first of the same major version, else the first at all, in its toolkit and not
+    a script that starts it.
+    """
+    found = [path for path in dict.fromkeys(map(_real_nvcc, _nvcc_paths())) if path]
+    fitting = [path for path in found if _major(version(path)) == _major(torch_cuda or "")]
+    # cpp_extension takes one word for the C++ compiler, and puts ccache in front by itself.
+    given = [word for word in shlex.split(os.environ.get("CXX", "")) if not word.startswith("-")][
+        -1:
+    ]
+    cxx = filter(None, map(shutil.which, given or ["c++", "g++", "clang++"]))
+    # ninja may be beside the Python that runs, in an environment that is not active.
+    beside = str(Path(sys.executable).parent)
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=beside)
+    return Tools(next(iter(fitting or found), None), next(cxx, None), ninja)
 
 
-def _standard() -> int:
-    """The C++ standard that PyTorch's headers ask for: 17, or 20 since some version."""
-    try:
-        text = (_TORCH / "include/ATen/ATen.h").read_text()
-    except OSError:
-        return 17
-    return 20 if "__cplusplus < 202002L" in text else 17
+def required_tools(torch_cuda: str | None) -> Tools:
+    """The tools that a build needs; ``torch_cuda`` is ``None`` where there is no CUDA source.
+
+    Raises:
+        ExtensionError: something is missing, or nvcc does not fit PyTorch.
+    """
+    tools = find_tools(torch_cuda)
+    if torch_cuda and not tools.nvcc:
+        raise ExtensionError("nvcc, the CUDA compiler, was not found", "nvcc")
+    if torch_cuda and _major(version(tools.nvcc)) != _major(torch_cuda):
+        raise ExtensionError(
+            f"nvcc is of CUDA {version(tools.nvcc)} and PyTorch of CUDA {torch_cuda}: "
+            "their major versions must be the same",
+            "version",
+        )
+    if not tools.cxx:
+        raise ExtensionError("no C++ compiler was found (c++, g++, clang++ or $CXX)", "compiler")
+    if not tools.ninja:
+        raise ExtensionError("ninja was not found; `pip install ninja` brings it", "ninja")
+    return tools if torch_cuda else tools._replace(nvcc=None)
+
+
+def version(tool: str) -> str:
+    """What a tool says of its version, e.g. ``13.0`` of nvcc."""
+    said = _ask(tool, "--version")
+    release = re.search(r"release (\d+\.\d+)", said)
+    return release[1] if release else said.partition("\n")[0]
+
+
+def known_codes(nvcc: str) -> list[int]:
+    """What ``nvcc`` can compile for: 90 for compute capability 9.0, ..."""
+    return [int(code) for code in re.findall(r"\bsm_(\d+)\b", _ask(nvcc, "--list-gpu-code"))]
 
 
 def compile_library(
     sources: Sequence[Path],
-    target: Path,
-    toolchain: Toolchain,
+    work: Path,
+    tools: Tools,
     targets: Sequence[str],
     *,
     log: Path,
+    timeout: float,
     jobs: int | None = None,
-    timeout: float | None = None,
     progress: Progress | None = None,
     output: Callable[[str], None] | None = None,
-) -> None:
-    """Compile ``sources`` into the library ``target``; objects are left in its folder.
+) -> Path:
+    """Compile ``sources`` into a library in the empty folder ``work``.
 
     Args:
-        target: in a folder of its own, which exists.
         targets: GPU architectures as nvcc names them.
         log: file for everything the compilers say.
+        timeout: in seconds.
         jobs: compilers at a time; default ``$MAX_JOBS``, or one for each processor.
         output: is told what the compilers say as they say it.
 
     Raises:
-        ExtensionError: compile error, or the time is up. The compilers are stopped then, as they
-            are on Ctrl-C.
+        ExtensionError: it does not compile or load, or the time is up. The compilers are stopped
+            then, as they are on Ctrl-C.
     """
-    jobs = jobs or _jobs()
-    work = target.parent
-    (work / "tmp").mkdir(exist_ok=True)
-    (work / "build.ninja").write_text(_ninja_file(sources, target, toolchain, targets, jobs))
-    command = [*toolchain.ninja.command, "-v", "-j", str(jobs)]
-    # Temporary files of the compilers are cleared away with the folder; English messages.
-    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(work / "tmp")}
+    given = os.environ.get("MAX_JOBS", "")
+    jobs = jobs or (int(given) if given.isdecimal() else 0) or cores()
+    settings = json.dumps(_settings(sources, work, tools, targets, jobs))
+    began = time.monotonic()
     with log.open("wb") as said, log.open("r", errors="replace") as reader:
         process = subprocess.Popen(
-            command, cwd=work, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
-            env=environment, start_new_session=True,
+            [sys.executable, "-P", "-c", _CHILD, settings], cwd=work, stdin=subprocess.DEVNULL,
+            stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+            env=_environment(work, tools, jobs),
         )  # fmt: skip
         try:
-            _wait(process, timeout, progress, lambda: output and output(reader.read()))
-        except BaseException as error:
+            while process.poll() is None:
+                seconds = time.monotonic() - began
+                if progress:
+                    progress(COMPILING, seconds)
+                if output:
+                    output(reader.read())
+                if seconds > timeout:
+                    reason = f"the CUDA extension was not compiled after {timeout:.0f} s; see {log}"
+                    raise ExtensionError(reason, "timeout", str(log))
+                time.sleep(0.1)
+        finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                reason = f"the CUDA extension was not compiled after {timeout:.0f} s"
-                raise ExtensionError(f"{reason}; see {log}", "timeout", str(log)) from None
-            raise
+        if output:
+            output(reader.read())
+    library = work / f"{_NAME}.so"
     if process.returncode != 0:
+        kind = "load" if library.exists() else "compile"
         first = first_error(log.read_text(errors="replace"))
-        reason = f"the CUDA extension does not compile: {first}; see {log}"
-        raise ExtensionError(reason, "compile", str(log))
-
-
-def _wait(
-    process: subprocess.Popen,
-    timeout: float | None,
-    progress: Progress | None,
-    listen: Callable[[], object],
-) -> None:
-    began = told = time.monotonic()
-    if progress:
-        progress(COMPILING, 0.0)
-    while True:
-        try:
-            process.wait(0.1)
-        except subprocess.TimeoutExpired:
-            pass
-        else:
-            listen()
-            return
-        listen()
-        now = time.monotonic()
-        if timeout is not None and now - began > timeout:
-            raise subprocess.TimeoutExpired("ninja", timeout)
-        if progress and now - told >= 1:
-            told = now
-            progress(COMPILING, now - began)
+        reason = f"the CUDA extension does not {kind}: {first}; see {log}"
+        raise ExtensionError(reason, kind, str(log))
+    return library
 
 
 def first_error(log: str) -> str:
     """The line that says what is wrong, without the path of the file; at most 200 characters."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    # Not in the commands, which ninja repeats.
+    # The commands, which ninja repeats, may hold any word.
     said = [x for x in lines if not x.startswith(("[", "FAILED:")) and " -o " not in x]
     wrong = re.compile(
         r"\b(error|fatal|undefined reference|cannot find|not found)\b", re.IGNORECASE
@@ -155,83 +179,81 @@ def first_error(log: str) -> str:
     return found if len(found) <= 200 else f"{found[:197]}..."
 
 
-def _jobs() -> int:
-    given = os.environ.get("MAX_JOBS", "")
-    return int(given) if given.isdecimal() and int(given) > 0 else cores()
-
-
-def _ninja_file(
-    sources: Sequence[Path],
-    target: Path,
-    toolchain: Toolchain,
-    targets: Sequence[str],
-    jobs: int,
-) -> str:
-    nvcc = toolchain.nvcc if has_cuda(sources) else None
-    include = [_TORCH / "include", _TORCH / "include/torch/csrc/api/include"]
-    if nvcc:
-        include += [*nvcc.include, *_packaged(nvcc, "include")]
-    flags = [*common_flags(), *(word for path in include for word in ("-isystem", str(path)))]
-    cxx = toolchain.cxx.command
-    rules = {
-        "cxx": [*cxx, *flags, "-fPIC", "-c", "$in", "-o", "$out"],
-        "link": [*cxx, "-shared", "$in", "-o", "$out", *_link_flags(nvcc)],
-    }
-    if nvcc:
+def _settings(
+    sources: Sequence[Path], work: Path, tools: Tools, targets: Sequence[str], jobs: int
+) -> dict[str, object]:
+    """The arguments of ``cpp_extension.load``."""
+    flags = [word for word in shlex.split(os.environ.get("CXX", "")) if word.startswith("-")]
+    cuda, include = list(_NVCC_FLAGS), []
+    files = sum(path.suffix == ".cu" for path in sources)
+    if files:
+        home = Path(tools.nvcc).parents[1]
+        homes = [home, *sorted(home.glob("targets/*")), *_PACKAGES.glob("cu[0-9]*")]
+        include = [str(h / "include") for h in homes if h != Path("/usr")]
+        # Python packages lack the plain name of the CUDA runtime, by which the linker finds it.
+        for runtime in [file for h in homes for file in sorted(h.glob("lib*/libcudart.so*"))][:1]:
+            (work / "libcudart.so").symlink_to(runtime)
+        cuda += [f"-gencode=arch={t.replace('sm_', 'compute_')},code={t}" for t in targets]
         # Compilers beyond one for each file share the architectures of a file.
-        threads = max(1, jobs // sum(path.suffix == ".cu" for path in sources))
-        rules["cuda"] = [
-            *nvcc.command, "-ccbin", _host_compiler(cxx), *flags, *nvcc_flags(),
-            "-Xcompiler", "-fPIC", *map(_gencode, targets), "--threads", str(threads),
-            "-c", "$in", "-o", "$out",
-        ]  # fmt: skip
-    text = ["ninja_required_version = 1.3"]
-    for name, words in rules.items():
-        text += [f"rule {name}", f"  command = {' '.join(map(_word, words))}"]
-    objects = []
-    for source in sources:
-        objects.append(f"{source.name}.o")
-        rule = "cuda" if source.suffix == ".cu" else "cxx"
-        text.append(f"build {_path(objects[-1])}: {rule} {_path(str(source.resolve()))}")
-    text.append(f"build {_path(target.name)}: link {' '.join(map(_path, objects))}")
-    return "\n".join(text) + "\n"
+        cuda += ["--threads", str(max(1, jobs // files))]
+    return {
+        "name": _NAME,
+        "sources": [str(path.resolve()) for path in sources],
+        "extra_cflags": [*flags, *_CXX_FLAGS],
+        "extra_cuda_cflags": cuda,
+        # Without what it does not need, such as PyTorch's Python module.
+        "extra_ldflags": [*flags, "-L.", "-Wl,--as-needed"],
+        "extra_include_paths": include,
+        "build_directory": str(work),
+        "with_cuda": files > 0,
+        "is_python_module": False,
+        "verbose": True,
+    }
 
 
-def _link_flags(nvcc: Nvcc | None) -> list[str]:
-    """PyTorch's libraries and the CUDA runtime; all are in the process before this one."""
-    flags = [f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
-    if nvcc is None:
-        return flags
-    flags += ["-lc10_cuda", "-ltorch_cuda"]
-    # By its file: as a Python package, the runtime comes without the name -lcudart looks for.
-    for folder in [*nvcc.libraries, *_packaged(nvcc, "lib")]:
-        for path in sorted(Path(folder).glob("libcudart.so*")):
-            return [*flags, str(path)]
-    return flags
+def _environment(work: Path, tools: Tools, jobs: int) -> dict[str, str]:
+    """What ``cpp_extension`` and the compilers read."""
+    beside = str(Path(tools.ninja).parent)
+    home = {"CUDA_HOME": str(Path(tools.nvcc).parents[1])} if tools.nvcc else {}
+    return {
+        **os.environ,
+        **home,
+        "CXX": tools.cxx,
+        "CC": os.environ.get("NVCC_CCBIN") or tools.cxx,  # the C++ compiler that nvcc uses
+        "MAX_JOBS": str(jobs),
+        "PATH": os.pathsep.join([os.environ.get("PATH", ""), beside]),
+        "TMPDIR": str(work),
+        "TORCH_EXTENSION_SKIP_NVCC_GEN_DEPENDENCIES": "1",  # they serve a second build only
+        "LC_ALL": "C",
+    }
 
 
-def _packaged(nvcc: Nvcc, kind: str) -> list[str]:
-    """Folders of the CUDA Python packages, for what the toolkit itself lacks."""
-    packages = Path(sysconfig.get_path("purelib"), "nvidia")
-    folders = [*packages.glob(f"cu{nvcc.major}/{kind}"), *packages.glob(f"cuda_runtime/{kind}")]
-    return [str(folder) for folder in folders]
+def _nvcc_paths() -> Iterator[str]:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    yield from (str(Path(home, "bin", "nvcc")) for home in homes)
+    yield shutil.which("nvcc") or ""
+    yield from map(str, sorted(Path("/usr/local").glob("cuda*/bin/nvcc")))
+    yield from map(str, sorted(_PACKAGES.glob("*/bin/nvcc")))
 
 
-def _host_compiler(cxx: Sequence[str]) -> str:
-    """For nvcc, which takes one word: the compiler itself, without a cache in front of it."""
-    return os.environ.get("NVCC_CCBIN") or next(
-        (word for word in reversed(cxx) if not word.startswith("-")), cxx[0]
-    )
+def _real_nvcc(path: str) -> str | None:
+    """The nvcc that ``path``, which may be a script, starts; ``None`` if that is none."""
+    # The file need not exist: with --dryrun nothing is read.
+    here = re.search(r"#\$ _HERE_=(.+)", _ask(path, "--dryrun", "-c", "none.cu"))
+    return shutil.which("nvcc", path=here[1].strip()) if here else None
 
 
-def _gencode(target: str) -> str:
-    return f"-gencode=arch={target.replace('sm_', 'compute_')},code={target}"
+def _major(release: str) -> str:
+    return release.partition(".")[0]
 
 
-def _word(word: str) -> str:
-    """For the shell, and for ninja: ``$in`` and ``$out`` are ninja's."""
-    return word if word in ("$in", "$out") else shlex.quote(word).replace("$", "$$")
-
-
-def _path(path: str) -> str:
-    return re.sub(r"([$ :])", r"$\1", path)
+def _ask(*command: str) -> str:
+    """What a program prints; nothing if it does not run or fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=30, check=False,
+            stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return "" if done.returncode else done.stdout + done.stderr

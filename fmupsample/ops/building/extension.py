@@ -6,96 +6,62 @@ Looked for in this order:
 2. in ``extensions/`` of the cache folder, compiled earlier;
 3. compiled now, for the GPUs of this machine, into the cache folder.
 
-The library registers its operators as ``torch.ops.fmupsample_cuda``; it is loaded, not imported,
-and does not depend on Python. What it does depend on is in its key: the sources, the compiler's
-flags, and the PyTorch it was compiled for. A build that failed is remembered under the same key, so
-that the next process says why in one line instead of failing for a minute again.
+The library registers its operators as ``torch.ops.fmupsample_cuda`` and serves every Python. What
+it depends on is in its key: the sources, the flags, and the PyTorch it was compiled for. A build
+that failed is remembered under the same key, so that the next process says why in one line instead
+of failing for a minute again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import platform
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fmupsample.atomic import replacing
 from fmupsample.errors import ExtensionError
 from fmupsample.folders import cache_folder
-from fmupsample.ops.building import compiling
-from fmupsample.ops.building.architectures import OLDEST, Capability, covers, show, targets_for
-from fmupsample.ops.building.compiling import (
-    HEADERS,
-    Progress,
-    compile_library,
-    has_cuda,
-    source_files,
-)
-from fmupsample.ops.building.library import Library, read_json, read_library
-from fmupsample.ops.building.toolchain import Toolchain, find_toolchain
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from fmupsample.ops.building import architectures, cache, compiling
+from fmupsample.ops.building.architectures import Capability
+from fmupsample.ops.building.cache import Library
+from fmupsample.ops.building.compiling import Progress, Tools
 
 PACKAGE = Path(__file__).parents[1]  # fmupsample.ops
-SOURCES = PACKAGE / "csrc"
 # A build takes about a minute; one that takes this long will not end.
 TIMEOUT = 30 * 60.0
-
-WAITING = "waiting for another process that compiles the CUDA extension"
-_LIBRARY = "fmupsample_cuda.so"
-_OURS_ALONE = 0o700
-_FACTS = "build.json"
 
 
 class Extension:
     """One extension: its sources, its cache, and whether it is loaded. Safe under threads.
 
     Args:
-        sources: folder with the ``.cu``, ``.cpp`` and header files.
+        folder: holds the ``.cu``, ``.cpp`` and header files.
         cache: folder for what is compiled; default ``extensions`` in the cache folder.
         package: folder in which a library compiled at installation would be.
-        compiler: what compiles, see :func:`.compiling.compile_library`.
     """
 
     def __init__(
-        self,
-        sources: Path = SOURCES,
-        *,
-        cache: Path | None = None,
-        package: Path = PACKAGE,
-        compiler: Callable[..., None] = compile_library,
+        self, folder: Path = PACKAGE / "csrc", cache: Path | None = None, package: Path = PACKAGE
     ) -> None:
-        self.folder = sources
-        self.package = package
-        self.compiler = compiler
-        self._cache = cache
-        self._mutex = threading.Lock()
-        self._loaded: Library | None = None
+        self.folder, self.package, self._cache = folder, package, cache
+        self.sources = sorted(p for p in folder.glob("*") if p.suffix in (".cpp", ".cu"))
+        self.has_cuda = any(path.suffix == ".cu" for path in self.sources)
+        self.loaded: Library | None = None  # what this process uses
         self._failure: ExtensionError | None = None
+        self._mutex = threading.Lock()
 
     @property
     def cache(self) -> Path:
-        return self._cache or cache_folder() / "extensions"
-
-    @property
-    def loaded(self) -> Library | None:
-        """The library that this process uses."""
-        return self._loaded
-
-    # -- use ----------------------------------------------------------------------------------
+        return (self._cache or cache_folder() / "extensions").resolve()
 
     def load(self, progress: Progress | None = None) -> Library:
         """Have the operators registered: find the library, or compile it, and load it.
@@ -105,136 +71,106 @@ class Extension:
         Raises:
             ExtensionError: it cannot be had, and why.
         """
-        if self._loaded is not None:
-            return self._loaded
         with self._mutex:
             if self._failure is not None:
-                failure = self._failure
-                raise ExtensionError(str(failure), failure.kind, failure.log)
-            if self._loaded is None:
+                raise ExtensionError(str(self._failure), self._failure.kind, self._failure.log)
+            if self.loaded is None:
                 try:
+                    self.check()
                     gpus = capabilities()
-                    library = self.find(gpus)
+                    library = self.packaged(gpus)[0] or self.cached(gpus)
                     if library is None:
-                        library = self.build(self.needed(gpus), retry=False, progress=progress)
+                        library = self.build(self.targets(), retry=False, progress=progress)
                     self.open(library)
                 except ExtensionError as error:
                     self._failure = error
                     raise
-                self._loaded = library
-            return self._loaded
+                self.loaded = library
+            return self.loaded
 
     def check(self) -> None:
         """Raises ExtensionError where this installation can never use the extension."""
-        sources = source_files(self.folder)
-        if not sources:
+        if not self.sources:
             raise ExtensionError("this installation has no CUDA sources", "absent")
         if os.name != "posix":
             raise ExtensionError(f"it is not made for {platform.system()}", "system")
-        if has_cuda(sources) and torch.version.cuda is None:
+        if self.has_cuda and torch.version.cuda is None:
             kind = "for ROCm" if torch.version.hip else "without CUDA"
             raise ExtensionError(f"PyTorch {torch.__version__} is built {kind}", "torch")
 
-    def needed(self, gpus: Sequence[Capability]) -> tuple[str, ...]:
-        """The targets to compile for, for these GPUs; those too old for the kernels are left out.
+    def tools(self) -> Tools:
+        """Raises ExtensionError where a tool is missing."""
+        return compiling.required_tools(torch.version.cuda if self.has_cuda else None)
+
+    def targets(self, arch: str = "native") -> tuple[str, ...]:
+        """What to compile for, as nvcc names it.
+
+        Args:
+            arch: ``"native"``: the GPUs of this machine that are not too old for the kernels;
+                ``"listed"``: those of ``$TORCH_CUDA_ARCH_LIST`` that nvcc and the kernels support;
+                ``"all"``: the usual ones; else architectures, e.g. ``8.0,9.0+PTX``.
 
         Raises:
-            ExtensionError: nothing is left, or nvcc is missing.
+            UsageError: not an architecture, or one that nvcc or the kernels do not support.
+            ExtensionError: there is no GPU for ``"native"``, or a tool is missing.
         """
+        text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() if arch == "listed" else arch
+        text = architectures.USUAL if text in ("", "all") else text
+        asked = architectures.parse_targets(text) if text != "native" else ()
         self.check()
-        if not has_cuda(source_files(self.folder)):
+        nvcc = self.tools().nvcc
+        if nvcc is None:
             return ()
-        young = [gpu for gpu in gpus if gpu >= OLDEST]
-        if not young:
-            found = ", ".join(map(show, gpus)) or "none"
-            raise ExtensionError(
-                f"it needs a GPU of compute capability {show(OLDEST)}, found {found}", "gpu"
-            )
-        nvcc = self.toolchain().nvcc
-        assert nvcc is not None
-        return targets_for(young, nvcc.targets)
-
-    def toolchain(self) -> Toolchain:
-        """Raises ExtensionError where a tool is missing."""
-        return find_toolchain(torch.version.cuda if has_cuda(source_files(self.folder)) else None)
-
-    # -- what is there --------------------------------------------------------------------------
+        known = compiling.known_codes(nvcc)
+        if text == "native":
+            return architectures.native_targets(capabilities(), known)
+        return architectures.supported(asked, known, lenient=arch in ("listed", "all"))
 
     def key(self) -> str:
         """16 hex digits over all that decides the library, but for the architectures."""
-        whole = hashlib.sha256()
-        facts = [
-            torch.__version__, torch.version.cuda, platform.system(), platform.machine(),
-            *compiling.common_flags(), *compiling.nvcc_flags(),
-        ]  # fmt: skip
-        whole.update("\n".join(map(str, facts)).encode())
+        facts = [torch.__version__, torch.version.cuda, platform.system(), platform.machine()]
+        whole = hashlib.sha256("\n".join(map(str, [*facts, *compiling.FLAGS])).encode())
         for path in sorted(self.folder.glob("*")):
-            if path.suffix in (".cpp", ".cu", *HEADERS):
+            if path.suffix in (".cpp", ".cu", ".cuh", ".h"):
                 whole.update(f"\n{path.name} {path.stat().st_size}\n".encode())
                 whole.update(path.read_bytes())
         return whole.hexdigest()[:16]
 
-    def find(self, gpus: Sequence[Capability] = ()) -> Library | None:
-        """A library that is there and runs on all ``gpus`` that the kernels can use."""
-        library, _ = self.packaged(gpus)
-        return library or self.cached(gpus)
-
     def packaged(self, gpus: Sequence[Capability] = ()) -> tuple[Library | None, str | None]:
         """The library in the package, or why the one that is there is not used."""
         for path in sorted(self.package.glob("_cuda*.so")):
-            library = read_library(path, path.with_suffix(".json"))
-            if library is None:
-                return None, f"{path} is damaged"
-            if library.torch != torch.__version__:
-                return None, (
-                    f"{path} was compiled for PyTorch {library.torch}, this is {torch.__version__}"
-                )
-            if library.key != self.key():
-                return None, f"{path} was compiled from other sources, or for another CUDA"
-            if not _serves(library, gpus):
-                return None, f"{path} holds {', '.join(library.targets)}, not for this GPU"
-            return library, None
+            library = Library.read(path)
+            refused = library.refused(self.key(), gpus) if library else "is damaged"
+            return (None, f"{path} {refused}") if refused else (library, None)
         return None, None
 
     def cached(self, gpus: Sequence[Capability] = ()) -> Library | None:
         """The library in the cache; of several, the one for the most architectures."""
-        found = [
-            library
-            for folder in self.cache.glob(f"{self.key()}-*")
-            if _is_private(self.cache, folder, folder / _LIBRARY)
-            and (library := read_library(folder / _LIBRARY, folder / _FACTS))
-            and _serves(library, gpus)
-        ]
+        if not cache.is_private(self.cache):
+            return None
+        key = self.key()
+        paths = filter(cache.is_ours, self.cache.glob(f"{key}-*.so"))
+        found = [lib for lib in map(Library.read, paths) if lib and not lib.refused(key, gpus)]
         return max(found, key=lambda library: len(library.targets), default=None)
 
-    def remembered(self, targets: Sequence[str]) -> ExtensionError | None:
-        """Why an earlier build for ``targets`` with the same tools failed."""
-        return self._failure_in(self._record(targets))
-
-    def failures(self) -> list[ExtensionError]:
-        """The same, for whatever targets."""
-        records = sorted(self.cache.glob(f"{self.key()}-*.failed.json"))
-        return [failure for record in records if (failure := self._failure_in(record))]
-
-    def _failure_in(self, record: Path) -> ExtensionError | None:
-        known = read_json(record)
-        if not known or known.get("tools") != self.toolchain().identity:
+    def remembered(self, targets: Sequence[str] | None = None) -> ExtensionError | None:
+        """Why the last build with these tools failed, if it was for ``targets`` (None: any)."""
+        known = cache.read_json(self._record)
+        if not known or targets not in (None, tuple(known.get("targets", ()))):
+            return None
+        if known.get("tools") != self.tools().identity():
             return None
         reason = f"{known.get('reason')} (an earlier build; `fmupsample build` tries again)"
         return ExtensionError(reason, str(known.get("kind")), known.get("log"))
 
-    # -- building -------------------------------------------------------------------------------
-
     def build(
         self,
-        targets: Sequence[str],
+        targets: tuple[str, ...],
         *,
         force: bool = False,
         retry: bool = True,
-        jobs: int | None = None,
-        timeout: float = TIMEOUT,
         progress: Progress | None = None,
-        output: Callable[[str], None] | None = None,
+        **options: Any,
     ) -> Library:
         """Compile for ``targets`` into the cache, unless that is there already.
 
@@ -243,94 +179,60 @@ class Extension:
         Args:
             force: compile even if it is there.
             retry: compile even if that failed before.
-            output: is told what the compilers say.
+            options: ``jobs`` and ``output`` of :func:`.compiling.compile_library`.
 
         Raises:
             ExtensionError: it did not work; the reason is remembered if the compilers gave it.
         """
         self.check()
-        toolchain = self.toolchain()
+        tools = self.tools()
+        path = self.cache / f"{self.key()}-{'-'.join(targets) or 'host'}.so"
         try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            self.cache.chmod(_OURS_ALONE)
-            with _locked(self.cache / ".lock", progress) as alone:
+            cache.make_private(self.cache)
+            with cache.locked(self.cache / ".lock", progress) as alone:
                 # Another process may have been here while this one waited.
-                library = None if force else self._exact(targets)
-                if library is not None:
+                if not force and cache.is_ours(path) and (library := Library.read(path)):
                     return library
                 if not retry and (failure := self.remembered(targets)):
                     raise failure
-                if alone:
-                    for leftover in self.cache.glob(".build-*"):  # of processes that were killed
-                        shutil.rmtree(leftover, ignore_errors=True)
-                return self._build(toolchain, targets, jobs, timeout, progress, output)
+                with cache.work_folder(self.cache, alone=alone) as work:
+                    return self._build(path, work, tools, targets, progress=progress, **options)
         except OSError as error:
-            raise ExtensionError(
-                f"cannot write to {self.cache} ({error.strerror or error}); FMUPSAMPLE_CACHE "
-                "names another cache folder",
-                "cache",
-            ) from error
+            reason = f"cannot write to {self.cache} ({error.strerror or error})"
+            advice = "FMUPSAMPLE_CACHE names another cache folder"
+            raise ExtensionError(f"{reason}; {advice}", "cache") from error
 
-    def _build(self, toolchain, targets, jobs, timeout, progress, output) -> Library:
-        """In a folder of its own, which gets its name when it is whole."""
-        log, record = self._record(targets, ".log"), self._record(targets)
-        work = Path(tempfile.mkdtemp(prefix=".build-", dir=self.cache))
-        began = time.monotonic()
+    def _build(
+        self, path: Path, work: Path, tools: Tools, targets: tuple[str, ...], **options: Any
+    ) -> Library:
+        """Compile into the cache, and remember how that ended."""
+        log = self._record.with_suffix(".log")
         try:
-            objects = work / "objects"
-            objects.mkdir()
-            self.compiler(
-                source_files(self.folder), objects / _LIBRARY, toolchain, targets,
-                log=log, jobs=jobs, timeout=timeout, progress=progress, output=output,
-            )  # fmt: skip
-            whole = work / "whole"
-            whole.mkdir()
-            (objects / _LIBRARY).replace(whole / _LIBRARY)
-            seconds = time.monotonic() - began
-            made = Library(whole / _LIBRARY, tuple(targets), self.key(), torch.__version__, seconds)
-            made.save_facts(whole / _FACTS)
-            for path in (whole, whole / _LIBRARY):
-                path.chmod(_OURS_ALONE)
-            folder = self._place(targets)
-            if folder.exists():
-                folder.rename(work / "before")
-            whole.rename(folder)
+            library = self._compile(path, work, tools, targets, log=log, **options)
         except ExtensionError as error:
-            if error.kind in ("compile", "timeout"):
-                self._remember(record, error, toolchain)
+            facts = {"reason": str(error), "kind": error.kind, "log": error.log}
+            cache.write_json(self._record, facts | {"targets": targets, "tools": tools.identity()})
             raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        for path in (log, record):
-            path.unlink(missing_ok=True)
-        return Library(folder / _LIBRARY, made.targets, made.key, made.torch, seconds, fresh=True)
+        for old in (log, self._record):
+            old.unlink(missing_ok=True)
+        return library
 
-    def build_into(self, path: Path, targets: Sequence[str], **options: Any) -> Library:
-        """Compile into the library ``path``, ``_cuda*.so`` of a package, facts beside it.
+    def build_into(self, path: Path, targets: tuple[str, ...], **options: Any) -> Library:
+        """Compile into the library ``path``, ``_cuda*.so`` of a package, with facts beside it.
 
         Args:
-            options: ``jobs``, ``progress``, ``output`` as for :meth:`build`.
+            options: ``jobs``, ``progress``, ``output`` of :func:`.compiling.compile_library`.
 
         Raises:
-            ExtensionError: it did not work. Nothing is remembered.
+            ExtensionError: it did not work. Nothing is remembered, but the log is left.
         """
         self.check()
-        toolchain = self.toolchain()
-        began = time.monotonic()
-        log = Path(tempfile.mkdtemp(prefix="fmupsample-"), "build.log")  # nobody else's to plant
-        with tempfile.TemporaryDirectory(prefix="fmupsample-") as work:
-            made = Path(work, _LIBRARY)
-            self.compiler(
-                source_files(self.folder), made, toolchain, targets,
-                log=log, timeout=TIMEOUT, **options,
-            )  # fmt: skip
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                shutil.copyfile(made, temporary)
-        shutil.rmtree(log.parent, ignore_errors=True)
-        seconds = time.monotonic() - began
-        library = Library(path, tuple(targets), self.key(), torch.__version__, seconds, fresh=True)
-        library.save_facts(path.with_suffix(".json"))
+        tools = self.tools()
+        work = Path(tempfile.mkdtemp(prefix="fmupsample-"))  # nobody else can plant files in it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = work / "build.log"
+        library = self._compile(path, work, tools, targets, log=log, **options)
+        shutil.rmtree(work, ignore_errors=True)
         return library
 
     def open(self, library: Library) -> None:
@@ -344,36 +246,26 @@ class Extension:
         except (OSError, RuntimeError) as error:
             said = str(error.__cause__ or error).strip() or type(error).__name__
             first = said.splitlines()[0].removeprefix(f"{library.path}: ")
-            failure = ExtensionError(f"{library.path} does not load: {first}", "load")
-            if library.path.is_relative_to(self.cache):
-                # The next process says so as well, and `fmupsample build` compiles it anew.
-                with contextlib.suppress(OSError, ExtensionError):
-                    self._remember(self._record(library.targets), failure, self.toolchain())
-                    shutil.rmtree(library.path.parent, ignore_errors=True)
-            raise failure from error
+            again = "`fmupsample build --force` compiles it anew"
+            reason = f"{library.path} does not load: {first}; {again}"
+            raise ExtensionError(reason, "load") from error
 
-    def _exact(self, targets: Sequence[str]) -> Library | None:
-        folder = self._place(targets)
-        if not _is_private(self.cache, folder, folder / _LIBRARY):
-            return None
-        return read_library(folder / _LIBRARY, folder / _FACTS)
+    def _compile(
+        self, path: Path, work: Path, tools: Tools, targets: tuple[str, ...], **options: Any
+    ) -> Library:
+        began = time.monotonic()
+        made = compiling.compile_library(
+            self.sources, work, tools, targets, timeout=TIMEOUT, **options
+        )
+        seconds = round(time.monotonic() - began, 1)
+        size = made.stat().st_size
+        library = Library(path, targets, self.key(), torch.__version__, seconds, size)
+        library.write(made)
+        return replace(library, fresh=True)
 
-    def _place(self, targets: Sequence[str]) -> Path:
-        return self.cache / f"{self.key()}-{'-'.join(targets) or 'host'}"
-
-    def _record(self, targets: Sequence[str], suffix: str = ".failed.json") -> Path:
-        place = self._place(targets)
-        return place.with_name(place.name + suffix)
-
-    def _remember(self, record: Path, error: ExtensionError, toolchain: Toolchain) -> None:
-        facts = {
-            "reason": str(error),
-            "kind": error.kind,
-            "log": error.log,
-            "tools": toolchain.identity,
-        }
-        with replacing(record) as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n")
+    @property
+    def _record(self) -> Path:
+        return self.cache / f"{self.key()}.failed.json"
 
 
 def capabilities() -> list[Capability]:
@@ -381,49 +273,6 @@ def capabilities() -> list[Capability]:
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-
-
-def _is_private(*paths: Path) -> bool:
-    """Whether all are there, and nobody but this user, or root, could have written them.
-
-    What is loaded runs: a library that others can replace is not loaded.
-    """
-    if os.name != "posix":
-        return all(path.exists() for path in paths)
-    try:
-        found = [path.stat() for path in paths]
-    except OSError:
-        return False
-    return all(s.st_uid in (os.geteuid(), 0) and not s.st_mode & 0o022 for s in found)
-
-
-def _serves(library: Library, gpus: Sequence[Capability]) -> bool:
-    return all(covers(library.targets, gpu) for gpu in gpus if gpu >= OLDEST)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, progress: Progress | None) -> Iterator[bool]:
-    """Hold the lock file ``path``, waiting for it; it is free when its process has ended.
-
-    On systems and network disks without locks nobody waits: then it yields False.
-    """
-    with path.open("w") as handle:
-        held = False
-        began, told = time.monotonic(), 0.0
-        while fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-                break
-            except BlockingIOError:
-                now = time.monotonic()
-                if progress and now - told >= 1:
-                    told = now
-                    progress(WAITING, now - began)
-                time.sleep(0.1)
-            except OSError:
-                break
-        yield held
 
 
 EXTENSION = Extension()
