@@ -5,236 +5,57 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmupsample_cli import options as o
+from fmupsample_cli import probe_fit_options as f
 from fmupsample_cli import probe_options as p
 
 if TYPE_CHECKING:
+    from fmupsample.labels import Dataset, Survey
+    from fmupsample.labels.depth import DepthSurvey
+    from fmupsample.pipeline import Pipeline
     from fmupsample.probing.fit import Fitted
-
-ProbeOutput = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="The probe (.safetensors); its configuration goes into a .json beside it.",
-        show_default=False,
-        rich_help_panel=o.RESULTS,
-    ),
-]
-Classes = Annotated[
-    str | None,
-    typer.Option(
-        "--classes",
-        metavar="NAMES|FILE",
-        help="Names in the order of the values (sky,road,...), or a JSON, CSV or text file with "
-        "names, values and colours.",
-        show_default=False,
-        rich_help_panel=p.LABELS,
-    ),
-]
-Points = Annotated[
-    Path | None,
-    typer.Option(
-        "--points",
-        metavar="FILE",
-        help="JSON with clicks on some of the pictures, instead of LABELS.",
-        show_default=False,
-        rich_help_panel=p.LABELS,
-    ),
-]
-Task = Annotated[
-    p.TaskName,
-    typer.Option("--task", help="What LABELS hold: classes or depths.", rich_help_panel=p.LABELS),
-]
-MinDepth = Annotated[
-    float,
-    typer.Option(
-        "--min-depth",
-        metavar="M",
-        help="Depth: the nearest bin, metres.",
-        rich_help_panel=p.LABELS,
-    ),
-]
-MaxDepth = Annotated[
-    float | None,
-    typer.Option(
-        "--max-depth",
-        metavar="M",
-        help="Depth: the farthest bin; what is beyond does not count. Default: the largest found.",
-        show_default=False,
-        rich_help_panel=p.LABELS,
-    ),
-]
-ValImages = Annotated[
-    Path | None,
-    typer.Option(
-        "--val-images",
-        metavar="FOLDER",
-        help="Pictures by which the learning rate is chosen. Default: a tenth is held out.",
-        show_default=False,
-        rich_help_panel=p.FITTING,
-    ),
-]
-ValLabels = Annotated[
-    Path | None,
-    typer.Option(
-        "--val-labels",
-        metavar="FOLDER",
-        help="Their labels.",
-        show_default=False,
-        rich_help_panel=p.FITTING,
-    ),
-]
-ValSplit = Annotated[
-    str | None,
-    typer.Option(
-        "--val-split",
-        metavar="NAME|FILE",
-        help="The split they are; alone, of the same folders.",
-        show_default=False,
-        rich_help_panel=p.FITTING,
-    ),
-]
-Epochs = Annotated[
-    int | None,
-    typer.Option(
-        "--epochs",
-        min=1,
-        metavar="N",
-        help="Passes over the pictures. Default: 20; 300 steps for 8 pictures or fewer.",
-        show_default=False,
-        rich_help_panel=p.FITTING,
-    ),
-]
-Rates = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--lr",
-        metavar="X",
-        help="Learning rate; several are fitted in one pass and the best is kept. Default: 0.01, "
-        "0.03, 0.1 and 0.3; 0.03 for 8 pictures or fewer, 0.002 for clicks.",
-        show_default=False,
-        rich_help_panel=p.FITTING,
-    ),
-]
-Pixels = Annotated[
-    int | None,
-    typer.Option(
-        "--pixels",
-        min=0,
-        metavar="N",
-        help="Drawn anew from each picture in every step; 0 takes all. Default: 4096, for depth "
-        "1024.",
-        show_default=False,
-        rich_help_panel=p.FITTING,
-    ),
-]
-Flips = Annotated[
-    bool,
-    typer.Option(
-        "--flips/--no-flips",
-        help="Show half of the pictures mirrored.",
-        rich_help_panel=p.FITTING,
-    ),
-]
-Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed",
-        min=0,
-        metavar="N",
-        help="The same seed gives the same probe.",
-        rich_help_panel=p.FITTING,
-    ),
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        "--cache",
-        metavar="FOLDER",
-        help="Keep features and kernel weights in this folder, for this run and later ones. "
-        "Default: in memory, and beyond --memory in fmupsample's cache folder.",
-        show_default=False,
-        rich_help_panel=o.COMPUTE,
-    ),
-]
-CacheLimit = Annotated[
-    float,
-    typer.Option(
-        "--cache-limit",
-        min=0.001,
-        metavar="GB",
-        help="The most they may take on disk.",
-        rich_help_panel=o.COMPUTE,
-    ),
-]
-Memory = Annotated[
-    float,
-    typer.Option(
-        "--memory",
-        min=0.0,
-        metavar="GB",
-        help="The most they may take in memory.",
-        rich_help_panel=o.COMPUTE,
-    ),
-]
-
-
-Upsamplers = Annotated[
-    str | None,
-    typer.Option(
-        "--upsampler",
-        metavar="NAME,...",
-        help="Method: bilinear, jbu, affinity, ... (`fmupsample models --upsamplers`). "
-        "Several (bilinear,resfu) are fitted on the same features and the best is kept.",
-        autocompletion=o.complete_upsampler,
-        show_default=False,
-        rich_help_panel=o.MODEL,
-    ),
-]
+    from fmupsample.progress import Progress
 
 
 def fit(
     images: p.ImagesFolder,
     labels: p.LabelsFolder = None,
-    output: ProbeOutput = ...,
+    output: f.ProbeOutput = ...,
     layout: p.Layout = None,
     split: p.Split = None,
-    classes: Classes = None,
+    classes: f.Classes = None,
     ignore: p.Ignore = None,
     allow_missing: p.AllowMissing = False,
-    points: Points = None,
-    task: Task = p.TaskName.segmentation,
+    points: f.Points = None,
+    task: f.Task = p.TaskName.segmentation,
     depth_scale: p.DepthScale = None,
-    min_depth: MinDepth = 0.001,
-    max_depth: MaxDepth = None,
-    val_images: ValImages = None,
-    val_labels: ValLabels = None,
-    val_split: ValSplit = None,
-    epochs: Epochs = None,
-    lr: Rates = None,
-    pixels: Pixels = None,
-    flips: Flips = True,
-    seed: Seed = 0,
+    min_depth: f.MinDepth = 0.001,
+    max_depth: f.MaxDepth = None,
+    val_images: f.ValImages = None,
+    val_labels: f.ValLabels = None,
+    val_split: f.ValSplit = None,
+    epochs: f.Epochs = None,
+    lr: f.Rates = None,
+    pixels: f.Pixels = None,
+    flips: f.Flips = True,
+    seed: f.Seed = 0,
     backbone: o.BackboneName = "embedded",
     layer: o.Layer = None,
     backbone_weights: o.BackboneWeights = None,
     views: o.Views = 1,
-    upsampler: Upsamplers = None,
+    upsampler: f.Upsamplers = None,
     head: o.Head = None,
     image_size: o.ImageSizeOption = None,
     device: o.Device = "auto",
     backend: o.Backend = o.BackendName.auto,
     precision: o.Precision = o.PrecisionName.fp32,
     workers: o.Workers = None,
-    cache: Cache = None,
-    cache_limit: CacheLimit = 20.0,
-    memory: Memory = 4.0,
+    cache: f.Cache = None,
+    cache_limit: f.CacheLimit = 20.0,
+    memory: f.Memory = 4.0,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -254,10 +75,8 @@ def fit(
     The classifier is fitted on low-resolution features and its result is upsampled, which is exact
     and needs no large map. Ctrl-C leaves nothing behind but the cache.
     """
-    from fmupsample.errors import UsageError
+    asked = SimpleNamespace(**locals())
     from fmupsample.images import ImageSize, find_images
-    from fmupsample.labels import open_dataset, parse_classes, parse_ignore, survey
-    from fmupsample.labels.depth import SCALE, survey_depth
     from fmupsample_cli.pictures import refuse_several
     from fmupsample_cli.progress import RichProgress, note
 
@@ -266,62 +85,17 @@ def fit(
     inputs = [path for path in (points, Path(classes) if classes else None) if path]
     _check_output(output, overwrite, inputs)
     size = None if image_size is None else ImageSize.parse(image_size)
-    ignored = parse_ignore(ignore)
-    given = None if classes is None else parse_classes(classes)
-    chosen = "folders" if layout is None and task is p.TaskName.depth else layout and layout.value
-    dataset = found = validation = None
-    depth = task is p.TaskName.depth
     methods = _methods(upsampler)
-    if len(methods) > 1 and (head is not None or points is not None):
-        raise UsageError("several --upsampler are compared by held-out pictures: not with --head "
-                         "or --points")  # fmt: skip
-    if not depth and (depth_scale is not None or max_depth is not None):
-        raise UsageError("--depth-scale and --max-depth are for --task depth")
-    scale = SCALE if depth_scale is None else depth_scale
-    if depth and (points is not None or given is not None or ignored is not None):
-        raise UsageError("--points, --classes and --ignore are for --task segmentation")
-    if points is not None:
-        if labels is not None or given is not None or split is not None or val_images is not None:
-            raise UsageError("--points names pictures and classes itself: leave LABELS, --classes, "
-                             "--split and --val-images away")  # fmt: skip
-        sources = find_images([images])
-    else:
-        ways = {"layout": chosen, "allow_missing": allow_missing}
-        dataset = open_dataset(images, labels, split=split, **ways)
-        if depth:
-            found = survey_depth(dataset.pairs, scale)
-            p.show_depths(dataset, found, what="training", quiet=quiet)
-        else:
-            found = survey(dataset, given=given, ignored=ignored)
-            p.show_survey(dataset, found, what="training", quiet=quiet)
-        if val_images is not None or val_split is not None:
-            if val_images is None and split is None and labels is None:
-                raise UsageError("--val-split val needs --split train: the rest is not to be seen")
-            where = (val_images, val_labels) if val_images else (images, labels)
-            validation = open_dataset(*where, split=val_split, **ways)
-            if depth:
-                seen = survey_depth(validation.pairs, scale)
-                p.show_depths(validation, seen, what="validation", quiet=quiet)
-            else:
-                seen = survey(validation, found.table)
-                p.show_survey(validation, seen, what="validation", quiet=quiet)
-        elif val_labels is not None:
-            raise UsageError("--val-labels needs --val-images")
+    _check_together(asked, len(methods))
+    data = None if points is not None else _find_data(asked)
+    asked.sources = [] if points is None else find_images([images])
 
-    from fmupsample.probing.cache import kernels_prefix
-    from fmupsample.probing.fit import (
-        best_of,
-        fit_classes,
-        fit_depth,
-        fit_points,
-        options_for,
-        save_config,
-    )
+    from fmupsample.probing.fit import save_config
     from fmupsample.probing.probe import save_probe
     from fmupsample.upsamplers import load_upsampler
     from fmupsample_cli.loading import open_pipeline
 
-    store = _store(cache, cache_limit, memory)
+    asked.store = _store(cache, cache_limit, memory)
     pipeline = open_pipeline(
         backbone,
         layer,
@@ -341,37 +115,9 @@ def fit(
     others = [
         pipeline.with_upsampler(load_upsampler(pipeline.backbone, name)) for name in methods[1:]
     ]
-    drawn = (1024 if depth else 4096) if pixels is None else pixels or None
-    more = {"pixels": drawn, "flips": flips, "seed": seed}
-    shared = {"store": store, "card": {"data": images.name, "command": _command()}}
     try:
         with RichProgress(quiet=quiet, unit="steps") as progress:
-            if points is not None:
-                fitted = fit_points(
-                    pipeline, points, sources, rates=lr, epochs=epochs, progress=progress,
-                    **more, **shared,
-                )  # fmt: skip
-            else:
-                options = options_for(len(dataset.pairs), rates=lr, epochs=epochs, **more)
-                shared |= {"validation": validation, "progress": progress}
-                if depth:
-                    high = found.high if max_depth is None else max_depth
-                    train = partial(
-                        fit_depth, dataset=dataset, high=high, options=options, low=min_depth,
-                        scale=scale, **shared,
-                    )  # fmt: skip
-                else:
-                    train = partial(
-                        fit_classes, dataset=dataset, table=found.table, options=options, **shared
-                    )
-                if len(methods) > 1:
-                    fitted = best_of(
-                        [pipeline, *others],
-                        partial(train, scored=True),
-                        lambda used: None if cache else store.forget(kernels_prefix(used)),
-                    )
-                else:
-                    fitted = train(pipeline)
+            fitted = _fit(asked, data, [pipeline, *others], progress)
     except KeyboardInterrupt:
         kept = "features that were made stay in the cache" if cache else "nothing was kept"
         note(f"stopped before the probe was complete; {kept}")
@@ -379,6 +125,110 @@ def fit(
     save_probe(output, fitted.probe)
     beside = save_config(output, fitted.probe)
     _summarise(fitted, output, beside, json)
+
+
+def _check_together(asked: SimpleNamespace, methods: int) -> None:
+    """Raise a UsageError for options that exclude each other, or want others."""
+    from fmupsample.errors import UsageError
+
+    depth, points = asked.task is p.TaskName.depth, asked.points is not None
+    if methods > 1 and (asked.head is not None or points):
+        raise UsageError("several --upsampler are compared by held-out pictures: not with --head "
+                         "or --points")  # fmt: skip
+    if not depth and (asked.depth_scale is not None or asked.max_depth is not None):
+        raise UsageError("--depth-scale and --max-depth are for --task depth")
+    if depth and (points or asked.classes is not None or asked.ignore):
+        raise UsageError("--points, --classes and --ignore are for --task segmentation")
+    own = (asked.labels, asked.classes, asked.split, asked.val_images)
+    if points and any(value is not None for value in own):
+        raise UsageError("--points names pictures and classes itself: leave LABELS, --classes, "
+                         "--split and --val-images away")  # fmt: skip
+    if asked.val_labels is not None and asked.val_images is None and asked.val_split is None:
+        raise UsageError("--val-labels needs --val-images")
+    alone = asked.val_images is None and asked.split is None and asked.labels is None
+    if asked.val_split is not None and alone:
+        raise UsageError("--val-split val needs --split train: the rest is not to be seen")
+
+
+class _Data(NamedTuple):
+    """What there is to fit to: pairs, what a look at their labels found, and pairs to choose by."""
+
+    dataset: Dataset
+    found: Survey | DepthSurvey
+    validation: Dataset | None
+
+
+def _find_data(asked: SimpleNamespace) -> _Data:
+    """Find and look at the labelled pictures, and say what was found."""
+    from fmupsample.labels import open_dataset, parse_classes, parse_ignore, survey
+    from fmupsample.labels.depth import survey_depth
+
+    depth = asked.task is p.TaskName.depth
+    ignored = parse_ignore(asked.ignore)
+    given = None if asked.classes is None else parse_classes(asked.classes)
+    layout = asked.layout and asked.layout.value
+    layout = "folders" if depth and layout is None else layout
+    found: Survey | DepthSurvey | None = None
+
+    def look_at(what: str, *folders: Path | None, split: str | None) -> Dataset:
+        nonlocal found
+        dataset = open_dataset(
+            *folders, split=split, layout=layout, allow_missing=asked.allow_missing
+        )
+        if depth:
+            seen = survey_depth(dataset.pairs, _scale(asked))
+            p.show_depths(dataset, seen, what=what, quiet=asked.quiet)
+        else:
+            known = {"given": given, "ignored": ignored} if found is None else {}
+            seen = survey(dataset, found and found.table, **known)
+            p.show_survey(dataset, seen, what=what, quiet=asked.quiet)
+        found = found or seen
+        return dataset
+
+    dataset = look_at("training", asked.images, asked.labels, split=asked.split)
+    if asked.val_images is None and asked.val_split is None:
+        return _Data(dataset, found, None)
+    where = (
+        (asked.val_images, asked.val_labels) if asked.val_images else (asked.images, asked.labels)
+    )
+    return _Data(dataset, found, look_at("validation", *where, split=asked.val_split))
+
+
+def _scale(asked: SimpleNamespace) -> float:
+    from fmupsample.labels.depth import SCALE
+
+    return SCALE if asked.depth_scale is None else asked.depth_scale
+
+
+def _fit(
+    asked: SimpleNamespace, data: _Data | None, pipelines: list[Pipeline], progress: Progress
+) -> Fitted:
+    """The probe, on the upsampler of the best of ``pipelines``."""
+    from fmupsample.probing.cache import kernels_prefix
+    from fmupsample.probing.fit import best_of, fit_classes, fit_depth, fit_points, options_for
+
+    depth = asked.task is p.TaskName.depth
+    drawn = (1024 if depth else 4096) if asked.pixels is None else asked.pixels or None
+    chosen = {"rates": asked.lr, "epochs": asked.epochs, "pixels": drawn, "flips": asked.flips,
+              "seed": asked.seed}  # fmt: skip
+    card = {"data": asked.images.name, "command": _command()}
+    shared = {"store": asked.store, "progress": progress, "card": card}
+    if data is None:
+        return fit_points(pipelines[0], asked.points, asked.sources, **chosen, **shared)
+    shared |= {"options": options_for(len(data.dataset.pairs), **chosen)}
+    shared |= {"dataset": data.dataset, "validation": data.validation}
+    if depth:
+        high = data.found.high if asked.max_depth is None else asked.max_depth
+        fit = partial(fit_depth, high=high, low=asked.min_depth, scale=_scale(asked), **shared)
+    else:
+        fit = partial(fit_classes, table=data.found.table, **shared)
+    if len(pipelines) == 1:
+        return fit(pipelines[0])
+    return best_of(
+        pipelines,
+        partial(fit, scored=True),
+        lambda used: None if asked.cache else asked.store.forget(kernels_prefix(used)),
+    )
 
 
 def _methods(text: str | None) -> list[str]:
