@@ -132,22 +132,8 @@ def _window(cells: int, kernel: int) -> Tensor:
     return (keys >= start) & (keys < start + kernel)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = options(__doc__)
-    add = parser.add_argument
-    add("--anyup", type=Path, metavar="DIR", help="a checkout of github.com/wimmerth/anyup")
-    add("--jafar", type=Path, metavar="DIR", help="a checkout of github.com/PaulCouairon/JAFAR")
-    add("--naf", type=Path, metavar="DIR", help="a checkout of github.com/valeoai/NAF")
-    add("--anyup-chunk", type=int, metavar="N", help="AnyUp's q_chunk_size (default: none)")
-    add("--size", type=int, default=224)
-    add("--channels", type=int, default=384)
-    add("--ratio", type=int, default=14)
-    add("--rounds", type=int, default=3)
-    add("--device", default="auto")
-    args = parse_options(parser, arguments)
-    device = resolve_device(args.device)
-    report = Report(args.output, device)
-    setting = Setting(args.size, args.channels, args.ratio)
+def _wanted(args: argparse.Namespace, setting: Setting, device: torch.device) -> dict[str, tuple]:
+    """What prepares each case, with its arguments."""
     ours = {
         "ReSFU, whole head": "whole head fp32",
         "F.interpolate": "bilinear fp32",
@@ -165,6 +151,26 @@ def main(arguments: list[str] | None = None) -> None:
     for method in ("anyup", "jafar", "naf"):
         if getattr(args, method):
             wanted[f"{METHODS[method].title}, here"] = (here, setting, device, method)
+    return wanted
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = options(__doc__)
+    add = parser.add_argument
+    add("--anyup", type=Path, metavar="DIR", help="a checkout of github.com/wimmerth/anyup")
+    add("--jafar", type=Path, metavar="DIR", help="a checkout of github.com/PaulCouairon/JAFAR")
+    add("--naf", type=Path, metavar="DIR", help="a checkout of github.com/valeoai/NAF")
+    add("--anyup-chunk", type=int, metavar="N", help="AnyUp's q_chunk_size (default: none)")
+    add("--size", type=int, default=224)
+    add("--channels", type=int, default=384)
+    add("--ratio", type=int, default=14)
+    add("--rounds", type=int, default=3)
+    add("--device", default="auto")
+    args = parse_options(parser, arguments)
+    device = resolve_device(args.device)
+    report = Report(args.output, device)
+    setting = Setting(args.size, args.channels, args.ratio)
+    wanted = _wanted(args, setting, device)
     with ExitStack() as stack:
         runners: dict[str, Here | Apart] = {}
         for name, (prepare, *rest) in wanted.items():
