@@ -22,7 +22,7 @@ from fmupsample.pipeline import Pipeline, open_pipeline
 from fmupsample.progress import SILENT, Progress
 from fmupsample.render.renderer import Point
 from fmupsample.training.config import TrainConfig, parse_objective
-from fmupsample.training.run import TrainReport
+from fmupsample.training.report import TrainReport
 from fmupsample.training.run import train as run_train
 from fmupsample.upsamplers.loading import find_head
 from fmupsample.video import wanted_clips, with_frames
@@ -116,7 +116,6 @@ def train(
     views: int = 1,
     start_from: str | Path | None = None,
     validation: Paths = (),
-    labels: Paths = (),
     masks: Paths | Mapping[str, float] = (),
     **options: Any,
 ) -> TrainReport:
@@ -130,7 +129,6 @@ def train(
         layer, backbone_weights, views: of a backbone by name.
         start_from: a head file, or the name of an upsampler whose shipped head to go on from.
         validation: pictures that choose the best step; default: some are held out.
-        labels: folders of labels, for the ``task`` objective.
         masks: folders of masks, for the ``masks`` objective, or what each of them counts.
         options: fields of :class:`.TrainConfig` (upsampler, steps, image_sizes, objective, ...),
             and arguments of :func:`fmupsample.training.run.train` (device, resume, work, ...).
@@ -161,7 +159,6 @@ def train(
         output,
         config,
         validation=held_out,
-        labels=[Path(folder) for folder in listed(labels)],
         masks=[(Path(folder), weight) for folder, weight in weights.items()],
         start_from=_head(start_from, models[0]),
         **{"data": ", ".join(Path(i).name for i in listed(images)), **asked},

@@ -53,6 +53,14 @@ def test_regions_need_scikit_image(tmp_path, monkeypatch) -> None:
     assert run(pictures, output, replace(config, cluster_share=0.0, steps=1)).score is not None
 
 
+def test_without_matplotlib_there_is_no_curve(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    pictures, output, said = draw_pictures(tmp_path / "p"), tmp_path / "head.safetensors", []
+    run(pictures, output, options(steps=1), say=said.append)
+    assert said[-1] == "curve.png is not drawn without matplotlib: pip install 'fmupsample[train]'"
+    assert not (tmp_path / "head.safetensors.train/curve.png").exists()
+
+
 def test_blocks_cut_regions_at_each_pictures_own_offset() -> None:
     regions = torch.zeros(2, 8, 8, dtype=torch.int32)
     blocks = split_into_blocks(regions, 4, torch.tensor([[0, 0], [2, 1]]))
