@@ -12,6 +12,7 @@ a plain PyTorch stand-in takes their place, and its row says so.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 import types
