@@ -166,6 +166,23 @@ def test_a_shared_basis_is_kept_for_the_same_pictures_and_made_anew_for_others(
     assert PCABasis.load(out / "basis.safetensors").fingerprint != first
 
 
+def test_drawings_that_stay_keep_their_colours(backbone, photos, tmp_path, capsys):
+    """A later run of other pictures draws in the colours of those that are there, or not at all."""
+    out = tmp_path / "out"
+    assert run(photos / "a.jpg", "-o", out, "--layout", "single") == 0
+    first = PCABasis.load(out / "basis.safetensors").fingerprint
+    before = (out / "a.png").read_bytes()
+    assert run(photos / "sub", "-o", out, "--layout", "single") == 0
+    assert PCABasis.load(out / "basis.safetensors").fingerprint == first
+    assert (out / "a.png").read_bytes() == before and (out / "b.png").is_file()
+    # Colours of other features would say something else.
+    assert run(photos / "sub", "-o", out, "--layout", "single", "--image-size", 96) == 2
+    said = capsys.readouterr().err
+    assert "holds 1 drawings of other pictures in the colours of another model" in said
+    assert run(photos / "sub", "-o", out, "--image-size", 96, "--overwrite") == 0
+    assert PCABasis.load(out / "basis.safetensors").fingerprint != first
+
+
 def test_a_given_basis_gives_the_same_colours_again(backbone, photos, tmp_path):
     run(photos, "-o", tmp_path / "all", "--layout", "single")
     basis = tmp_path / "all" / "basis.safetensors"

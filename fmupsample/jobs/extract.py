@@ -15,21 +15,21 @@ from torch import Tensor
 from fmupsample._version import __version__
 from fmupsample.analysis.projection import Projection, ProjectionFit
 from fmupsample.atomic import replacing
-from fmupsample.errors import FmupsampleError, OutputError, UsageError
+from fmupsample.errors import FmupsampleError, OutputError
 from fmupsample.finite import check_finite
 from fmupsample.formats.compact import CompactFile
 from fmupsample.formats.files import (
     COMPACT,
     DTYPES,
     FORMATS,
-    check_format,
     file_bytes,
     suffix_of,
 )
-from fmupsample.formats.layout import WEIGHT_BITS, Layout, compact_bytes, encode_weights
+from fmupsample.formats.layout import Layout, compact_bytes, encode_weights
 from fmupsample.images.find import Source
 from fmupsample.images.names import output_names
-from fmupsample.images.size import check_output_size, parse_output_size
+from fmupsample.images.size import parse_output_size
+from fmupsample.jobs.extract_options import ExtractOptions
 from fmupsample.pipeline import Item, Pipeline, map_sizes
 from fmupsample.progress import Progress
 from fmupsample.runs.engine import Report
@@ -42,81 +42,6 @@ from fmupsample.runs.store import record_of
 PCA_NAME = "pca.safetensors"
 # The basis is computed from at most so many images, evenly spaced over the run.
 PCA_IMAGES = 256
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """What is written for each image.
-
-    Attributes:
-        format: ``"safetensors"``, ``"npy"``, ``"pt"``, or ``"compact"``: low-resolution values and
-            kernel weights, of which :func:`fmupsample.open` makes the map.
-        dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``, of the numbers in the file.
-        weight_bits: of kernel weights in compact files: 8, 16 or 32.
-        output_size: ``"image"``, ``"original"``, ``"HxW"`` or ``"x4"``.
-        tokens_only: the low-resolution features, nothing upsampled.
-        pca: keep this many principal components instead of all channels.
-        global_vector: keep a vector of the whole picture beside the map, see
-            :meth:`.Backbone.forward`.
-        shard_size: write tar files of so many images each, see :mod:`fmupsample.runs.shards`;
-            ``None``: a file an image.
-    """
-
-    format: str = "safetensors"
-    dtype: str = "fp16"
-    output_size: str = "image"
-    tokens_only: bool = False
-    pca: int | None = None
-    weight_bits: int = 16
-    shard_size: int | None = None
-    global_vector: bool = False
-
-    def checked(self, pipeline: Pipeline) -> ExtractOptions:
-        """The same in normal form.
-
-        Raises:
-            UsageError: unknown words, or a combination that cannot be.
-        """
-        check_format(self.format, self.dtype)
-        size = check_output_size(self.output_size)
-        channels = pipeline.backbone.channels
-        if self.pca is not None and not 1 <= self.pca <= channels:
-            raise UsageError(
-                f"--pca {self.pca} is not possible: {pipeline.backbone.name} has {channels} "
-                f"channels, so give 1 to {channels}"
-            )
-        if self.tokens_only and size != "image":
-            raise UsageError("--tokens-only and --output-size exclude each other")
-        if not self.tokens_only and pipeline.upsampler is None:
-            raise UsageError("no upsampler was given: name one, or ask for --tokens-only")
-        if self.format == COMPACT:
-            self._check_compact(pipeline)
-        if self.global_vector:
-            if self.format == "npy":
-                raise UsageError("npy files hold the map alone: use --format safetensors with "
-                                 "--global")  # fmt: skip
-            _ = pipeline.backbone.global_channels  # which raises where there is none
-        if self.shard_size is not None:
-            if self.shard_size < 1:
-                raise UsageError(f"a shard of {self.shard_size} pictures is not possible")
-            if self.format == "pt":
-                raise UsageError(
-                    "shards hold no pt files: use --format safetensors, compact or npy"
-                )
-        return replace(self, output_size=size)
-
-    def _check_compact(self, pipeline: Pipeline) -> None:
-        if self.tokens_only:
-            raise UsageError("--tokens-only has no kernel weights to store: leave one of it and "
-                             "--format compact away")  # fmt: skip
-        if self.weight_bits not in WEIGHT_BITS:
-            raise UsageError(f"--weight-bits {self.weight_bits} is not possible: use 8, 16 or 32")
-        upsampler = pipeline.upsampler
-        if not upsampler.linear_in_value or upsampler.neighbours is None:
-            raise UsageError(
-                f"upsampler {upsampler.name} has no kernel weights that a compact file could hold: "
-                "leave --format compact away (whole maps), or name another upsampler"
-            )
 
 
 def extract(

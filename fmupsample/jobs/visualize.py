@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,123 +16,29 @@ import torch
 
 from fmupsample.analysis.pca import PCABasis, sample_tokens
 from fmupsample.backbones.views import title
-from fmupsample.errors import FmupsampleError, ImageError, OutputError, UsageError
+from fmupsample.errors import FmupsampleError, ImageError
 from fmupsample.folders import refuse_others_files
 from fmupsample.formats.pictures import DrawnFile, jpeg, png
-from fmupsample.images.find import Source, printable, stamp
+from fmupsample.images.find import Source, printable
 from fmupsample.images.names import output_names
 from fmupsample.images.size import check_output_size
+from fmupsample.jobs.shared_basis import REVISION, SharedBasis, frames_mark, spread
 from fmupsample.jobs.sheets import MAX_PAGES, mark_of, save_sheets, sheet_name
+from fmupsample.jobs.visualize_options import Report, VisualizeOptions
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.pipeline.cache import FeatureCache
 from fmupsample.progress import Progress
 from fmupsample.render.contact import PER_PAGE
 from fmupsample.render.films import FilmRenderer, Look
-from fmupsample.render.renderer import LAYOUTS, Drawing, Layout, Point, Renderer
+from fmupsample.render.renderer import Drawing, Point, Renderer
 from fmupsample.runs.job import Fault, Job, Made, Output, Recipe, Task
 from fmupsample.runs.manifest import Manifest, Record
 from fmupsample.runs.run import run
 from fmupsample.runs.store import record_of
 from fmupsample.video.clips import Clip
-from fmupsample.video.frames import Film, FrameSource, films_of
+from fmupsample.video.frames import Film, films_of
 from fmupsample.video.write import SUFFIX as VIDEO_SUFFIX
 from fmupsample.video.write import VideoFile
-
-FORMATS = ("png", "jpg")
-BASIS_NAME = "basis.safetensors"
-# A drawing made by another revision of this code is drawn again.
-_REVISION = 1
-_MAX_TOKENS = 16_000  # three directions and their ranges have settled by then
-_MAX_TOKEN_NUMBERS = 12_000_000  # tokens x channels that a basis is fitted on: 96 MB in float64
-# A basis is fitted on at most so many images and videos, and frames of each video, evenly spaced.
-_BASIS_IMAGES, _BASIS_FRAMES = 256, 32
-
-
-@dataclass(frozen=True)
-class VisualizeOptions:
-    """What to draw.
-
-    Attributes:
-        layout: ``"panel"``, ``"single"`` or ``"overlay"``, see :class:`.Renderer`.
-        basis: ``"shared"`` (one PCA basis for all images of the run), ``"image"`` (each its own),
-            or the path of a basis saved by an earlier run.
-        foreground: fit and draw the PCA on each image's foreground only.
-        points: pixels of the original images for similarity maps.
-        image_format: ``"png"`` or ``"jpg"``.
-        output_size: of single and overlay drawings (image, original, HxW, xN).
-        contact_sheet: make one, of two images or more.
-        overwrite: draw again what is finished.
-        cache_bytes: memory for the features between the two passes.
-    """
-
-    layout: Layout = "panel"
-    basis: str | Path = "shared"
-    foreground: bool = False
-    points: tuple[Point, ...] = ()
-    image_format: str = "png"
-    output_size: str = "image"
-    contact_sheet: bool = True
-    overwrite: bool = False
-    cache_bytes: int = 2**30
-
-    def check(self, *, videos: bool = False) -> None:
-        """Raise a UsageError for what cannot be honoured, with videos or without."""
-        if self.layout not in LAYOUTS:
-            raise UsageError(f"layout {self.layout!r} is unknown: use {', '.join(LAYOUTS)}")
-        if self.image_format not in FORMATS:
-            raise UsageError(f"format {self.image_format!r} is unknown: use png or jpg")
-        if check_output_size(self.output_size) != "image" and self.layout == "panel":
-            raise UsageError(
-                "--output-size is for --layout single and overlay; the tiles of a panel follow "
-                "--image-size"
-            )
-        if videos and self.foreground:
-            raise UsageError(
-                "--foreground divides each picture by itself, which would flicker in a video: "
-                "leave it away, or name pictures only"
-            )
-
-
-@dataclass
-class Report:
-    """What became of a run.
-
-    Attributes:
-        pictures: how many images there were.
-        clips: the videos, see :class:`fmupsample.video.Clip`.
-        drawn: files written, in the order of the images, then of the videos.
-        skipped: images and videos all of whose files were there already.
-        failed: ``{"source": ..., "error": ...}`` for each fault of an image or video.
-        sheets: the contact sheets.
-        basis: the shared basis that was used, if it is a file.
-        explained: share of the features' variance that the three colours show (shared basis).
-    """
-
-    output: Path
-    pictures: int
-    clips: Sequence[Clip] = ()
-    drawn: list[Path] = field(default_factory=list)
-    skipped: int = 0
-    failed: list[dict[str, str]] = field(default_factory=list)
-    sheets: list[Path] = field(default_factory=list)
-    basis: Path | None = None
-    explained: float | None = None
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON summary."""
-        return {
-            "output": str(self.output),
-            "pictures": self.pictures,
-            "videos": [clip.to_json() for clip in self.clips],
-            "drawn": [str(path) for path in self.drawn],
-            "skipped": self.skipped,
-            "failed": self.failed,
-            "contact_sheets": [str(path) for path in self.sheets],
-            "basis": str(self.basis) if self.basis else None,
-            "explained_variance": self.explained,
-            "seconds": round(self.seconds, 3),
-        }
 
 
 def visualize(
@@ -162,7 +66,7 @@ def visualize(
     job = Visualize(pipeline, options, videos=bool(clips))
     all_of_them = [*sources, *films_of(clips)]
     found = run(job, all_of_them, out, overwrite=job.options.overwrite, **how)
-    report = Report(out, len(sources), clips, sheets=job.sheets, basis=job.basis_path(out))
+    report = Report(out, len(sources), clips, sheets=job.sheets, basis=job.colours.path(out))
     if job.basis is not None and job.options.basis == "shared":
         report.explained = float(job.basis.explained.sum())
     tasks = job.tasks(all_of_them)
@@ -192,11 +96,10 @@ class Visualize(Job):
         self.options.check(videos=videos)
         self.label, self.redoes, self.log = "drawing", True, ".fmupsample"
         self.suffix = f".{self.options.image_format}"
-        self.basis: PCABasis | None = None
+        self.colours = SharedBasis(pipeline, self.options)
         self.sheets: list[Path] = []
         self.cache = FeatureCache(pipeline, self.options.cache_bytes)
         self.renderer = self._renderer(Renderer, "this picture", self.options.foreground)
-        self._basis_metadata: dict[str, str] = {}
 
     def _renderer(self, kind: type[Renderer], own: str, foreground: bool = False) -> Renderer:
         shown = own if self.options.basis == "image" else "the run"
@@ -238,7 +141,7 @@ class Visualize(Job):
             "upsampler": upsampler.name,
             "upsampler_fingerprint": upsampler.fingerprint,
             "format": options.image_format,
-            "revision": _REVISION,
+            "revision": REVISION,
         }
         colours = {
             "layout": options.layout,
@@ -256,104 +159,33 @@ class Visualize(Job):
     def is_current(self, task: Task, record: Record) -> bool:
         basis = None if task.part else self.basis and self.basis.fingerprint
         same_colours = record.get("pca_fingerprint") == basis
-        return same_colours and record.get("frames") == _frames_of(task.source)
+        return same_colours and record.get("frames") == frames_mark(task.source)
 
     # -- the basis ----------------------------------------------------------------------------
 
-    def basis_path(self, out: Path) -> Path | None:
-        """Where the basis lies that all images share."""
-        if self.options.basis == "image" or self.basis is None:
-            return None
-        shared = self.options.basis == "shared"
-        return out / BASIS_NAME if shared else Path(self.options.basis)
+    @property
+    def basis(self) -> PCABasis | None:
+        """That of all images; ``None``: each has its own, or there is none yet."""
+        return self.colours.basis
 
     def look(self, out: Path, tasks: Sequence[Task], manifest: Manifest, overwrite: bool) -> None:
-        """Take the basis of an earlier run, where its colours must stay or may."""
-        backbone = self.pipeline.backbone
         if self.options.contact_sheet and not overwrite:
             sheet = sheet_name(0, self.suffix)
             ours = bool(manifest.records) or mark_of(out / sheet) is not None
             instead = "move it away, choose another folder, or give --overwrite or --no-sheet"
             refuse_others_files(out, [sheet], ours=ours, instead=instead)
-        if self.options.basis == "image":
-            return
-        if self.options.basis != "shared":
-            path = Path(self.options.basis)
-            self.basis = PCABasis.load(path)
-            self.basis.check(
-                backbone=backbone.name, layer=backbone.layer, channels=backbone.channels,
-                where=printable(path),
-            )  # fmt: skip
-            return
-        model = {key: str(value) for key, value in self.pipeline.describe().items()}
-        model |= {"foreground": str(self.options.foreground), "revision": str(_REVISION)}
-        sources = dict.fromkeys(task.source for task in tasks)
-        lines = [f"{printable(s.absolute)} {_stamp(s)}{_frames_of(s) or ''}" for s in sources]
-        images = sha256("\n".join(lines).encode()).hexdigest()[:16]
-        self._basis_metadata = {**model, "pictures": images}
-        saved = _saved_basis(out / BASIS_NAME, overwrite)
-        if saved is None:
-            return
-        same_model = all(saved.metadata.get(key) == value for key, value in model.items())
-        wanted = {task.key for task in tasks}
-        others = [
-            record
-            for key, record in manifest.records.items()
-            if key not in wanted and record.get("pca_fingerprint") == saved.fingerprint
-        ]
-        if same_model and (others or saved.metadata.get("pictures") == images):
-            self.basis = saved  # where drawings stay, equal colours must go on to mean the same
-        elif others:
-            raise UsageError(
-                f"{printable(out)} holds {len(others)} drawings of other images in the colours of "
-                "another model: choose another output folder, name those images too, or --overwrite"
-            )
+        self.colours.look(out, tasks, manifest, overwrite)
 
     def facts(self) -> dict[str, Any]:
         return {"basis": self.basis and self.basis.fingerprint}
 
     def join(self, out: Path, facts: dict[str, Any]) -> None:
-        if facts["basis"] is None:
-            return
-        shared = self.options.basis == "shared"
-        path = out / BASIS_NAME if shared else Path(self.options.basis)
-        self.basis = PCABasis.load(path)
-        if self.basis.fingerprint != facts["basis"]:
-            raise FmupsampleError(
-                f"{printable(path)} is not the basis that the first process uses: do all processes "
-                "see the same files?"
-            )
+        self.colours.join(out, facts["basis"])
 
     def prepare(
         self, out: Path, sources: Sequence[Source], todo: Sequence[Task], progress: Progress
     ) -> None:
-        """Fit the basis and save it; images that cannot be used are reported in their turn."""
-        if self.options.basis != "shared" or self.basis is not None:
-            return
-        fitted_on = [
-            one
-            for source in sources[:: max(1, -(-len(sources) // _BASIS_IMAGES))]
-            for one in (spread(source.frames) if isinstance(source, Film) else [source])
-        ]
-        progress.start(len(fitted_on), "features")
-        tokens = list(self._sample(fitted_on, progress.advance))
-        if tokens:
-            together = torch.cat(tokens)
-            metadata = {**self._basis_metadata, "tokens": str(len(together))}
-            self.basis = PCABasis.fit(together, metadata=metadata)
-            self.basis.save(out / BASIS_NAME)
-
-    def _sample(
-        self, sources: Sequence[Source], advance: Callable[[], None]
-    ) -> Iterator[torch.Tensor]:
-        """Tokens ``[n, C]`` of each of ``sources``, as many of all; fills the cache on the way."""
-        most = min(_MAX_TOKENS, _MAX_TOKEN_NUMBERS // self.pipeline.backbone.channels)
-        each = max(1, most // len(sources))
-        for item in self.pipeline.items(sources, on_error=lambda source, error: advance()):
-            yield sample_tokens(self.renderer.basis_tokens(item).T[:, :, None], each).cpu()
-            if not isinstance(item.source, FrameSource):
-                self.cache.add(item)
-            advance()
+        self.colours.fit(out, sources, progress, self.renderer.basis_tokens, self.cache.add)
 
     def steps(self, tasks: Sequence[Task]) -> int:
         films = [t.source for t in tasks if isinstance(t.source, Film) and not t.part]
@@ -407,7 +239,7 @@ class Visualize(Job):
         record = record_of(self, task, item)
         if not task.part and self.options.basis != "image":
             record["pca_fingerprint"] = self.basis and self.basis.fingerprint
-        if (frames := _frames_of(task.source)) is not None:
+        if (frames := frames_mark(task.source)) is not None:
             record["frames"] = frames
         return record
 
@@ -468,36 +300,6 @@ class Visualize(Job):
         if self.options.contact_sheet:
             shown = [record for record in records if record.get("colours") and "part" not in record]
             self.sheets = save_sheets(out, shown, self.suffix, progress)
-
-
-def spread(frames: Sequence[FrameSource]) -> list[FrameSource]:
-    """Those that a basis is fitted on."""
-    return list(frames[:: max(1, -(-len(frames) // _BASIS_FRAMES))])
-
-
-def _saved_basis(path: Path, overwrite: bool) -> PCABasis | None:
-    if not path.exists() or overwrite:
-        return None
-    try:
-        return PCABasis.load(path)
-    except UsageError as error:
-        raise OutputError(
-            f"{printable(path)} is in the way: it is not a PCA basis of this version; move it "
-            "away, or give --overwrite"
-        ) from error
-
-
-def _stamp(source: Source) -> list[int] | None:
-    found = stamp(source)
-    return found and list(found)
-
-
-def _frames_of(source: Source) -> str | None:
-    """Which part of a video is drawn, and how fast."""
-    if not isinstance(source, Film):
-        return None
-    text = f"{[frame.index for frame in source.frames]} {source.rate}"
-    return sha256(text.encode()).hexdigest()[:12]
 
 
 def _check_point(film: Film, item: Item, point: Point) -> None:
