@@ -156,8 +156,8 @@ def evaluate(
 
 
 def _write(output: Path, judge: Segmentation, probe: Probe, payload: dict[str, Any]) -> Path:
+    from fmupsample.draw.classes import draw_confusion
     from fmupsample.formats.pictures import png
-    from fmupsample.render.classes import draw_confusion
     from fmupsample_cli.report import save_files
 
     assert probe.classes is not None

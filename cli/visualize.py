@@ -150,9 +150,9 @@ def visualize(
             sources, clips, complete, quiet = [], [], True, True
         size = None if image_size is None else ImageSize.parse(image_size)
 
+        from fmupsample.draw.renderer import Point
         from fmupsample.jobs.visualize import VisualizeOptions
         from fmupsample.jobs.visualize import visualize as draw
-        from fmupsample.render.renderer import Point
         from fmupsample_cli.loading import backend_text, open_pipeline, used_backend
         from fmupsample_cli.report import print_summary
 

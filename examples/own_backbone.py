@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from fmupsample import PCABasis, ReSFU, ReSFUConfig
+from fmupsample.draw import Tile, blocks, draw_panel
 from fmupsample.images import read_image
-from fmupsample.render import Tile, blocks, draw_panel
 from fmupsample.upsamplers import Bilinear, JointBilateral
 
 CELL = 16  # pixels per feature

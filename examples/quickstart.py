@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import fmupsample
-from fmupsample.analysis.similarity import similarity_maps
+from fmupsample.draw.similarity import similarity_maps
 
 
 def main(arguments: list[str] | None = None) -> None:

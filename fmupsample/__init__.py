@@ -23,8 +23,8 @@ from fmupsample.errors import FmupsampleError
 
 if TYPE_CHECKING:
     from fmupsample import probe
-    from fmupsample.analysis.pca import PCABasis
     from fmupsample.backbones import Backbone, load_backbone
+    from fmupsample.draw.pca import PCABasis
     from fmupsample.formats import CompactFeatures, FeatureArray, open_shards
     from fmupsample.formats import open_features as open  # noqa: F401 - as in _HOMES
     from fmupsample.image_features import ImageFeatures, features
@@ -45,7 +45,7 @@ _HOMES = {
     "CompactFeatures": "formats",
     "FeatureArray": "formats",
     "ImageFeatures": "image_features",
-    "PCABasis": "analysis",
+    "PCABasis": "draw",
     "Pipeline": "pipeline",
     "ReSFU": "upsamplers",
     "ReSFUConfig": "upsamplers",

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fmupsample.analysis.pca import PCABasis
 from fmupsample.backbones import Backbone
+from fmupsample.draw.pca import PCABasis
+from fmupsample.draw.renderer import Point, Renderer, colours
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images.find import Source, is_several
 from fmupsample.images.size import ImageSize
 from fmupsample.pipeline import Item, Pipeline, open_pipeline
-from fmupsample.render.renderer import Point, Renderer, colours
 from fmupsample.upsamplers import Upsampler
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fmupsample.backbones import Backbone, load_backbone
 from fmupsample.distributed import is_distributed
+from fmupsample.draw.renderer import Point
 from fmupsample.errors import UsageError
 from fmupsample.images import find_images, is_video
 from fmupsample.jobs.extract import ExtractOptions, ExtractReport
@@ -20,7 +21,6 @@ from fmupsample.jobs.visualize import Report, VisualizeOptions
 from fmupsample.jobs.visualize import visualize as run_visualize
 from fmupsample.pipeline import Pipeline, open_pipeline
 from fmupsample.progress import SILENT, Progress
-from fmupsample.render.renderer import Point
 from fmupsample.training.config import TrainConfig, parse_objective
 from fmupsample.training.report import TrainReport
 from fmupsample.training.run import train as run_train

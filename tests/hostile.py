@@ -26,11 +26,11 @@ from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fmupsample.analysis.pca import PCABasis
-from fmupsample.analysis.projection import Projection
+from fmupsample.draw.pca import PCABasis
 from fmupsample.formats.files import SafetensorsFile
 from fmupsample.formats.layout import FORMAT as COMPACT
 from fmupsample.formats.layout import Layout
+from fmupsample.jobs.projection import Projection
 from fmupsample.labels.classes import ClassTable
 from fmupsample.probing.linear import LinearProbe
 from fmupsample.probing.probe import Probe, save_probe

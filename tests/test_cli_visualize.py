@@ -13,13 +13,13 @@ from PIL import Image
 from toy import ToyBackbone, ToyNonlinear, ToyUpsampler
 
 import fmupsample_cli.loading
-from fmupsample.analysis.pca import PCABasis
+from fmupsample.draw.pca import PCABasis
+from fmupsample.draw.renderer import Point, Renderer
 from fmupsample.errors import UsageError
 from fmupsample.images.find import find_images
 from fmupsample.images.size import ImageSize
 from fmupsample.jobs.visualize import VisualizeOptions, visualize
 from fmupsample.pipeline import Pipeline
-from fmupsample.render.renderer import Point, Renderer
 from fmupsample_cli.main import main
 
 
@@ -413,7 +413,7 @@ def test_features_are_never_built_at_full_size(backbone, photos, tmp_path, monke
         return whole(self, weights, value)
 
     monkeypatch.setattr(ToyUpsampler, "reassemble", watched)
-    monkeypatch.setattr("fmupsample.analysis.similarity.BLOCK", 8)
+    monkeypatch.setattr("fmupsample.draw.similarity.BLOCK", 8)
     assert run(photos, "-o", tmp_path / "out", "--foreground", "--point", "5,5") == 0
     assert channels and max(channels) < backbone.channels
 

@@ -16,10 +16,10 @@ from drawn import Blocks, NotLinear, PatchMeans, draw
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fmupsample.analysis.projection import Projection, ProjectionFit
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images import Frame, ImageSize, find_images
 from fmupsample.jobs.extract import ExtractOptions, extract
+from fmupsample.jobs.projection import Projection, ProjectionFit
 from fmupsample.pipeline import Pipeline
 from fmupsample.runs import engine as module
 from fmupsample.upsamplers import load_upsampler

@@ -11,11 +11,11 @@ from drawn import Blocks, PatchMeans, draw, film
 from sharing import drawn, in_threads, logged, torchrun
 from torch import distributed
 
+from fmupsample.draw.renderer import Point
 from fmupsample.errors import ImageError
 from fmupsample.images import find_images
 from fmupsample.jobs.visualize import Visualize, VisualizeOptions, visualize
 from fmupsample.pipeline import Pipeline
-from fmupsample.render.renderer import Point
 from fmupsample.video import FrameReader, scan_videos
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")

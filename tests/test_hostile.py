@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 import fmupsample
 from fmupsample import backbones
-from fmupsample.analysis.pca import PCABasis
-from fmupsample.analysis.projection import Projection
+from fmupsample.draw.pca import PCABasis
 from fmupsample.errors import FeaturesError, FmupsampleError
 from fmupsample.images import Source, read_picture, read_size
+from fmupsample.jobs.projection import Projection
 from fmupsample.probing.probe import load_probe
 from fmupsample.runs.manifest import Manifest
 from fmupsample.upsamplers import load_upsampler

@@ -61,7 +61,7 @@ def test_no_map_of_all_channels_is_made_unasked(tmp_path: Path, monkeypatch) -> 
         return whole(self, weights, value)
 
     monkeypatch.setattr(JointBilateral, "reassemble", watched)
-    monkeypatch.setattr("fmupsample.analysis.similarity.BLOCK", 2)
+    monkeypatch.setattr("fmupsample.draw.similarity.BLOCK", 2)
     f = features(draw(tmp_path / "a.png"))
     f.pca(), f.similarity((1, 2)), f.panel(), repr(f), f.lr, f.image, f.shape
     assert most == 3

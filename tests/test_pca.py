@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmupsample.analysis.foreground import Split, otsu
-from fmupsample.analysis.pca import PCABasis, outlier_weights, sample_tokens
+from fmupsample.draw.foreground import Split, otsu
+from fmupsample.draw.pca import PCABasis, outlier_weights, sample_tokens
 from fmupsample.errors import OutputError, ShapeError, UsageError
 
 META = {"backbone": "toy.v1", "layer": "11"}

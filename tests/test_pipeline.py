@@ -149,8 +149,8 @@ def test_values_first_is_the_same_as_values_after(tmp_path: Path) -> None:
 def test_pca_pictures_never_make_a_map_of_all_channels(
     tmp_path: Path, monkeypatch, layout, foreground
 ) -> None:
-    from fmupsample.analysis.pca import PCABasis
-    from fmupsample.render.renderer import Renderer
+    from fmupsample.draw.pca import PCABasis
+    from fmupsample.draw.renderer import Renderer
     from fmupsample.upsamplers import ReSFU, ReSFUConfig
     from fmupsample.upsamplers.aligned import module as aligned
 

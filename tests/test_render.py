@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from toy import ToyUpsampler
 
-from fmupsample.analysis.similarity import similarity_maps
-from fmupsample.errors import ShapeError
-from fmupsample.render import (
+from fmupsample.draw import (
     Entry,
     Tile,
     blocks,
@@ -27,9 +25,11 @@ from fmupsample.render import (
     overlay,
     tile_size,
 )
-from fmupsample.render.contact import justify
-from fmupsample.render.panel import columns_for
-from fmupsample.render.text import fit, plain, text_width
+from fmupsample.draw.contact import justify
+from fmupsample.draw.panel import columns_for
+from fmupsample.draw.similarity import similarity_maps
+from fmupsample.draw.text import fit, plain, text_width
+from fmupsample.errors import ShapeError
 
 RED, GREEN, BLUE, GOLD = (200, 30, 40), (20, 160, 60), (30, 60, 200), (220, 180, 20)
 

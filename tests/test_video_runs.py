@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fmupsample
+from fmupsample.draw.renderer import Point
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.images import find_images
 from fmupsample.jobs.extract import ExtractOptions, extract
 from fmupsample.jobs.visualize import VisualizeOptions, visualize
 from fmupsample.pipeline import Pipeline
-from fmupsample.render.renderer import Point
 from fmupsample.video import FrameReader, Span, scan_videos, with_frames
 from fmupsample.video.write import VideoFile
 from fmupsample_cli import loading

@@ -10,11 +10,11 @@ from drawn import Blocks, PatchMeans, draw
 from sharing import drawn, in_threads, logged, torchrun
 from torch import distributed
 
+from fmupsample.draw.renderer import Point
 from fmupsample.errors import OutputError, ProcessError
 from fmupsample.images import find_images
 from fmupsample.jobs.visualize import VisualizeOptions, visualize
 from fmupsample.pipeline import Pipeline
-from fmupsample.render.renderer import Point
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
 

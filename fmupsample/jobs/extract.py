@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fmupsample._version import __version__
-from fmupsample.analysis.projection import Projection, ProjectionFit
 from fmupsample.atomic import replacing
 from fmupsample.errors import FmupsampleError, OutputError
 from fmupsample.finite import check_finite
@@ -30,6 +29,7 @@ from fmupsample.images.find import Source
 from fmupsample.images.names import output_names
 from fmupsample.images.size import parse_output_size
 from fmupsample.jobs.extract_options import ExtractOptions
+from fmupsample.jobs.projection import Projection, ProjectionFit
 from fmupsample.pipeline import Item, Pipeline, map_sizes
 from fmupsample.progress import Progress
 from fmupsample.runs.engine import Report

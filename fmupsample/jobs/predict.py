@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fmupsample.atomic import replacing
+from fmupsample.draw.classes import draw_legend, mask_overlay, palette_of
+from fmupsample.draw.heat import heat_colours
 from fmupsample.errors import OutputError, UsageError
 from fmupsample.fingerprint import fingerprint
 from fmupsample.finite import check_finite
@@ -36,8 +38,6 @@ from fmupsample.images.read import read_image
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.probing.probe import Probe
 from fmupsample.progress import Progress
-from fmupsample.render.classes import draw_legend, mask_overlay, palette_of
-from fmupsample.render.heat import heat_colours
 from fmupsample.runs.engine import Report
 from fmupsample.runs.job import Job, Made, Output, Recipe, Task
 from fmupsample.runs.manifest import NAME as MANIFEST_NAME

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmupsample.analysis.pca import PCABasis, sample_tokens
+from fmupsample.draw.pca import PCABasis, sample_tokens
 from fmupsample.errors import FmupsampleError, OutputError, UsageError
 from fmupsample.images.find import Source, printable, stamp
 from fmupsample.jobs.visualize_options import VisualizeOptions

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from fmupsample.atomic import replacing
+from fmupsample.draw.contact import PER_PAGE, Entry, draw_sheet
 from fmupsample.errors import FmupsampleError, OutputError
 from fmupsample.images.find import printable
 from fmupsample.images.read import read_picture
 from fmupsample.progress import Progress
-from fmupsample.render.contact import PER_PAGE, Entry, draw_sheet
 from fmupsample.runs.manifest import Record
 
 MAX_PAGES = 20

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
-from fmupsample.analysis.pca import PCABasis, sample_tokens
 from fmupsample.backbones.views import title
+from fmupsample.draw.contact import PER_PAGE
+from fmupsample.draw.films import FilmRenderer, Look
+from fmupsample.draw.pca import PCABasis, sample_tokens
+from fmupsample.draw.renderer import Drawing, Point, Renderer
 from fmupsample.errors import FmupsampleError, ImageError
 from fmupsample.folders import refuse_others_files
 from fmupsample.formats.pictures import DrawnFile, jpeg, png
@@ -28,9 +31,6 @@ from fmupsample.jobs.visualize_options import Report, VisualizeOptions
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.pipeline.cache import FeatureCache
 from fmupsample.progress import Progress
-from fmupsample.render.contact import PER_PAGE
-from fmupsample.render.films import FilmRenderer, Look
-from fmupsample.render.renderer import Drawing, Point, Renderer
 from fmupsample.runs.job import Fault, Job, Made, Output, Recipe, Task
 from fmupsample.runs.manifest import Manifest, Record
 from fmupsample.runs.run import run

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fmupsample.draw.renderer import LAYOUTS, Layout, Point
 from fmupsample.errors import UsageError
 from fmupsample.images.size import check_output_size
-from fmupsample.render.renderer import LAYOUTS, Layout, Point
 from fmupsample.video.clips import Clip
 
 FORMATS = ("png", "jpg")

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fmupsample.analysis.pca import PCABasis
 from fmupsample.atomic import replacing
 from fmupsample.backbones.views import title
+from fmupsample.draw.panel import Tile, draw_panel
+from fmupsample.draw.pca import PCABasis
 from fmupsample.errors import OutputError
 from fmupsample.images.find import printable
-from fmupsample.render.panel import Tile, draw_panel
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.feed import Feed
 from fmupsample.training.pictures import Pictures

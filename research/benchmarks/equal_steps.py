@@ -27,16 +27,16 @@ from rich.console import Console
 import tables
 from cells import Cells
 from common import options, parse_options, tell_faults, write_text
-from fmupsample.analysis.pca import PCABasis, sample_tokens
 from fmupsample.backbones import Backbone, load_backbone
 from fmupsample.device import resolve_device
+from fmupsample.draw.panel import Tile, draw_panel
+from fmupsample.draw.pca import PCABasis, sample_tokens
 from fmupsample.errors import FmupsampleError
 from fmupsample.images.find import find_images
 from fmupsample.images.size import ImageSize
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.probing.sampled import Comparison
 from fmupsample.progress import Progress
-from fmupsample.render.panel import Tile, draw_panel
 from fmupsample.training.config import TrainConfig
 from fmupsample.training.run import train
 from fmupsample.upsamplers import Upsampler, load_upsampler

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmupsample.analysis.pca import outlier_weights
+from fmupsample.draw.pca import outlier_weights
 
 _COMPONENTS = 8
 _ROUNDS = 4

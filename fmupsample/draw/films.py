@@ -13,15 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from fmupsample.analysis.pca import PCABasis
-from fmupsample.errors import ImageError
-from fmupsample.images.arrays import resize
-from fmupsample.images.find import Source, printable
-from fmupsample.pipeline import Item
-from fmupsample.render.heat import colour_bar, heat_colours, mark_point
-from fmupsample.render.overlay import grey, overlay
-from fmupsample.render.panel import Tile, draw_panel
-from fmupsample.render.renderer import (
+from fmupsample.draw.heat import colour_bar, heat_colours, mark_point
+from fmupsample.draw.overlay import grey, overlay
+from fmupsample.draw.panel import Tile, draw_panel
+from fmupsample.draw.pca import PCABasis
+from fmupsample.draw.renderer import (
     HEAT_OPACITY,
     Drawing,
     Point,
@@ -30,6 +26,10 @@ from fmupsample.render.renderer import (
     heat_range,
     letter_size,
 )
+from fmupsample.errors import ImageError
+from fmupsample.images.arrays import resize
+from fmupsample.images.find import Source, printable
+from fmupsample.pipeline import Item
 from fmupsample.video.frames import FrameReader, FrameSource
 from fmupsample.video.span import show_time
 

@@ -19,19 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmupsample.analysis.foreground import Split, opacity
-from fmupsample.analysis.pca import PCABasis
-from fmupsample.analysis.similarity import features_at, similarity_maps
+from fmupsample.draw.foreground import Split, opacity
+from fmupsample.draw.heat import colour_bar, heat_colours, mark_point
+from fmupsample.draw.overlay import darken, grey, overlay, pca_overlay
+from fmupsample.draw.panel import Box, Tile, draw_panel
+from fmupsample.draw.pca import PCABasis
+from fmupsample.draw.similarity import features_at, similarity_maps
+from fmupsample.draw.tiles import blocks, tile_size
 from fmupsample.errors import FmupsampleError, ImageError, UsageError
 from fmupsample.finite import check_finite
 from fmupsample.images.arrays import resize
 from fmupsample.images.read import read_picture
 from fmupsample.images.size import parse_output_size
 from fmupsample.pipeline import Item, Pipeline
-from fmupsample.render.heat import colour_bar, heat_colours, mark_point
-from fmupsample.render.overlay import darken, grey, overlay, pca_overlay
-from fmupsample.render.panel import Box, Tile, draw_panel
-from fmupsample.render.tiles import blocks, tile_size
 from fmupsample.upsamplers.registry import METHODS
 
 Layout = Literal["panel", "single", "overlay"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fmupsample.render.heat import heat_colours
-from fmupsample.render.overlay import overlay
-from fmupsample.render.text import FAINT, INK, PAPER, draw_text, text_width
+from fmupsample.draw.heat import heat_colours
+from fmupsample.draw.overlay import overlay
+from fmupsample.draw.text import FAINT, INK, PAPER, draw_text, text_width
 
 Colour = tuple[int, int, int]
 _SIZE, _ROW, _MARGIN = 16, 26, 18

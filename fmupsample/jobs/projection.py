@@ -2,7 +2,7 @@
 
 The projection is affine per pixel and kernel weights sum to 1, so projecting the low-resolution
 features and upsampling the N scores gives exactly the projection of the upsampled features.
-(:mod:`fmupsample.analysis.pca` makes colours; this is the plain PCA, for numbers.)
+(:mod:`fmupsample.draw.pca` makes colours; this is the plain PCA, for numbers.)
 """
 
 from __future__ import annotations

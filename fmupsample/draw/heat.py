@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fmupsample.render.text import INK, PAPER, draw_text, text_width
+from fmupsample.draw.text import INK, PAPER, draw_text, text_width
 
 # Dark violet over red and orange to pale yellow; lightness rises steadily, so that the map also
 # reads in grey and for colour-blind eyes.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from fmupsample.draw.text import FAINT, INK, PAPER, draw_text, text_width
 from fmupsample.errors import ShapeError
-from fmupsample.render.text import FAINT, INK, PAPER, draw_text, text_width
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 

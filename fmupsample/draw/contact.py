@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from fmupsample.draw.text import FAINT, INK, PAPER, draw_text
 from fmupsample.images.arrays import resize
 from fmupsample.prefetch import prefetch
-from fmupsample.render.text import FAINT, INK, PAPER, draw_text
 from fmupsample.threads import compute_alone, cores
 
 PER_PAGE = 48
