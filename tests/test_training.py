@@ -152,7 +152,7 @@ def started(*arguments: object, sleep: float = 0.0) -> subprocess.Popen:
 
 
 def wait_for(happened, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not happened() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
 
@@ -166,7 +166,7 @@ def test_a_stopped_process_goes_on_to_the_same_head(kind, pictures, tmp_path, wh
     log = work / "log.jsonl"
     wait_for(lambda: log.exists() and '"step": 5' in log.read_text(), process)
     process.send_signal(kind)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=180)
     assert not output.exists() and stdout == "" and "Traceback" not in stderr
     done = torch.load(work / "checkpoint.pt", weights_only=True)["state"]["step"]
     if kind == signal.SIGINT:
@@ -176,7 +176,7 @@ def test_a_stopped_process_goes_on_to_the_same_head(kind, pictures, tmp_path, wh
     else:
         assert process.returncode == -signal.SIGKILL and done == 4
     process = started(*arguments, "--resume", "--json")
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
     assert json.loads(stdout)["resumed_at"] == done
     assert_same(output, whole, 1e-6)
