@@ -214,7 +214,7 @@ def test_models_lists_upsamplers(capsys):
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("anyup", r"anyup_paper, download 3.5 MB, https://\S+/anyup_paper.pth .*CC-BY-4.0"),
+        ("anyup", r"anyup_paper, download 3.5\d* MB, https://\S+/anyup_paper.pth .*CC-BY-4.0"),
         ("jafar", r"for --head FILE, https://\S+dinov2.lvd142m.pth .*Apache-2.0"),
         ("uplift", r"for --head FILE, https://\S+/uplift_dinov2-s14 .*MIT"),
         ("naf", r"for --head FILE, https://\S+/naf_release.pth .*Apache-2.0"),
