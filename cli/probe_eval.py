@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +13,12 @@ from fmupsample_cli import options as o
 from fmupsample_cli import probe_options as p
 
 if TYPE_CHECKING:
-    from fmupsample.probing.metrics import Segmentation
+    from fmupsample.labels import Dataset
+    from fmupsample.pipeline import Pipeline
     from fmupsample.probing.probe import Probe
+    from fmupsample.progress import Progress
+
+    Judge = Callable[[Pipeline, Progress], dict[str, Any]]
 
 Tolerance = Annotated[
     float,
@@ -73,11 +78,11 @@ def evaluate(
     """
     from fmupsample.errors import UsageError
     from fmupsample.folders import holds_keys, refuse_others_files
-    from fmupsample.labels import open_dataset, parse_ignore, survey
-    from fmupsample.labels.depth import survey_depth
+    from fmupsample.labels import open_dataset, parse_ignore
     from fmupsample.probing.probe import load_probe
     from fmupsample_cli.pictures import refuse_several
     from fmupsample_cli.progress import RichProgress
+    from fmupsample_cli.report import print_json, print_summary
 
     refuse_several("probe eval")
     if output is not None:
@@ -92,24 +97,12 @@ def evaluate(
     depth = fitted.task == "depth"
     if not depth and depth_scale is not None:
         raise UsageError("--depth-scale is for depth probes; this one is of classes")
-    dataset = open_dataset(
-        images,
-        labels,
-        layout="folders" if layout is None and depth else layout and layout.value,
-        split=split,
-        allow_missing=allow_missing,
-    )
-    from fmupsample.probing.evaluate import evaluate as judge_classes
-    from fmupsample.probing.evaluate import evaluate_depth as judge_depth
-    from fmupsample.probing.evaluate import report, table_for
-    from fmupsample_cli.report import print_json, print_summary, save_files
-
+    chosen = "folders" if layout is None and depth else layout and layout.value
+    dataset = open_dataset(images, labels, layout=chosen, split=split, allow_missing=allow_missing)
     if depth:
-        scale = depth_scale or fitted.depth["scale"]
-        p.show_depths(dataset, survey_depth(dataset.pairs, scale), what="judging", quiet=quiet)
+        judge = _depth_judge(fitted, dataset, depth_scale, quiet)
     else:
-        found = survey(dataset, table_for(fitted, dataset), ignored=ignored)
-        p.show_survey(dataset, found, what="judging", quiet=quiet)
+        judge = _class_judge(fitted, dataset, ignored, tolerance, quiet)
     pipeline = p.open_for_probe(
         fitted,
         backbone=backbone,
@@ -133,53 +126,79 @@ def evaluate(
         "backbone": fitted.backbone["name"],
         "upsampler": fitted.upsampler["name"],
     }
-    if depth:
-        with RichProgress(quiet=quiet) as progress:
-            errors = judge_depth(fitted, pipeline, dataset, scale, progress)
-        payload |= {k: round(v, 6) for k, v in errors.summary().items()}
-        if output is not None:
-            save_files(output, {"metrics.json": (dumps(payload, indent=1) + "\n").encode()})
-        rows = {name: f"{payload[name]:.4f}" for name in errors.summary()}
-        print_summary("probe eval", rows, as_json=json, payload=payload)
-        return
     with RichProgress(quiet=quiet) as progress:
-        judge = judge_classes(
-            fitted, pipeline, dataset, found.table, tolerance=tolerance, progress=progress
-        )
-    payload |= report(judge, found.table)
+        metrics = judge(pipeline, progress)
+    payload |= metrics
     if output is not None:
-        payload["confusion_picture"] = str(_write(output, judge, fitted, payload))
-    if json:
+        _write(output, fitted, payload)
+    if depth:
+        rows = {name: f"{value:.4f}" for name, value in metrics.items()}
+        print_summary("probe eval", rows, as_json=json, payload=payload)
+    elif json:
         print_json(payload)
     else:
-        _show(payload, judge)
+        _show(payload)
 
 
-def _write(output: Path, judge: Segmentation, probe: Probe, payload: dict[str, Any]) -> Path:
+def _class_judge(
+    probe: Probe, dataset: Dataset, ignored: tuple[int, ...] | None, tolerance: float, quiet: bool
+) -> Judge:
+    """Look at the labels now, and measure when there is a pipeline."""
+    from fmupsample.labels import survey
+    from fmupsample.probing.evaluate import evaluate, report, table_for
+
+    found = survey(dataset, table_for(probe, dataset), ignored=ignored)
+    p.show_survey(dataset, found, what="judging", quiet=quiet)
+
+    def judge(pipeline: Pipeline, progress: Progress) -> dict[str, Any]:
+        more = {"tolerance": tolerance, "progress": progress}
+        return report(evaluate(probe, pipeline, dataset, found.table, **more), found.table)
+
+    return judge
+
+
+def _depth_judge(probe: Probe, dataset: Dataset, scale: float | None, quiet: bool) -> Judge:
+    """The same for depths."""
+    from fmupsample.labels.depth import survey_depth
+    from fmupsample.probing.evaluate import evaluate_depth
+
+    units = scale or probe.depth["scale"]
+    p.show_depths(dataset, survey_depth(dataset.pairs, units), what="judging", quiet=quiet)
+
+    def judge(pipeline: Pipeline, progress: Progress) -> dict[str, Any]:
+        errors = evaluate_depth(probe, pipeline, dataset, units, progress)
+        return {name: round(value, 6) for name, value in errors.summary().items()}
+
+    return judge
+
+
+def _write(output: Path, probe: Probe, payload: dict[str, Any]) -> None:
+    """``metrics.json``, and of classes ``confusion.png``, whose path goes into ``payload``."""
+    import numpy as np
+
     from fmupsample.draw.classes import draw_confusion
     from fmupsample.formats.pictures import png
     from fmupsample_cli.report import save_files
 
-    assert probe.classes is not None
-    picture = draw_confusion(judge.whole.matrix.numpy(), probe.classes.names)
-    files = {
-        "metrics.json": (dumps(payload, indent=1) + "\n").encode(),
-        "confusion.png": png(picture),
-    }
+    files = {"metrics.json": (dumps(payload, indent=1) + "\n").encode()}
+    if probe.classes is not None:
+        picture = draw_confusion(np.array(payload["confusion"]), probe.classes.names)
+        files["confusion.png"] = png(picture)
+        payload["confusion_picture"] = str(output / "confusion.png")
     save_files(output, files)
-    return output / "confusion.png"
 
 
-def _show(payload: dict[str, Any], judge: Segmentation) -> None:
+def _show(payload: dict[str, Any]) -> None:
     from fmupsample_cli.report import print_table
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
 
-    share = judge.whole.matrix.sum(1) / judge.whole.matrix.sum()
+    counts = [sum(row) for row in payload["confusion"]]
+    shares = [count / sum(counts) for count in counts]
     rows = [
         (name, percent(iou), percent(payload["boundary_f_per_class"][name]), f"{100 * of:.2f}")
-        for (name, iou), of in zip(payload["iou"].items(), share.tolist(), strict=True)
+        for (name, iou), of in zip(payload["iou"].items(), shares, strict=True)
     ]
     rows.append(("mean", percent(payload["miou"]), percent(payload["boundary_f"]), ""))
     limit = payload["boundary_tolerance"]

@@ -168,9 +168,10 @@ class Batches:
     def _backward_whole(self, classifiers: Classifiers, batch: list[tuple[int, bool]]) -> Tensor:
         """:meth:`backward` with the logits of one picture in memory, which become gradients."""
         rates = len(self.options.rates)
-        labelled = sum(int(self.task.judged(labels).sum()) for _, labels in self._shown(batch))
+        shown = self._shown(batch)
+        labelled = sum(int(self.task.judged(labels).sum()) for _, labels in shown)
         total = torch.zeros(rates)
-        for view, labels in self._shown(batch):
+        for view, labels in shown:
             low = classifiers.folded().logits(view.features)
             weights = view.weights.to(low.dtype)[None]
             # A few maps at a time, whose gradients take a few maps of memory in turn.
