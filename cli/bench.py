@@ -148,8 +148,9 @@ def bench(
 
     from fmupsample.backbones import load_backbone
     from fmupsample.bench.methods import choose
+    from fmupsample.bench.pictures import default_pictures
     from fmupsample.bench.quality import measure
-    from fmupsample.bench.run import Bench, BenchOptions, default_pictures
+    from fmupsample.bench.run import Bench, BenchOptions
     from fmupsample.device import resolve_device
     from fmupsample.images import find_images
     from fmupsample.ops.backend import check_backend, prepare, set_backend

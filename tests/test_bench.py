@@ -18,7 +18,7 @@ from toy import ToyBackbone, ToyUpsampler
 from typer.testing import CliRunner
 
 from fmupsample.backbones import load_backbone
-from fmupsample.bench import chart, run, tables
+from fmupsample.bench import chart, pictures, run, tables
 from fmupsample.bench.methods import choose
 from fmupsample.bench.quality import split, spread
 from fmupsample.bench.run import BenchReport
@@ -197,11 +197,11 @@ def test_a_checkpoint_of_the_authors_has_a_row(tmp_path):
 
 
 def test_pictures_are_drawn_where_there_are_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "_EXAMPLES", tmp_path / "none")
-    assert run.default_pictures() == []
-    picture = run.drawn_picture(64)
+    monkeypatch.setattr(pictures, "_EXAMPLES", tmp_path / "none")
+    assert pictures.default_pictures() == []
+    picture = pictures.drawn_picture(64)
     assert picture.shape == (64, 64, 3) and picture.std() > 20
-    assert np.array_equal(picture, run.drawn_picture(64))
+    assert np.array_equal(picture, pictures.drawn_picture(64))
 
 
 def report_of(*rows: dict) -> BenchReport:

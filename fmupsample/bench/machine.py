@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fmupsample._version import __version__
+from fmupsample.bench.memory import proc_bytes
 
 # Facts that differ from run to run on one and the same machine.
 PASSING = ("commit", "load")
@@ -65,15 +65,6 @@ def _gpu(device: torch.device) -> dict:
         "cuda": torch.version.cuda,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32,
     }
-
-
-def proc_bytes(file: Path, key: str) -> int | None:
-    """The bytes of a line such as ``MemTotal: 16 kB`` of /proc; ``None`` where there is none."""
-    with contextlib.suppress(OSError):
-        for line in file.read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def _commit() -> str | None:

@@ -7,13 +7,11 @@ every case once, in a new random order, so that a slow minute of the machine hit
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing
 import os
 import random
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,14 +23,12 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from fmupsample.bench.machine import cache_bytes, proc_bytes
+from fmupsample.bench.machine import cache_bytes
+from fmupsample.bench.memory import peak_of
 from fmupsample.device import is_out_of_memory
-from fmupsample.heap import return_freed
 
 Case = Callable[[], object]
 LEAST_ROUNDS = 3
-# Calls of which the largest peak counts, and the seconds after which there is no further one.
-PEAK_CALLS, PEAK_SECONDS = 5, 5.0
 
 
 class OutOfMemory(Exception):
@@ -148,9 +144,9 @@ class Here:
         Raises:
             OutOfMemory: it does not fit.
         """
-        if self.device.type != "cuda":
-            return peak_of(self.case)
         with _memory_errors():
+            if self.device.type != "cuda":
+                return peak_of(self.case)
             torch.cuda.synchronize(self.device)
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -278,38 +274,3 @@ def _memory_errors() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory("out of memory") from None
-
-
-def peak_of(case: Case) -> int:
-    """By how many bytes a call raises the resident memory of this process, result included.
-
-    The largest of some calls: where the C library finds room for what it is asked for differs from
-    call to call. Libraries should have been loaded by a call before.
-    """
-    gc.collect()
-    largest = 0
-    start = time.perf_counter()
-    for _ in range(PEAK_CALLS):
-        return_freed()  # so that the call cannot use it without being seen
-        with contextlib.suppress(OSError):  # where it is refused, the peak is that of the process
-            Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
-        with _memory_errors():
-            kept = case()
-        largest = max(largest, _resident("VmHWM") - before)
-        del kept
-        if time.perf_counter() - start > PEAK_SECONDS:
-            break
-    return largest
-
-
-def _resident(key: str) -> int:
-    found = proc_bytes(Path("/proc/self/status"), key)
-    if found is not None:
-        return found
-    try:
-        import resource
-    except ImportError:  # Windows: nothing is known
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,10 @@ from fmupsample.backbones import Backbone
 from fmupsample.bench.machine import describe
 from fmupsample.bench.measuring import Apart, Case, Here, OutOfMemory, summary, time_cases
 from fmupsample.bench.methods import Method
+from fmupsample.bench.pictures import drawn_picture
 from fmupsample.device import is_out_of_memory
 from fmupsample.errors import FmupsampleError, UsageError
-from fmupsample.images.find import Source, find_images, storable
+from fmupsample.images.find import Source, storable
 from fmupsample.images.prepare import fit_to_frame, normalise
 from fmupsample.images.size import ImageSize
 from fmupsample.memory import available_memory
@@ -37,7 +37,6 @@ FORMAT = "fmupsample-bench/1"
 BACKBONE = "backbone"
 MOST_PICTURES = 4  # that calls take turns with
 LEAST_SIZE, MOST_SIZE = 16, 4096
-_EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "images"
 
 # Keys of a row: ``peak_bytes`` includes the result, ``of_backbone`` is how many times its pass, and
 # ``reason`` says why something is missing.
@@ -282,23 +281,6 @@ def _fill(rows: dict[str, dict[str, Any]], times: dict[str, list[float]]) -> Non
     for row in rows.values():
         if base is not None and row["median_s"] is not None:
             row["of_backbone"] = row["median_s"] / base
-
-
-def default_pictures() -> list[Source]:
-    """The photographs beside the package in a checkout; none (a drawn one) elsewhere."""
-    return find_images([_EXAMPLES]) if _EXAMPLES.is_dir() else []
-
-
-def drawn_picture(side: int) -> np.ndarray:
-    """uint8 ``[H, W, 3]``: discs of different colours on a gradient, with a little noise."""
-    random = np.random.default_rng(0)
-    y, x = np.mgrid[:side, :side] / side
-    picture = np.stack([90 + 80 * x, 110 + 60 * y, 150 - 70 * x * y], -1)
-    for _ in range(12):
-        cx, cy, radius = *random.uniform(0, 1, 2), random.uniform(0.05, 0.2)
-        picture[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = random.uniform(20, 235, 3)
-    noisy = picture + random.normal(0, 4, picture.shape)
-    return noisy.clip(0, 255).astype(np.uint8)
 
 
 def _line(error: Exception) -> str:
