@@ -53,6 +53,10 @@ def load_models(
     from fmupsample.distributed import own_device
 
     place = own_device(device)
+    if head is not None and layer is None:
+        from fmupsample.pipeline.opening import layer_of_head
+
+        layer = layer_of_head(head, backbone)
     model = load_backbone(
         backbone, layer=layer, weights=weights, image_size=image_size, views=views
     )

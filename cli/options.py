@@ -166,9 +166,10 @@ Head = Annotated[
     Path | None,
     typer.Option(
         "--head",
-        metavar="FILE",
-        help="Trained head (.safetensors), or the authors' checkpoint of AnyUp, JAFAR, NAF or "
-        "UPLiFT, to use instead of the shipped one.",
+        metavar="FILE|hf:OWNER/NAME",
+        help="Trained head to use instead of the shipped one: a file (.safetensors, or the "
+        "authors' checkpoint of AnyUp, JAFAR, NAF or UPLiFT), or a repository of the Hugging Face hub. Without --layer, the "
+        "backbone's is the head's.",
         show_default=False,
         rich_help_panel=MODEL,
     ),

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg
 
+from fmupsample import network
 from fmupsample.backbones import hub, load_backbone
 from fmupsample.backbones.aliases import ALIASES
 from fmupsample.backbones.cache import hub_cache
@@ -300,8 +301,8 @@ def test_a_silent_network_is_given_up_within_seconds(monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "CONNECT_SECONDS", 0.1)
-    monkeypatch.setattr(hub, "urlopen", silent)
+    monkeypatch.setattr(network, "CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr(network, "urlopen", silent)
     start = time.monotonic()
     with pytest.raises(BackboneError, match=r"huggingface\.co cannot be reached"):
         load_backbone("dino-s16")
@@ -315,7 +316,7 @@ def test_a_server_out_of_order_is_not_retried_for_minutes(monkeypatch):
         raise HTTPError(request.full_url, 503, "busy", {}, None)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "urlopen", unavailable)
+    monkeypatch.setattr(network, "urlopen", unavailable)
     with pytest.raises(BackboneError, match=r"huggingface\.co is out of order \(HTTP 503\)"):
         load_backbone("dino-s16")
 
@@ -335,7 +336,7 @@ def test_what_the_hub_says_becomes_one_sentence(monkeypatch, kind, message):
         raise type(kind, (Exception,), {})("401 Client Error.\nlong text of the hub")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "_unreachable", lambda _address: "")
+    monkeypatch.setattr(hub, "unreachable", lambda _address: "")
     monkeypatch.setattr(hub, "_download_hub", fail)
     with pytest.raises(BackboneError, match=message) as caught:
         load_backbone("dinov3-s")

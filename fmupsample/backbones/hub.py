@@ -7,15 +7,8 @@ first, then a connection is tried with a short limit, and only then is anything 
 from __future__ import annotations
 
 import contextlib
-import logging
-import ssl
-import threading
-from collections.abc import Iterator
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
-from urllib.request import Request, urlopen
 
 from timm.models import get_pretrained_cfg
 
@@ -23,8 +16,7 @@ from fmupsample.backbones.aliases import ALIASES
 from fmupsample.backbones.cache import SAFE_FIRST, cached_timm_repositories, find_in_cache
 from fmupsample.backbones.names import Resolved
 from fmupsample.errors import BackboneError
-
-CONNECT_SECONDS = 6.0
+from fmupsample.network import endpoint, offline, quiet_client, unreachable
 
 
 def cached_file(full_name: str) -> Path | None:
@@ -67,10 +59,9 @@ def fetch(wanted: Resolved) -> Path:
     if path is not None:
         return path
     cfg = get_pretrained_cfg(wanted.full)
-    address = _endpoint() if cfg.hf_hub_id else str(cfg.url)
-    offline = _offline() or _unreachable(address)
-    if offline:
-        raise BackboneError(_not_here(wanted, offline))
+    reason = offline() or unreachable(endpoint() if cfg.hf_hub_id else str(cfg.url))
+    if reason:
+        raise BackboneError(_not_here(wanted, reason))
     try:
         return _download_hub(cfg) if cfg.hf_hub_id else _download_url(cfg)
     # The hub client raises its own, its HTTP library's and OS errors: sort them by what they say.
@@ -86,7 +77,7 @@ def _download_hub(cfg) -> Path:
     missing: Exception | None = None
     for filename in _filenames(cfg):
         try:
-            with _quiet_client():
+            with quiet_client():
                 return Path(hf_hub_download(repo, filename, revision=revision, etag_timeout=5))
         except EntryNotFoundError as error:
             # Also raised when the connection breaks; then the other names are no better.
@@ -135,62 +126,6 @@ def _torch_cache() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
-
-
-def _offline() -> str:
-    from huggingface_hub import constants
-
-    return "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
-
-
-def _unreachable(address: str) -> str:
-    """Why the server of ``address`` cannot be used now, as words for a message, or ``""``.
-
-    The hub's own client retries for minutes, so one request with a short limit comes first. In a
-    thread, because looking up a host name cannot be given a time limit. Proxies are those of the
-    environment.
-    """
-    host = urlparse(address).hostname or address
-    answers: list[str] = []
-
-    def ask() -> None:
-        request = Request(address, method="HEAD", headers={"User-Agent": "fmupsample"})
-        try:
-            with urlopen(request, timeout=CONNECT_SECONDS):
-                answers.append("")
-        except HTTPError as error:  # below 500 it works, and the download will say what is wrong
-            answers.append(
-                f"{host} is out of order (HTTP {error.code})" if error.code >= 500 else ""
-            )
-        except URLError as error:
-            # Certificates are the business of the hub's client, which may know more of them.
-            if isinstance(error.reason, ssl.SSLError):
-                answers.append("")
-        except (OSError, HTTPException):
-            pass
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    return answers[0] if answers else f"{host} cannot be reached"
-
-
-@contextlib.contextmanager
-def _quiet_client() -> Iterator[None]:
-    """The hub's client without its log lines about retries; what matters is in our message."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def ways_on(asked: str) -> str:
     """The three ways on when weights cannot be had, as the end of a sentence."""
     names = cached_names()
@@ -212,11 +147,11 @@ def _explain(wanted: Resolved, cfg, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if kind == "GatedRepoError" or status in (401, 403):
         return (
-            f"{wanted.asked} needs its licence accepted: open {_endpoint()}/{cfg.hf_hub_id}, "
+            f"{wanted.asked} needs its licence accepted: open {endpoint()}/{cfg.hf_hub_id}, "
             f"accept it, and log in with `hf auth login`; or {ways_on(wanted.asked)}"
         )
     if status == 404 or kind in ("RepositoryNotFoundError", "RemoteEntryNotFoundError"):
-        return f"{_endpoint()} has no weights {cfg.hf_hub_id or cfg.url}; {ways_on(wanted.asked)}"
+        return f"{endpoint()} has no weights {cfg.hf_hub_id or cfg.url}; {ways_on(wanted.asked)}"
     if kind == "LocalEntryNotFoundError":
         return _not_here(wanted, "the connection to the hub broke off")
     first = str(error).strip().splitlines()[0] if str(error).strip() else kind

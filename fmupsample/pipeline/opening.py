@@ -9,11 +9,15 @@ from typing import Any
 import torch
 
 from fmupsample.backbones import Backbone, load_backbone
+from fmupsample.backbones.names import EMBEDDED, resolve
 from fmupsample.device import resolve_device
 from fmupsample.errors import UsageError
 from fmupsample.images.size import ImageSize
 from fmupsample.pipeline.maps import Pipeline
 from fmupsample.upsamplers import Upsampler, load_upsampler
+from fmupsample.upsamplers.heads import read_head_metadata
+from fmupsample.upsamplers.hub import head_file
+from fmupsample.upsamplers.registry import METHODS
 
 
 def open_pipeline(
@@ -33,7 +37,8 @@ def open_pipeline(
         backbone: a name, as of :func:`fmupsample.load_backbone`, or a backbone. The one last asked
             for by name stays loaded.
         upsampler: a method or head file, as of :func:`fmupsample.load_upsampler`, or an upsampler.
-        layer, backbone_weights, views: of a backbone by name.
+        layer, backbone_weights, views: of a backbone by name. The layer is that of a head file,
+            if it names one of this backbone.
         options: of the pipeline.
 
     Raises:
@@ -41,6 +46,8 @@ def open_pipeline(
         UsageError: options that exclude each other, or that cannot be honoured.
     """
     place, size = resolve_device(device), ImageSize.of(image_size)
+    if layer is None and isinstance(backbone, str) and not isinstance(upsampler, Upsampler):
+        layer = layer_of_head(upsampler, backbone)
     if isinstance(backbone, str):
         wanted = (backbone, layer, views, size.exact if size else None)
         if backbone_weights is None:
@@ -53,6 +60,27 @@ def open_pipeline(
         model = backbone
     method = upsampler if isinstance(upsampler, Upsampler) else load_upsampler(model, upsampler)
     return Pipeline(model, method, image_size=size, device=place, **options)
+
+
+def layer_of_head(head: str | Path | None, backbone: str) -> int | str | None:
+    """The layer that a head (file, folder or ``hf:owner/name``) was trained for.
+
+    ``None`` where ``head`` names a method, serves any backbone, or another one than ``backbone``.
+
+    Raises:
+        BackboneError, HeadError: there is no such backbone, or no such head.
+    """
+    if head is None or str(head) in METHODS:
+        return None
+    path = head_file(head)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None  # a checkpoint of others; what is not there is told by load_upsampler
+    made_for = read_head_metadata(path)["backbone"]
+    embedded = backbone.strip().lower() == EMBEDDED
+    architecture = EMBEDDED if embedded else resolve(backbone).architecture
+    same = str(made_for.get("name")).partition(".")[0] == architecture
+    layer = made_for.get("layer")
+    return layer if same and isinstance(layer, int | str) else None
 
 
 def _load(

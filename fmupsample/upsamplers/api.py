@@ -18,6 +18,7 @@ from fmupsample.upsamplers.fade import FADE, FADEConfig
 from fmupsample.upsamplers.featup import LearnedBilateral, LearnedBilateralConfig
 from fmupsample.upsamplers.guided import GuidedFilter
 from fmupsample.upsamplers.heads import load_head, save_head
+from fmupsample.upsamplers.hub import from_pretrained, push_to_hub, save_pretrained
 from fmupsample.upsamplers.jafar import JAFAR, JAFARConfig
 from fmupsample.upsamplers.jbu import JointBilateral
 from fmupsample.upsamplers.lda_aqu import LDAAQU, LDAAQUConfig
@@ -82,8 +83,11 @@ __all__ = [
     "UPLiFTConfig",
     "Upsampler",
     "build_for_decoder",
+    "from_pretrained",
     "load_head",
     "load_official",
     "load_upsampler",
+    "push_to_hub",
     "save_head",
+    "save_pretrained",
 ]

@@ -30,6 +30,12 @@ from fmupsample.upsamplers.earlier import in_todays_words
 from fmupsample.upsamplers.registry import METHODS, Method, resolve
 
 FORMAT = "fmupsample-head/1"
+# Other files of this package that are given for a head, by the beginning of their format.
+_OTHER_FILES = {
+    "fmupsample-probe": "a probe, not a head: it goes to `fmupsample probe eval` and `predict`",
+    "fmupsample-backbone": "a backbone, not a head: it goes to --backbone-weights",
+    "fmupsample-compact": "a file of features, not a head: fmupsample.open reads it",
+}
 ANY = "any"  # in the place of a backbone's name: a head for all of them
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -119,6 +125,9 @@ def read_head_metadata(path: str | Path) -> dict[str, Any]:
             f"{path} is not a readable safetensors file ({error}); heads are .safetensors files "
             "written by fmupsample"
         ) from error
+    other = _OTHER_FILES.get(str(raw.get("format")).partition("/")[0])
+    if other is not None:
+        raise HeadError(f"{path} is {other}")
     if raw.get("format") != FORMAT:
         raise HeadError(
             f"{path} is not a head file of this version: its format is "
@@ -230,19 +239,39 @@ def check_fit(path: str | Path, made_for: Mapping[str, Any], backbone: BackboneL
     if made_for.get("name") == ANY:
         return
     in_use = describe_backbone(backbone)
-    differences = [
-        f"{key} {made_for.get(key)} (in use: {in_use[key]})"
+    same = same_backbone(made_for, backbone)
+    differences = {
+        key: f"{key} {made_for.get(key)} (in use: {in_use[key]})"
         for key in ("name", "layer", "channels", "stride")
-        if made_for.get(key) != in_use[key]
-        and not (key == "name" and same_backbone(made_for, backbone))
-    ]
-    if differences:
-        raise HeadError(
-            f"the head {path} was made for another backbone: {'; '.join(differences)}; "
-            + (
-                f"{made_for.get('name')} is no longer shipped: use a head of {backbone.name}, or "
-                "train one with `fmupsample train`"
-                if is_other_version(str(made_for.get("name")), backbone.name)
-                else f"use --backbone {made_for.get('name')}, or a head of {backbone.name}"
-            )
+        if made_for.get(key) != in_use[key] and not (key == "name" and same)
+    }
+    if not differences:
+        return
+    what = "another layer" if same and "layer" in differences else "another backbone"
+    raise HeadError(
+        f"the head {path} was made for {what}: {'; '.join(differences.values())}; "
+        + _way_on(made_for, backbone, same)
+    )
+
+
+def _way_on(made_for: Mapping[str, Any], backbone: BackboneLike, same: bool) -> str:
+    name = str(made_for.get("name"))
+    architecture, local, _ = name.partition(".local-")
+    if same:
+        return f"use --layer {made_for.get('layer')}, or a head of this layer"
+    if is_other_version(name, backbone.name):
+        return (
+            f"{name} is no longer shipped: use a head of {backbone.name}, or train one with "
+            "`fmupsample train`"
         )
+    if local:  # a name that only says which file of weights it was
+        return (
+            f"use --backbone {architecture} --backbone-weights FILE with the weights it was "
+            f"trained on, or a head of {backbone.name}"
+        )
+    return f"use --backbone {loadable_name(name)}, or a head of {backbone.name}"
+
+
+def loadable_name(name: str) -> str:
+    """A backbone's recorded name as ``load_backbone`` takes it: the shipped one has a version."""
+    return "embedded" if name.startswith("embedded.") else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fmupsample.errors import HeadError, UsageError
 from fmupsample.folders import cache_folder
@@ -14,6 +15,7 @@ from fmupsample.upsamplers.heads import (
     read_head_metadata,
     same_backbone,
 )
+from fmupsample.upsamplers.hub import PREFIX, head_file
 from fmupsample.upsamplers.official.checkpoints import (
     fetched,
     is_checkpoint,
@@ -36,8 +38,8 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
     Args:
         source: ``None`` for the shipped or cached head of this backbone, or where there is none
             the one that serves all; a method's name (of one with parameters: its head, or its
-            published checkpoint, which is downloaded at first use); or a head file, or a checkpoint
-            of the authors'.
+            published checkpoint, which is downloaded at first use); or a head file, a checkpoint of
+            the authors', a folder of :func:`.save_pretrained`, or ``"hf:owner/name"`` of the hub.
 
     Raises:
         HeadError: the head does not exist, is damaged, or belongs to another backbone.
@@ -63,7 +65,9 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
                 "training), give a head file with --head, or train one with `fmupsample train`"
             )
         return load_head(found, backbone)
-    path = Path(source)
+    if str(source).startswith(PREFIX):
+        return load_head(head_file(source), backbone)
+    path = head_file(source)
     if is_checkpoint(path):
         return _from_checkpoint(path, backbone)
     if isinstance(source, str) and not path.exists() and path.suffix != ".safetensors":
@@ -72,6 +76,55 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
             f"{source!r} is neither an upsampler ({', '.join(upsampler_names())}) nor a head file"
         )
     return load_head(path, backbone)
+
+
+def upsampler_named(
+    name: str,
+    backbone: BackboneLike | None = None,
+    *,
+    pretrained: bool = True,
+    channels: int | None = None,
+    **options: Any,
+) -> Upsampler:
+    """A method with or without trained parameters, in evaluation mode: for ``torch.hub``.
+
+    Args:
+        backbone: whose head it is. Without one, a head for any backbone, which takes images
+            normalised with ImageNet's mean and standard deviation.
+        pretrained: ``False``: parameters as they are before training.
+        channels: of the features; default: the backbone's.
+        options: fields of the method's configuration, without training.
+
+    Raises:
+        HeadError: there is no such head.
+        UsageError: no such method; one whose heads are for one backbone, without the backbone;
+            options for what is trained already.
+    """
+    method = METHODS.get(name := current_name(name))
+    if method is None:
+        raise UsageError(f"{name!r} is no upsampler: there are {', '.join(upsampler_names())}")
+    if method.needs == Needs.NOTHING:
+        return method.build(options).eval()
+    if channels is None:
+        channels = getattr(backbone, "channels", None)
+    if channels is None and method.needs == Needs.OWN_HEAD:
+        raise UsageError(f"{name} is for one backbone: give the backbone, or its channels")
+    if not pretrained:
+        head = method.build(method.options(channels or 0, options)).eval()
+        if backbone is not None:
+            head.use_with(backbone.mean, backbone.std)
+        return head
+    if options:
+        raise UsageError(f"{', '.join(options)}: with pretrained=False only")
+    if backbone is not None:
+        return load_upsampler(backbone, name)
+    for path, metadata in list_heads():
+        if (metadata["upsampler"], metadata["backbone"].get("name")) == (name, ANY):
+            return load_head(path)
+    checkpoint = published(name)
+    if checkpoint is None:
+        raise HeadError(f"there is no head of {name} that serves any backbone: give the backbone")
+    return load_checkpoint(fetched(checkpoint))
 
 
 def _from_checkpoint(path: Path, backbone: BackboneLike) -> Upsampler:
