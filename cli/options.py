@@ -168,8 +168,8 @@ Head = Annotated[
         "--head",
         metavar="FILE|hf:OWNER/NAME",
         help="Trained head to use instead of the shipped one: a file (.safetensors, or the "
-        "authors' checkpoint of AnyUp, JAFAR, NAF or UPLiFT), or a repository of the Hugging Face hub. Without --layer, the "
-        "backbone's is the head's.",
+        "authors' checkpoint of AnyUp, JAFAR, NAF or UPLiFT), or a repository of the Hugging Face "
+        "hub. Without --layer, the backbone's is the head's.",
         show_default=False,
         rich_help_panel=MODEL,
     ),
