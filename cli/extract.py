@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmupsample_cli import groups as g
 from fmupsample_cli import options as o
 from fmupsample_cli import videos as v
 
@@ -125,18 +126,9 @@ def extract(
     images: v.Inputs = None,
     output: o.Output = ...,
     list_file: o.ListFile = None,
-    backbone: o.BackboneName = "embedded",
-    layer: o.Layer = None,
-    backbone_weights: o.BackboneWeights = None,
-    views: o.Views = 1,
-    upsampler: o.UpsamplerName = None,
-    head: o.Head = None,
+    options: g.PipelineOptions = ...,
     fit_head: o.FitHead = False,
-    image_size: o.ImageSizeOption = None,
-    fit: o.Fit = o.FitMode.resize,
-    every: v.Every = None,
-    start: v.From = None,
-    stop: v.To = None,
+    span: g.Span = ...,
     format: FormatOption = Format.safetensors,
     dtype: DtypeOption = Dtype.fp16,
     weight_bits: WeightBits = 16,
@@ -145,13 +137,6 @@ def extract(
     pca: Pca = None,
     global_vector: Global = False,
     shard_size: ShardSize = None,
-    device: o.Device = "auto",
-    backend: o.Backend = o.BackendName.auto,
-    precision: o.Precision = o.PrecisionName.fp32,
-    batch_size: o.BatchSize = None,
-    workers: o.Workers = None,
-    window: o.Window = None,
-    max_memory: o.MaxMemory = None,
     ray: Ray = None,
     overwrite: o.Overwrite = False,
     prune: o.Prune = False,
@@ -178,7 +163,6 @@ def extract(
         torchrun --nproc-per-node 4 -m fmupsample extract photos/ -o features/
     """
     from fmupsample.distributed import leads
-    from fmupsample.images.size import ImageSize
     from fmupsample.runs.workers import joined
     from fmupsample_cli.pictures import find_pictures, refuse_ray, refuse_to_fit
     from fmupsample_cli.progress import RichProgress, note
@@ -191,12 +175,12 @@ def extract(
         # What cannot work is said before torch and the models are loaded, and by one process only.
         if leads():
             sources, complete = find_pictures(images, list_file, output, videos=True)
-            clips = v.look_into(sources, every, start, stop, quiet=quiet)
+            clips = v.look_into(sources, span.every, span.start, span.stop, quiet=quiet)
             complete = complete and not any(clip.broken for clip in clips)
         else:
             team.wait_for_plan()
             sources, clips, complete, quiet = [], [], True, True
-        size = None if image_size is None else ImageSize.parse(image_size)
+        options.check()
 
         from fmupsample.formats.files import check_format
         from fmupsample.jobs.extract import ExtractOptions
@@ -204,26 +188,10 @@ def extract(
         from fmupsample_cli.loading import open_pipeline, used_backend
 
         check_format(format, dtype)
-        pipeline = open_pipeline(
-            backbone,
-            layer,
-            backbone_weights,
-            # Tokens need no upsampler, and so no head.
-            "nearest" if tokens_only and upsampler is None and head is None else upsampler,
-            head,
-            device,
-            image_size=size,
-            fit=fit.value,
-            precision=precision.value,
-            backend=backend.value,
-            batch_size=batch_size,
-            workers=workers,
-            window=window,
-            max_memory=max_memory,
-            quiet=quiet,
-            views=views,
-            fit_on=v.training_pictures(sources) if fit_head else None,
-        )
+        if tokens_only and options.upsampler is None and options.head is None:
+            options.upsampler = "nearest"  # tokens need no upsampler, and so no head
+        fit_on = v.training_pictures(sources) if fit_head else None
+        pipeline = open_pipeline(options, quiet=quiet, fit_on=fit_on)
         if clips:
             from fmupsample.video import with_frames
 
@@ -242,7 +210,7 @@ def extract(
         if ray is not None:
             from fmupsample.runs.ray import RayCluster
 
-            cluster = RayCluster(ray, device, batch_size, workers)
+            cluster = RayCluster(ray, options.device, options.batch_size, options.workers)
         unit = "frames" if clips and not v.pictures_in(sources) else "pictures"
         with RichProgress(quiet=quiet, unit=unit) as progress:
             report = run(

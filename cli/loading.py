@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     import torch
 
     from fmupsample.backbones import Backbone
-    from fmupsample.images import ImageSize, Source
+    from fmupsample.images import Source
     from fmupsample.ops.backend import Choice
     from fmupsample.pipeline import Pipeline
     from fmupsample.upsamplers.base import Upsampler
+    from fmupsample_cli.groups import PipelineOptions
 
 
 def load_models(
@@ -117,53 +118,37 @@ def _fit_head(
 
 
 def open_pipeline(
-    backbone: str,
-    layer: str | int | None,
-    weights: Path | None,
-    upsampler: str | None,
-    head: Path | None,
-    device: str,
-    *,
-    image_size: ImageSize | None,
-    fit: str,
-    precision: str,
-    backend: str,
-    batch_size: int | None,
-    workers: int | None,
-    quiet: bool,
-    views: int = 1,
-    fit_on: Sequence[Source] | None = None,
-    window: int | None = None,
-    max_memory: str | None = None,
+    options: PipelineOptions, *, quiet: bool, fit_on: Sequence[Source] | None = None
 ) -> Pipeline:
     """:func:`load_models`, in a pipeline with the options that commands on pictures share."""
     from fmupsample.distributed import own_device
+    from fmupsample.images.size import ImageSize
     from fmupsample.memory import parse_memory
     from fmupsample.ops.backend import check_backend, set_backend
     from fmupsample.pipeline import Pipeline
 
-    allowed = None if max_memory is None else parse_memory(max_memory)
-    set_backend(backend)
-    place = own_device(device)
+    size = None if options.image_size is None else ImageSize.parse(options.image_size)
+    allowed = None if options.max_memory is None else parse_memory(options.max_memory)
+    set_backend(options.backend.value)
+    place = own_device(options.device)
     check_backend(place)
     # Pillow's remarks on odd files would scribble over the progress bar; what matters is reported.
     warnings.filterwarnings("ignore", module="PIL")
-    exact = image_size.exact if image_size else None
     fitting = {} if fit_on is None else {"fit_on": fit_on}
     model, method = load_models(
-        backbone, layer, weights, upsampler, head, place, image_size=exact, views=views,
-        quiet=quiet, **fitting,
+        options.backbone, options.layer, options.backbone_weights, options.upsampler, options.head,
+        place, image_size=size.exact if size else None, views=options.views, quiet=quiet, **fitting,
     )  # fmt: skip
     pipeline = Pipeline(
         model,
         method,
-        image_size=image_size,
-        fit=fit,
+        image_size=size,
+        fit=options.fit.value,
         device=place,
-        precision=precision,
-        batch_size=batch_size,
-        workers=workers,
-        window=window,
+        precision=options.precision.value,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        window=options.window,
         max_memory=allowed,
     )
     # Now, where a minute of compiling can be shown, and not under the bar of the run.

@@ -16,6 +16,7 @@ from fmupsample._version import __version__
 from fmupsample.heap import keep_freed_memory
 from fmupsample.waiting import spin_briefly
 from fmupsample_cli.errors import run
+from fmupsample_cli.groups import expand
 from fmupsample_cli.progress import renamings_told
 
 FEATURES = "Features"
@@ -73,7 +74,7 @@ def build_app() -> typer.Typer:
         if isinstance(command, typer.Typer):  # a group of commands
             app.add_typer(command, name=function, rich_help_panel=panel)
         else:
-            app.command(name=function, rich_help_panel=panel)(command)
+            app.command(name=function, rich_help_panel=panel)(expand(command))
     return app
 
 

@@ -84,7 +84,8 @@ def fit(
     # What cannot work is said before torch and the models are loaded.
     inputs = [path for path in (points, Path(classes) if classes else None) if path]
     _check_output(output, overwrite, inputs)
-    size = None if image_size is None else ImageSize.parse(image_size)
+    if image_size is not None:
+        ImageSize.parse(image_size)
     methods = _methods(upsampler)
     _check_together(asked, len(methods))
     data = None if points is not None else _find_data(asked)
@@ -93,25 +94,15 @@ def fit(
     from fmupsample.probing.fit import save_config
     from fmupsample.probing.probe import save_probe
     from fmupsample.upsamplers import load_upsampler
+    from fmupsample_cli.groups import PipelineOptions
     from fmupsample_cli.loading import open_pipeline
 
     asked.store = _store(cache, cache_limit, memory)
-    pipeline = open_pipeline(
-        backbone,
-        layer,
-        backbone_weights,
-        methods[0] if methods else None,
-        head,
-        device,
-        image_size=size,
-        fit="resize",
-        precision=precision.value,
-        backend=backend.value,
-        batch_size=None,
-        workers=workers,
-        quiet=quiet,
-        views=views,
-    )
+    models = PipelineOptions(
+        backbone, layer, backbone_weights, views, methods[0] if methods else None, head,
+        image_size, device=device, backend=backend, precision=precision, workers=workers,
+    )  # fmt: skip
+    pipeline = open_pipeline(models, quiet=quiet)
     others = [
         pipeline.with_upsampler(load_upsampler(pipeline.backbone, name)) for name in methods[1:]
     ]

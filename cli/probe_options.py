@@ -227,7 +227,7 @@ def open_for_probe(
 ) -> Pipeline:
     """The pipeline whose features the probe was fitted on; refuses any other."""
     from fmupsample.errors import ProbeError
-    from fmupsample.images import ImageSize
+    from fmupsample_cli.groups import PipelineOptions
     from fmupsample_cli.loading import open_pipeline
 
     if probe.needs_weights and weights is None:
@@ -235,22 +235,21 @@ def open_for_probe(
             f"this probe was fitted on {probe.backbone['name']}, whose weights came from a file: "
             "name it with --backbone-weights"
         )
-    size = image_size or probe.pictures["image_size"]
-    pipeline = open_pipeline(
+    models = PipelineOptions(
         backbone or probe.loadable_backbone,
         str(probe.backbone["layer"]),
         weights,
+        probe.views if views is None else views,
         None if head is not None else str(probe.upsampler["name"]),
         head,
+        image_size or probe.pictures["image_size"],
+        o.FitMode(probe.pictures["fit"]),
         device,
-        image_size=ImageSize.parse(size),
-        fit=probe.pictures["fit"],
-        precision=probe.pictures["precision"] if precision is None else precision.value,
-        backend=backend,
-        batch_size=batch_size,
-        workers=workers,
-        quiet=quiet,
-        views=probe.views if views is None else views,
+        o.BackendName(backend),
+        precision or o.PrecisionName(probe.pictures["precision"]),
+        batch_size,
+        workers,
     )
+    pipeline = open_pipeline(models, quiet=quiet)
     probe.check(pipeline)
     return pipeline

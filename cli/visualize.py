@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fmupsample_cli import groups as g
 from fmupsample_cli import options as o
 from fmupsample_cli import videos as v
 
@@ -31,18 +32,9 @@ def visualize(
     images: v.Inputs = None,
     output: o.Output = ...,
     list_file: o.ListFile = None,
-    backbone: o.BackboneName = "embedded",
-    layer: o.Layer = None,
-    backbone_weights: o.BackboneWeights = None,
-    views: o.Views = 1,
-    upsampler: o.UpsamplerName = None,
-    head: o.Head = None,
+    models: g.PipelineOptions = ...,
     fit_head: o.FitHead = False,
-    image_size: o.ImageSizeOption = None,
-    fit: o.Fit = o.FitMode.resize,
-    every: v.Every = None,
-    start: v.From = None,
-    stop: v.To = None,
+    span: g.Span = ...,
     layout: Annotated[
         LayoutName,
         typer.Option(
@@ -103,13 +95,6 @@ def visualize(
             rich_help_panel=o.RESULTS,
         ),
     ] = True,
-    device: o.Device = "auto",
-    backend: o.Backend = o.BackendName.auto,
-    precision: o.Precision = o.PrecisionName.fp32,
-    batch_size: o.BatchSize = None,
-    workers: o.Workers = None,
-    window: o.Window = None,
-    max_memory: o.MaxMemory = None,
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -132,7 +117,6 @@ def visualize(
     and videos.
     """
     from fmupsample.distributed import leads
-    from fmupsample.images import ImageSize
     from fmupsample.runs.workers import joined
     from fmupsample_cli.pictures import find_pictures, refuse_to_fit
     from fmupsample_cli.progress import RichProgress
@@ -143,12 +127,12 @@ def visualize(
         # What cannot work is said before torch and the models are loaded, and by one process only.
         if leads():
             sources, complete = find_pictures(images, list_file, output, videos=True)
-            clips = v.look_into(sources, every, start, stop, quiet=quiet)
+            clips = v.look_into(sources, span.every, span.start, span.stop, quiet=quiet)
             complete = complete and not any(clip.broken for clip in clips)
         else:
             team.wait_for_plan()
             sources, clips, complete, quiet = [], [], True, True
-        size = None if image_size is None else ImageSize.parse(image_size)
+        models.check()
 
         from fmupsample.draw.renderer import Point
         from fmupsample.jobs.visualize import VisualizeOptions
@@ -167,25 +151,8 @@ def visualize(
             overwrite=overwrite,
         )
         options.check(videos=bool(clips))
-        pipeline = open_pipeline(
-            backbone,
-            layer,
-            backbone_weights,
-            upsampler,
-            head,
-            device,
-            image_size=size,
-            fit=fit.value,
-            precision=precision.value,
-            backend=backend.value,
-            batch_size=batch_size,
-            workers=workers,
-            window=window,
-            max_memory=max_memory,
-            quiet=quiet,
-            views=views,
-            fit_on=v.training_pictures(sources) if fit_head else None,
-        )
+        fit_on = v.training_pictures(sources) if fit_head else None
+        pipeline = open_pipeline(models, quiet=quiet, fit_on=fit_on)
         pictures = v.pictures_in(sources)
         unit = "frames" if clips and not pictures else "pictures"
         with RichProgress(quiet=quiet, unit=unit) as progress:
@@ -200,7 +167,7 @@ def visualize(
         "command": "visualize",
         "backbone": pipeline.backbone.name,
         "layer": pipeline.backbone.layer,
-        "views": views,
+        "views": models.views,
         "upsampler": pipeline.upsampler.name,
         "backend": choice.name,
         "backend_reason": choice.reason,
