@@ -133,12 +133,16 @@ def test_what_head_files_cannot_hold_is_refused(tmp_path):
         save_head(path, CARAFE(CARAFEConfig(channels=6)))
     for name, config in (
         ("jbu", '{"sigma_range": NaN}'), ("jbu", '{"kernel_size": "5"}'), ("jbu", '{"size": 5}'),
-        ("jbu", '{"kernel_size": 4}'), ("guided", '{"radius": true}'), ("a2u", '{"channels": 0.5}'),
+        ("jbu", '{"kernel_size": 4}'), ("guided", '{"radius": true}'),
+        ("sapa", '{"channels": 0.5}'),
     ):  # fmt: skip
         save_head(path, JointBilateral())
         _rewrite(path, upsampler=name, config=config)
         with pytest.raises(HeadError, match="is unusable"):
             load_head(path)
+    _rewrite(path, upsampler="a2u", config="{}")
+    with pytest.raises(UsageError, match=r"a2u is a part .* examples/decoders"):
+        load_head(path)
 
 
 @pytest.mark.parametrize(

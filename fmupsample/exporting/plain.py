@@ -17,7 +17,6 @@ constant of the result.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from math import isqrt
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fmupsample.errors import UsageError
 from fmupsample.ops.grid import interpolation_matrix
@@ -40,9 +40,9 @@ class PlainMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not _recorded((args, kwargs)):
-            # A constant: computed in a thread of its own, where nothing is recorded.
-            with ThreadPoolExecutor(1) as thread:
-                return thread.submit(torch.no_grad()(func), *args, **kwargs).result()
+            # A constant. PyTorch has no public way to compute one while it records.
+            with _disable_current_modes():
+                return func(*args, **kwargs)
         with self:  # PyTorch takes a mode off while it handles a call
             plain = _PLAIN.get(func)
             if plain is not None:

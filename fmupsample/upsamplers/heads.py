@@ -27,7 +27,7 @@ from fmupsample.errors import HeadError, OutputError, RenamedWarning, UsageError
 from fmupsample.fingerprint import fingerprint
 from fmupsample.upsamplers.base import Upsampler
 from fmupsample.upsamplers.earlier import in_todays_words
-from fmupsample.upsamplers.registry import METHODS, Method, resolve
+from fmupsample.upsamplers.registry import METHODS, Method, require_in_library, resolve
 
 FORMAT = "fmupsample-head/1"
 # Other files of this package that are given for a head, by the beginning of their format.
@@ -157,6 +157,7 @@ def load_head(path: str | Path, backbone: BackboneLike | None = None) -> Upsampl
     """
     metadata = read_head_metadata(path)
     if metadata["upsampler"] not in METHODS:
+        require_in_library(metadata["upsampler"])
         raise HeadError(f"{path} holds an unknown upsampler {metadata['upsampler']!r}")
     if backbone is not None:
         check_fit(path, metadata["backbone"], backbone)
