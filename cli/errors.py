@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 
@@ -25,6 +26,16 @@ _OS_ERRORS = {
     errno.EACCES: "permission denied",
     errno.EMFILE: "too many open files; raise the limit with `ulimit -n 4096` or lower --workers",
 }
+
+# How newer versions of Typer word what does not fit an option, and the same in plain words.
+_CHECKED = (
+    (r"Value error, ", ""),
+    (r"Input should be greater than or equal to (\S+)", r"it must be \1 or more"),
+    (r"Input should be less than or equal to (\S+)", r"it must be \1 or less"),
+    (r"Input should be (greater|less) than (\S+)", r"it must be \1 than \2"),
+    (r"Input should be a valid integer.*", "it must be a whole number"),
+    (r"Input should be a valid number.*", "it must be a number"),
+)
 
 
 def debugging() -> bool:
@@ -96,6 +107,8 @@ def _out_of_memory() -> str:
 
 def _usage_message(error: Exception) -> str:
     message = error.format_message().strip().rstrip(".")
+    for pattern, plain in _CHECKED:
+        message = re.sub(pattern, plain, message)
     if type(error).__name__ == "NoArgsIsHelpError":  # the help page has been printed
         return ""
     context = getattr(error, "ctx", None)

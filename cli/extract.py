@@ -47,7 +47,11 @@ FormatOption = Annotated[
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
-        "--dtype", help="Numbers in the files; npy has no bf16.", rich_help_panel=o.RESULTS
+        "--dtype",
+        parser=o.number_format_of(Dtype),
+        metavar="fp32|fp16|bf16",
+        help="Numbers in the files; npy has no bf16.",
+        rich_help_panel=o.RESULTS,
     ),
 ]
 WeightBits = Annotated[

@@ -7,12 +7,14 @@ Use them as annotations and give the default in the signature::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fmupsample.number_formats import number_format
 from fmupsample.upsamplers.registry import upsampler_names
 
 MODEL = "Model"
@@ -34,6 +36,18 @@ class PrecisionName(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+def number_format_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
+    """What reads a word as one of ``kind``, by PyTorch's names as well (``float16``, ``half``)."""
+
+    def read(text: str) -> StrEnum:
+        try:
+            return kind(number_format(text))
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(kind)}") from None
+
+    return read
 
 
 class BackendName(StrEnum):
@@ -208,6 +222,8 @@ Precision = Annotated[
     PrecisionName,
     typer.Option(
         "--precision",
+        parser=number_format_of(PrecisionName),
+        metavar="fp32|bf16|fp16",
         help="Arithmetic of the model; bf16 is faster where the hardware has it.",
         rich_help_panel=COMPUTE,
     ),

@@ -141,6 +141,8 @@ PrecisionOption = Annotated[
     o.PrecisionName | None,
     typer.Option(
         "--precision",
+        parser=o.number_format_of(o.PrecisionName),
+        metavar="fp32|bf16|fp16",
         help="Arithmetic of the model. Default: as the probe was fitted.",
         show_default=False,
         rich_help_panel=o.COMPUTE,

@@ -109,7 +109,8 @@ Overwrite = Annotated[
 ]
 Precision = Annotated[
     o.PrecisionName | None,
-    _option("--precision", panel=o.COMPUTE,
+    _option("--precision", panel=o.COMPUTE, parser=o.number_format_of(o.PrecisionName),
+            metavar="fp32|bf16|fp16",
             help="Arithmetic of the model. Default: bf16 on a GPU that has it, else fp32."),
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from fmupsample.errors import UsageError
+from fmupsample.number_formats import number_format
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,6 +52,7 @@ def check_precision(precision: str, device: torch.device) -> torch.dtype:
     Raises:
         UsageError: unknown, or fp16 on the CPU, where it is slower than fp32 and overflows.
     """
+    precision = number_format(precision)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is unknown: use {', '.join(PRECISIONS)}")
     if precision == "fp16" and device.type == "cpu":

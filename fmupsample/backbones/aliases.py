@@ -124,3 +124,25 @@ ALIASES: dict[str, Alias] = {
     ),
 }
 # fmt: on
+
+# What these models are called in other libraries, so that whoever knows them by that is helped.
+_SIZES = ("small", "base", "large", "giant")
+OTHER_NAMES: dict[str, str] = {
+    **{f"facebook/dinov2-{size}": f"dinov2-{size[0]}" for size in _SIZES},
+    **{f"facebook/dinov2-with-registers-{size}": f"dinov2-{size[0]}-reg" for size in _SIZES},
+    **{f"dinov2_vit{size}14": f"dinov2-{size}" for size in "sblg"},
+    **{f"dinov2_vit{size}14_reg": f"dinov2-{size}-reg" for size in "sblg"},
+    **{f"dinov3_vit{size}16": f"dinov3-{size}" for size in "sbl"},
+    **{f"facebook/dinov3-vit{size}16-pretrain-lvd1689m": f"dinov3-{size}" for size in "sbl"},
+    **{f"dino_vit{size}": f"dino-{size}" for size in ("s16", "s8", "b16", "b8")},
+    **{f"facebook/dino-vit{size}": f"dino-{size}" for size in ("s16", "s8", "b16", "b8")},
+    "openai/clip-vit-base-patch16": "clip-b16",
+    "openai/clip-vit-base-patch32": "clip-b32",
+    "openai/clip-vit-large-patch14": "clip-l14",
+    "google/siglip-base-patch16-512": "siglip-b16",
+    "google/siglip2-base-patch16-512": "siglip2-b16",
+    "facebook/vit-mae-base": "mae-b",
+    "facebook/vit-mae-large": "mae-l",
+    "facebook/sam-vit-base": "sam-b",
+    "facebook/sam-vit-large": "sam-l",
+}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import timm
 from timm.models import get_pretrained_cfg, is_model
 
-from fmupsample.backbones.aliases import ALIASES
+from fmupsample.backbones.aliases import ALIASES, OTHER_NAMES
 from fmupsample.errors import BackboneError
 
 EMBEDDED = "embedded"
@@ -62,7 +62,8 @@ def resolve(name: str) -> Resolved:
 
 
 def _unknown(asked: str, plain: str) -> str:
-    similar = suggestions(plain)
+    alias = OTHER_NAMES.get(plain.lower())
+    similar = [alias] if alias else suggestions(plain)
     hint = f"; did you mean {', '.join(similar)}?" if similar else ""
     return (
         f"there is no backbone {asked!r}: neither an alias nor a model of timm "

@@ -8,6 +8,7 @@ from fmupsample.errors import UsageError
 from fmupsample.formats.files import COMPACT, check_format
 from fmupsample.formats.layout import WEIGHT_BITS
 from fmupsample.images.size import check_output_size
+from fmupsample.number_formats import number_format
 from fmupsample.pipeline import Pipeline
 
 
@@ -44,7 +45,8 @@ class ExtractOptions:
         Raises:
             UsageError: unknown words, or a combination that cannot be.
         """
-        check_format(self.format, self.dtype)
+        dtype = number_format(self.dtype)
+        check_format(self.format, dtype)
         size = check_output_size(self.output_size)
         channels = pipeline.backbone.channels
         if self.pca is not None and not 1 <= self.pca <= channels:
@@ -70,7 +72,7 @@ class ExtractOptions:
                 raise UsageError(
                     "shards hold no pt files: use --format safetensors, compact or npy"
                 )
-        return replace(self, output_size=size)
+        return replace(self, output_size=size, dtype=dtype)
 
     def _check_compact(self, pipeline: Pipeline) -> None:
         if self.tokens_only:

@@ -24,6 +24,7 @@ from fmupsample.images.inputs import read_input
 from fmupsample.images.prepare import fit_to_frame, normalise, normalise_part
 from fmupsample.images.size import Frame, ImageSize, check_image_size, plan_frame
 from fmupsample.layers.parts import InParts
+from fmupsample.number_formats import number_format
 from fmupsample.prefetch import prefetch
 from fmupsample.threads import compute_alone, cores, models_take_all_cores, turn_length
 from fmupsample.video.frames import FrameReader
@@ -133,7 +134,7 @@ class FeaturePipeline:
         self.backbone = backbone.to(self.device).eval()
         self.image_size = image_size
         self.fit = fit
-        self.precision = precision
+        self.precision = number_format(precision)
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
         self.workers = _default_workers() if workers is None else workers
         self.window = window

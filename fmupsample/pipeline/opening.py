@@ -17,7 +17,7 @@ from fmupsample.pipeline.maps import Pipeline
 from fmupsample.upsamplers import Upsampler, load_upsampler
 from fmupsample.upsamplers.heads import read_head_metadata
 from fmupsample.upsamplers.hub import head_file
-from fmupsample.upsamplers.registry import METHODS
+from fmupsample.upsamplers.registry import METHODS, current_name
 
 
 def open_pipeline(
@@ -70,7 +70,7 @@ def layer_of_head(head: str | Path | None, backbone: str) -> int | str | None:
     Raises:
         BackboneError, HeadError: there is no such backbone, or no such head.
     """
-    if head is None or str(head) in METHODS:
+    if head is None or current_name(str(head)) in METHODS:
         return None
     path = head_file(head)
     if path.suffix != ".safetensors" or not path.is_file():

@@ -14,6 +14,7 @@ import torch
 
 from fmupsample.device import check_precision
 from fmupsample.errors import UsageError
+from fmupsample.number_formats import number_format
 from fmupsample.upsamplers.registry import current_name
 
 TERMS = ("clusters", "crops", "masks")  # of the objective; objective.py says what they are
@@ -129,6 +130,7 @@ class TrainConfig:
         if precision is None:
             precision = "bf16" if fast and torch.cuda.is_bf16_supported() else "fp32"
         check_precision(precision, device)
+        precision = number_format(precision)
         sizes = self._crop_sizes(backbone)
         steps = self.steps or (2000 if fast else 400)
         return replace(

@@ -28,6 +28,7 @@ from fmupsample.upsamplers.registry import (
     any_backbone_names,
     current_name,
     require_in_library,
+    similar,
     upsampler_names,
 )
 
@@ -72,8 +73,10 @@ def load_upsampler(backbone: BackboneLike, source: str | Path | None = None) -> 
         return _from_checkpoint(path, backbone)
     if isinstance(source, str) and not path.exists() and path.suffix != ".safetensors":
         require_in_library(source)
+        known = upsampler_names()
         raise UsageError(
-            f"{source!r} is neither an upsampler ({', '.join(upsampler_names())}) nor a head file"
+            f"{source!r} is neither an upsampler ({', '.join(known)}) nor a head file"
+            f"{similar(source, known)}"
         )
     return load_head(path, backbone)
 

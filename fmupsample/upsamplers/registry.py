@@ -6,6 +6,7 @@ the class itself, so that listing the methods imports nothing.
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -219,15 +220,22 @@ def require_in_library(name: str) -> None:
 def current_name(name: str) -> str:
     """Today's name of the method called ``name``, which may be an earlier one; others as they are.
 
-    A warning says what an earlier one is called now.
+    Capitals do not matter, nor ``_`` for ``-``. A warning says what an earlier one is called now.
     """
-    if name in METHODS:
-        return name
-    row = next((row for row in METHODS.values() if name in row.formerly), None)
+    plain = name.strip().lower().replace("_", "-")
+    if plain in METHODS:
+        return plain
+    row = next((row for row in METHODS.values() if plain in row.formerly), None)
     if row is None:
         return name
     warnings.warn(f"the upsampler {name} is now called {row.name}", RenamedWarning, stacklevel=3)
     return row.name
+
+
+def similar(name: str, names: Sequence[str]) -> str:
+    """``"; did you mean X?"`` where one of ``names`` is like ``name``, else ``""``."""
+    near = difflib.get_close_matches(name.strip().lower().replace("_", "-"), names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def names_in_files(name: str) -> tuple[str, ...]:
@@ -273,6 +281,9 @@ def learned_method(name: str) -> Method:
         UsageError: no such upsampler.
     """
     if name not in learned_names():
-        known = ", ".join(learned_names())
-        raise UsageError(f"{name!r} is not an upsampler with parameters: {known}")
+        known = learned_names()
+        raise UsageError(
+            f"{name!r} is not an upsampler with parameters: {', '.join(known)}"
+            f"{similar(name, known)}"
+        )
     return METHODS[name]
