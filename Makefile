@@ -1,5 +1,5 @@
 # make demo    set everything up, turn the photographs in examples/images into PCA pictures in demo/
-# make test    set everything up with the development tools, run the tests
+# make test    set everything up with the development tools, run the tests; test-all: the slow ones too
 # make lint    check style and formatting
 # make venv    set up only
 # make clean   remove the virtual environment and what was made
@@ -7,13 +7,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test test-slow test-all lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/fmupsample visualize examples/images -o demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

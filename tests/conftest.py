@@ -35,9 +35,33 @@ for name in (
     os.environ.pop(name, None)
 
 
+# What takes long: processes that are started, killed and compared, heads and decoders that are
+# trained, programs that are compiled. `make test` leaves these out, `make test-all` does not.
+SLOW = {
+    "test_benchmarks",
+    "test_compile",
+    "test_equal_steps",
+    "test_examples_decoders",
+    "test_export",
+    "test_extract_distributed",
+    "test_extract_ray",
+    "test_films_distributed",
+    "test_killed_runs",
+    "test_leave_one_out",
+    "test_power_failure",
+    "test_recipes",
+    "test_training_distributed",
+    "test_visualize_distributed",
+    "test_windows",
+}
+
+
 def pytest_collection_modifyitems(items):
     import torch
 
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
