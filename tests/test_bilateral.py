@@ -258,7 +258,8 @@ def test_it_is_specialised(pictures, trained, tmp_path):
 def test_what_several_backbones_cannot_do(pictures, trained, tmp_path):
     output = tmp_path / "head.safetensors"
     with pytest.raises(
-        UsageError, match="several backbones are for --upsampler affinity, anyup or bilateral-cells"
+        UsageError,
+        match="several backbones are for --upsampler affinity, anyup, naf or bilateral-cells",
     ):
         run(pictures, output, options(), backbone=backbones())
     with pytest.raises(UsageError, match="holds a bilateral-cells, which cannot become a sapa"):
