@@ -63,7 +63,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, slim: bool) 
         for rank in range(2)
     ]  # fmt: skip
     for process, leads in zip(processes, ("True", "False"), strict=True):
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
         assert stdout.split()[-1] == leads
     ends = [torch.load(f"{two}.rank{rank}.pt", weights_only=True) for rank in range(2)]
@@ -84,7 +84,7 @@ def test_torchrun(tmp_path: Path, backbone_file) -> None:
          "-m", "fmupsample", "train", pictures, "-o", output, "--steps", "2", "--image-size", "64",
          "--backbone-weights", backbone_file("b.safetensors"), "--device", "cpu", "--json",
          "--upsampler", "resfu", "--config", json.dumps(config)],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
