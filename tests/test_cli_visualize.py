@@ -312,6 +312,20 @@ def test_output_inside_the_input_is_not_drawn_again(backbone, photos):
     assert backbone.calls == 0
 
 
+def test_drawings_among_the_photographs_are_not_drawn(backbone, photos, capsys):
+    """``-o`` may be the folder of the photographs themselves."""
+    for name in ("sub/b.png", "sub/c.png"):
+        (photos / name).unlink()
+    picture(photos / "d.jpg", seed=5)
+    assert run(photos, "-o", photos) == 0
+    there = names(photos)
+    assert {"a.png", "d.png", "contact_sheet.png"} < set(there)
+    backbone.calls = 0
+    assert run(photos, "-o", photos) == 0
+    assert backbone.calls == 0 and names(photos) == there
+    assert "2 of 2 pictures complete" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("layout", ["single", "overlay"])
 def test_single_and_overlay_have_the_size_asked_for(backbone, photos, tmp_path, layout):
     wanted = {"image": (64, 88), "original": (72, 96), "50x70": (50, 70), "x4": (32, 44)}

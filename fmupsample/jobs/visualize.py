@@ -6,6 +6,7 @@ in memory up to a bound; beyond it they are computed again. Videos become videos
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
@@ -27,12 +28,12 @@ from fmupsample.images.names import output_names
 from fmupsample.images.size import check_output_size
 from fmupsample.jobs.shared_basis import REVISION, SharedBasis, frames_mark, spread
 from fmupsample.jobs.sheets import MAX_PAGES, mark_of, save_sheets, sheet_name
-from fmupsample.jobs.visualize_options import Report, VisualizeOptions
+from fmupsample.jobs.visualize_options import FORMATS, Report, VisualizeOptions
 from fmupsample.pipeline import Item, Pipeline
 from fmupsample.pipeline.cache import FeatureCache
 from fmupsample.progress import Progress
 from fmupsample.runs.job import Fault, Job, Made, Output, Recipe, Task
-from fmupsample.runs.manifest import Manifest, Record
+from fmupsample.runs.manifest import Manifest, Record, result_of
 from fmupsample.runs.run import run
 from fmupsample.runs.store import record_of
 from fmupsample.video.clips import Clip
@@ -53,7 +54,7 @@ def visualize(
     """Draw ``sources`` into the folder ``output``, and videos (``clips``) as videos.
 
     Images that cannot be read or drawn are reported and left out; what an earlier run with the same
-    options finished is not done again.
+    options finished is not done again. Drawings of earlier runs that lie among ``sources`` are none.
 
     Args:
         how: the keyword arguments of :func:`fmupsample.runs.run.run`, but for ``overwrite``.
@@ -64,6 +65,7 @@ def visualize(
     """
     began, out = time.monotonic(), Path(output)
     job = Visualize(pipeline, options, videos=bool(clips))
+    sources = _without_drawings(sources, out, job)
     all_of_them = [*sources, *films_of(clips)]
     found = run(job, all_of_them, out, overwrite=job.options.overwrite, **how)
     report = Report(out, len(sources), clips, sheets=job.sheets, basis=job.colours.path(out))
@@ -83,6 +85,17 @@ def visualize(
             report.failed.append(fault)
     report.seconds = time.monotonic() - began
     return report
+
+
+def _without_drawings(sources: Sequence[Source], out: Path, job: Visualize) -> list[Source]:
+    """``sources`` but for what earlier runs have drawn into the same folder."""
+    records = Manifest(out / job.log).records.values()
+    names = {name for record in records for name in (result_of(record), *record.get("beside", ()))}
+    if not names:
+        return list(sources)
+    names |= {sheet_name(n, f".{ending}") for n in range(MAX_PAGES) for ending in FORMATS}
+    own = {os.path.realpath(out / name) for name in names if name}
+    return [source for source in sources if os.path.realpath(source.path) not in own]
 
 
 class Visualize(Job):
