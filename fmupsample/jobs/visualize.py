@@ -54,7 +54,7 @@ def visualize(
     """Draw ``sources`` into the folder ``output``, and videos (``clips``) as videos.
 
     Images that cannot be read or drawn are reported and left out; what an earlier run with the same
-    options finished is not done again. Drawings of earlier runs that lie among ``sources`` are none.
+    options finished is not done again. Drawings of earlier runs among ``sources`` are left out.
 
     Args:
         how: the keyword arguments of :func:`fmupsample.runs.run.run`, but for ``overwrite``.
