@@ -1,6 +1,6 @@
 # make demo    set everything up, turn the photographs in examples/images into PCA pictures in demo/
 # make test    set everything up with the development tools, run the tests; test-all: the slow ones too
-# make lint    check style and formatting
+# make lint    check style, formatting and types
 # make venv    set up only
 # make clean   remove the virtual environment and what was made
 PYTHON ?= python3
@@ -23,6 +23,7 @@ test-all: test test-slow
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 venv: $(VENV)/installed
 

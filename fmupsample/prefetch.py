@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TypeVar
@@ -20,7 +20,7 @@ def prefetch(
     ahead: int | Callable[[], int],
     in_turns: bool = False,
     begin: Callable[[], None] | None = None,
-) -> Iterator[tuple[A, R | None, Exception | None]]:
+) -> Generator[tuple[A, R | None, Exception | None]]:
     """``(item, work(item), None)`` or ``(item, None, error)`` for each item, in order.
 
     At most ``ahead`` results are made before they are asked for, so memory stays bounded however

@@ -151,8 +151,7 @@ def test_pca_pictures_never_make_a_map_of_all_channels(
 ) -> None:
     from fmupsample.draw.pca import PCABasis
     from fmupsample.draw.renderer import Renderer
-    from fmupsample.upsamplers import ReSFU, ReSFUConfig
-    from fmupsample.upsamplers.aligned import module as aligned
+    from fmupsample.upsamplers import ReSFU, ReSFUConfig, base
 
     seen = []
 
@@ -160,8 +159,8 @@ def test_pca_pictures_never_make_a_map_of_all_channels(
         seen.append(value.shape[1])
         return reassemble(value, weights, **options)
 
-    reassemble = aligned.reassemble
-    monkeypatch.setattr(aligned, "reassemble", watched)
+    reassemble = base.reassemble
+    monkeypatch.setattr(base, "reassemble", watched)
     head = ReSFU(ReSFUConfig(channels=6, embedding=8, middle=16))
     pipeline, item = only_item(draw(tmp_path / "a.png", 64, 96), head)
     artist = Renderer(pipeline, layout=layout, foreground=foreground)

@@ -107,7 +107,8 @@ class CompactFeatures(FeatureArray):
     def _axes(self) -> tuple[Taps, Taps]:
         crop, size = self.layout.crop, self.layout.size
         averaged = any(s < c for s, c in zip(size, crop, strict=True))
-        return tuple(taps(c, s, averaged=averaged) for c, s in zip(crop, size, strict=True))
+        down, across = zip(crop, size, strict=True)
+        return taps(*down, averaged=averaged), taps(*across, averaged=averaged)
 
     def _values(self, channels: range) -> Tensor:
         if self._float is None:  # small, and wanted by every call

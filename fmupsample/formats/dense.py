@@ -37,7 +37,7 @@ class DenseFeatures(FeatureArray):
         return self._of(channels, part)
 
     def _points(self, channels: range, y: Between, x: Between) -> Tensor:
-        found = 0.0
+        found = torch.zeros((), device=self.device)
         for row, down in ((y[0], 1 - y[2]), (y[1], y[2])):
             for column, across in ((x[0], 1 - x[2]), (x[1], x[2])):
                 pixels = self._of(channels, self.features[:, row, column])

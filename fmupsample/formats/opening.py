@@ -149,7 +149,7 @@ def _with_vector(shown: str, array: FeatureArray, found: dict[str, Tensor]) -> F
 
 def _compact(
     shown: str, found: dict[str, Tensor], meta: dict[str, str], device: Any
-) -> CompactFeatures:
+) -> FeatureArray:
     def damaged(reason: object) -> FeaturesError:
         return FeaturesError(f"the compact file {shown} is damaged: {reason}")
 
@@ -165,9 +165,12 @@ def _compact(
     if any(n > pixels for n, pixels in zip(values.shape[1:], layout.full, strict=True)):
         raise damaged(f"values {list(values.shape)} for a map of {list(layout.full)} pixels")
     shape = layout.weights_shape
-    if (weights is None) != (shape is None):
-        raise damaged("weights are missing" if shape else "it has weights that it does not need")
-    if weights is not None and (tuple(weights.shape) != shape or weights.dtype not in _WEIGHTS):
+    if weights is None and shape is not None:
+        raise damaged("weights are missing")
+    if weights is not None and shape is None:
+        raise damaged("it has weights that it does not need")
+    wrong = weights is not None and (tuple(weights.shape) != shape or weights.dtype not in _WEIGHTS)
+    if wrong and shape is not None and weights is not None:
         raise damaged(f"weights {weights.dtype} {list(weights.shape)} in place of {list(shape)}")
     return _with_vector(shown, CompactFeatures(values, weights, layout, meta, device), found)
 

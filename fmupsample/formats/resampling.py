@@ -33,10 +33,9 @@ class Taps:
         index, share = self.index.to(part.device) - first, self.share.to(part)
         if self.index.shape[1] == 1:
             return part.index_select(dim, index[:, 0])
-        out = None
-        for t in range(index.shape[1]):
-            term = part.index_select(dim, index[:, t]) * share[:, t].reshape(shape)
-            out = term if out is None else out.add_(term)
+        out = part.index_select(dim, index[:, 0]) * share[:, 0].reshape(shape)
+        for t in range(1, index.shape[1]):
+            out.add_(part.index_select(dim, index[:, t]) * share[:, t].reshape(shape))
         return out
 
     def between(self, lower: Tensor, upper: Tensor, fraction: Tensor) -> Taps:
@@ -47,7 +46,7 @@ class Taps:
         share = [self.share[lower] * (1 - fraction)[:, None], self.share[upper] * fraction[:, None]]
         return Taps(index, torch.cat(share, 1))
 
-    def __getitem__(self, pixels: Tensor) -> Taps:
+    def __getitem__(self, pixels: Tensor | slice) -> Taps:
         return Taps(self.index[pixels], self.share[pixels])
 
 

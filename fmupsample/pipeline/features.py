@@ -147,7 +147,7 @@ class FeaturePipeline:
         size = str(self.image_size or backbone.default_image_size)
         if backbone.fixed_size is not None:
             size = f"{backbone.fixed_size[0]}x{backbone.fixed_size[1]}"
-        described = {
+        described: dict[str, Any] = {
             "backbone": backbone.name,
             "backbone_fingerprint": backbone.fingerprint,
             "layer": str(backbone.layer),
@@ -200,6 +200,7 @@ class FeaturePipeline:
         frame = self._frame(source, original)
         loaded = _Loaded(0, source, None, frame, fit_to_frame(pixels, frame))
         [item] = self._batch([loaded], _raise)
+        assert item is not None  # else it was raised
         return item
 
     def items(
@@ -258,6 +259,7 @@ class FeaturePipeline:
                         raise error
                     on_error(source, error)
                     continue
+                assert result is not None
                 picture = _Loaded(number, source, *result)
                 largest = max(largest or 0, picture.canvas.nbytes)
                 order.append(number)
@@ -287,7 +289,7 @@ class FeaturePipeline:
         window = self._backbone_window(canvas)
         while True:
             try:
-                return self._features(batch, window)
+                return [*self._features(batch, window)]
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -329,13 +331,16 @@ class FeaturePipeline:
 
     @torch.no_grad()
     def _features(self, batch: list[_Loaded], window: tuple[int, int] | None) -> list[Item]:
-        images = [self.guidance(p.canvas, window) for p in batch]  # [3, H, W]
+        features: Sequence[Tensor] | Tensor
+        vectors: Sequence[Tensor | None]
+        images: Sequence[Tensor | InParts]
         if window is None:
-            features, vectors = self._seen(torch.stack(images))  # [B, C, h, w]
+            images = whole = [self._whole(p.canvas) for p in batch]  # [3, H, W]
+            features, vectors = self._seen(torch.stack(whole))  # [B, C, h, w]
         else:
             return_freed()  # what decoding took
-            found = (self._windowed(image, window) for image in images)
-            features, vectors = zip(*found, strict=True)
+            images = parts = [self._in_parts(p.canvas) for p in batch]
+            features, vectors = zip(*(self._windowed(i, window) for i in parts), strict=True)
         return [
             Item(p.source, p.frame, p.canvas, features[i], images[i], window, p.stamp, vectors[i])
             for i, p in enumerate(batch)
@@ -352,9 +357,13 @@ class FeaturePipeline:
         self, canvas: np.ndarray, window: tuple[int, int] | None = None
     ) -> Tensor | InParts:
         """A canvas as :attr:`Item.guidance` has it; of one in windows 3 bytes a pixel, not 15."""
+        return self._whole(canvas) if window is None else self._in_parts(canvas)
+
+    def _whole(self, canvas: np.ndarray) -> Tensor:
+        return normalise(canvas, self.backbone.mean, self.backbone.std).to(self.device)
+
+    def _in_parts(self, canvas: np.ndarray) -> InParts:
         mean, std = self.backbone.mean, self.backbone.std
-        if window is None:
-            return normalise(canvas, mean, std).to(self.device)
         pixels = planes(canvas).to(self.device)
         return InParts(pixels, partial(normalise_part, mean=mean, std=std))
 
@@ -365,7 +374,7 @@ class FeaturePipeline:
         around = getattr(self.backbone, "reach", (0, 0))
         run = partial(self._run_backbone, surrounded=True) if any(around) else self._run_backbone
         found = features_in_windows(run, image, window, multiple, self.batch_size, around)
-        size = tuple(image.shape[1:])
+        size = (image.shape[1], image.shape[2])
         small = overview_of(image, overview_size(size, window, multiple))
         coarse, vectors = self._seen(small[None])
         return with_coarse_part(found, coarse[0], size, window), vectors[0]

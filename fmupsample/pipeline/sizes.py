@@ -25,8 +25,9 @@ def map_sizes(
     limit = max(frame.canvas[0] * frame.canvas[1], _DIRECT_PIXELS)
     if wanted[0] * wanted[1] > limit:
         scale = (limit / (wanted[0] * wanted[1])) ** 0.5
-        crop = tuple(max(1, int(n * scale)) for n in wanted)
-    full = tuple(_whole(*axis) for axis in zip(crop, frame.placed, frame.canvas, grid, strict=True))
+        crop = (max(1, int(wanted[0] * scale)), max(1, int(wanted[1] * scale)))
+    down, across = zip(crop, frame.placed, frame.canvas, grid, strict=True)
+    full = (_whole(*down), _whole(*across))
     if full[0] < grid[0] or full[1] < grid[1]:
         return frame.canvas, frame.placed, wanted
     return full, crop, wanted

@@ -166,10 +166,8 @@ class Upsampler(nn.Module):
             raise ShapeError(f"{self.name}: give a guidance map or size=(H, W)")
         if guidance is not None:
             self._check_guidance(x, guidance)
-        # A size that an exported program leaves open is none to turn into a number.
-        height, width = (
-            n if isinstance(n, torch.SymInt) else int(n) for n in (size or guidance.shape[-2:])
-        )
+            size = size or (guidance.shape[-2], guidance.shape[-1])
+        height, width = map(_number, size or ())
         if height < h or width < w:
             raise ShapeError(
                 f"{self.name}: output size {height}x{width} is smaller than the features {h}x{w}; "
@@ -200,6 +198,11 @@ class Upsampler(nn.Module):
             )
 
 
+def _number(n: Any) -> Any:
+    """A length as a number; one that an exported program leaves open is none to turn into one."""
+    return n if isinstance(n, torch.SymInt) else int(n)
+
+
 class NeighbourUpsampler(Upsampler):
     """Reassembles K x K neighbours as :func:`fmupsample.ops.reassemble` does.
 
@@ -219,7 +222,7 @@ class NeighbourUpsampler(Upsampler):
         pixels = pixels // width * whole.shape[2] + pixels % width
         return reassemble_at(value, whole, pixels, fractional=self.neighbours == "fine")
 
-    def _uncut(self, weights: Tensor, cells: tuple[int, int]) -> Tensor:
+    def _uncut(self, weights: Tensor, cells: Sequence[int]) -> Tensor:
         """Weights ``[..., H, W]`` of whole cells: zeros where pixels were cut off."""
         if self.fixed_ratio is None:
             return weights
