@@ -73,6 +73,11 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
+# What can be recorded for any size. PyTorch looks at others for minutes before it gives up.
+_OF_ANY_SIZE = frozenset({"nearest", "bilinear", "jbu", "guided", "sapa", "bilateral-cells"})
+_REASSEMBLY_OF_ANY_SIZE = _OF_ANY_SIZE | {"affinity", "resfu"}
+
+
 def _check_dynamic(part: Part, dynamic: Collection[str]) -> None:
     strange = sorted(set(dynamic) - set(DYNAMIC))
     if strange:
@@ -83,6 +88,9 @@ def _check_dynamic(part: Part, dynamic: Collection[str]) -> None:
             f"{_whose(part)} cannot have a dynamic size: the backbone's positional embeddings are "
             "resized at export, for one size; export one file a size, or kernels and reassemble"
         )
+    able = _REASSEMBLY_OF_ANY_SIZE if part.name == "reassemble" else _OF_ANY_SIZE
+    if "size" in dynamic and part.upsampler and part.upsampler not in able:
+        raise UsageError(_refusal(part, dynamic))
 
 
 def _dynamic_shapes(
