@@ -445,8 +445,7 @@ HEADS = [
     Case("cut off", cut(write_head), _NOT_SAFETENSORS, 1),
     Case("a pickle in disguise", _PICKLE, _NOT_SAFETENSORS, 1),
     Case("another safetensors file", write_in(write_compact),
-         "FILE is not a head file of this version: its format is 'fmupsample-compact/1', expected "
-         "'fmupsample-head/1'", 1),
+         "FILE is a file of features, not a head: fmupsample.open reads it", 1),
     Case("a parameter of the wrong shape", changed(write_head, _narrow("key.weight")),
          "the head file FILE is damaged: ... has shape ..., its configuration asks for ...", 1),
     Case("a parameter missing", changed(write_head, lambda t, m: t.pop("key.weight")),

@@ -423,11 +423,11 @@ def test_lower_precision_reassembles_in_it(photos: Path, tmp_path: Path, monkeyp
 
     def implementation(device):
         module = real(device)
-        return SimpleNamespace(
-            reassemble=lambda value, *rest: (
-                seen.append(value.dtype) or module.reassemble(value, *rest)
-            )
+        watched = SimpleNamespace(**vars(module))
+        watched.reassemble = lambda value, *rest: (
+            seen.append(value.dtype) or module.reassemble(value, *rest)
         )
+        return watched
 
     monkeypatch.setattr(reassembly, "implementation", implementation)
     maps = {}

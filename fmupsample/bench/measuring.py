@@ -7,6 +7,7 @@ every case once, in a new random order, so that a slow minute of the machine hit
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import random
@@ -18,14 +19,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.benchmark import Timer
 
 from fmupsample.bench.machine import cache_bytes
 from fmupsample.bench.memory import peak_of
 from fmupsample.device import is_out_of_memory
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 Case = Callable[[], object]
 LEAST_ROUNDS = 3
@@ -116,7 +119,7 @@ class Here:
         with _memory_errors():
             if self.device.type == "cuda":
                 return self._between_events()
-            timer = Timer(
+            timer = _timer()(
                 "kept = case()",  # freeing the result is not part of the time
                 globals={"case": self.case},
                 timer=_mps_clock if self.device.type == "mps" else time.perf_counter,
@@ -154,6 +157,14 @@ class Here:
             torch.cuda.synchronize(self.device)
             del kept
             return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def _timer() -> type[Timer]:
+    """PyTorch's, whose import has a remark on machines with nvcc and no GPU."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils.benchmark import Timer
+
+    return Timer
 
 
 def _mps_clock() -> float:
