@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
@@ -17,8 +17,7 @@ def prefetch(
     items: Iterable[A],
     *,
     workers: int,
-    ahead: int | Callable[[], int],
-    in_turns: bool = False,
+    ahead: int,
     begin: Callable[[], None] | None = None,
 ) -> Generator[tuple[A, R | None, Exception | None]]:
     """``(item, work(item), None)`` or ``(item, None, error)`` for each item, in order.
@@ -28,9 +27,6 @@ def prefetch(
     (an error, Ctrl-C) drops what has not begun and does not wait for what has.
 
     Args:
-        ahead: or something that says it whenever more is begun.
-        in_turns: nothing is done while the consumer is busy: whenever it has used up what there is,
-            it waits until ``ahead`` results are made.
         begin: called first in each thread.
     """
     if workers < 1:
@@ -42,12 +38,8 @@ def prefetch(
     try:
         source = iter(items)
         while True:
-            if not (in_turns and waiting):
-                most = max(1, ahead() if callable(ahead) else ahead)
-                for item in islice(source, most - len(waiting)):
-                    waiting.append((item, pool.submit(work, item)))
-                if in_turns:
-                    wait([future for _, future in waiting])
+            for item in islice(source, max(1, ahead) - len(waiting)):
+                waiting.append((item, pool.submit(work, item)))
             if not waiting:
                 return
             item, future = waiting.popleft()

@@ -8,8 +8,6 @@ import threading
 import torch
 
 _LOCK = threading.Lock()
-# Of what takes turns with models: pieces a thread, and bytes, of one turn.
-_PIECES, _TURN_BYTES = 4, 2**26
 
 
 def compute_alone() -> None:
@@ -27,24 +25,6 @@ def compute_alone() -> None:
         back = threading.Thread(target=torch.set_num_threads, args=(others,))
         back.start()
         back.join()
-
-
-def models_take_all_cores(device: torch.device) -> bool:
-    """Whether models on ``device`` leave no core of this machine to other threads.
-
-    Then work beside them is no gain, but a loss: their threads share a layer evenly and wait for
-    the slowest of them, so one core that has something else to do holds up all. Work that others
-    would do beside them had better take turns with them, on all cores.
-    """
-    return device.type == "cpu" and torch.get_num_threads() >= cores()
-
-
-def turn_length(threads: int, size: int) -> int:
-    """How many pieces of work of ``size`` bytes these threads do in a turn: a few each, if small.
-
-    For after every change the models' threads stay awake for a while, in case there is more.
-    """
-    return max(threads, min(_PIECES * threads, _TURN_BYTES // max(size, 1)))
 
 
 def cores() -> int:

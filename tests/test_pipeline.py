@@ -10,7 +10,6 @@ import pytest
 import torch
 from drawn import Blocks, NotLinear, PatchMeans, draw
 
-from fmupsample import threads as threads_module
 from fmupsample.device import resolve_device
 from fmupsample.errors import FmupsampleError, UsageError
 from fmupsample.images import ImageSize, Source, find_images, parse_output_size
@@ -308,52 +307,6 @@ def test_prefetch_is_bounded_and_ordered() -> None:
         results.append((n, value if error is None else str(error)))
     assert results == [(n, n * n if n != 3 else "three") for n in range(20)]
     assert most <= 5
-
-
-def test_prefetch_in_turns_rests_while_the_consumer_works() -> None:
-    begun: list[int] = []
-    seen = []
-    for n, _, error in prefetch(begun.append, range(7), workers=2, ahead=3, in_turns=True):
-        assert error is None
-        seen.append((n, len(begun)))
-        time.sleep(0.002)
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 6), (4, 6), (5, 6), (6, 7)]
-
-
-@pytest.mark.parametrize(
-    ("threads", "canvas_bytes", "expected"),
-    [
-        (1, 1, (False, [3] * 7)),  # models on one core of three: pictures are decoded beside them
-        (3, 2**22, (True, [2, 8])),
-        (3, 2**24, (True, [2, 4, 4])),
-        (4, 2**30, (True, [2, 2, 2, 2])),  # large canvases: no more at once than there are threads
-    ],
-)
-def test_decoding_takes_turns_with_models_that_take_all_cores(
-    monkeypatch, tmp_path, threads, canvas_bytes, expected
-) -> None:
-    monkeypatch.setattr(threads_module, "cores", lambda: 3)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(features, "compute_alone", lambda: None)  # sets the number
-    pipeline = Pipeline(PatchMeans(), workers=2)
-    sources = find_images([draw(tmp_path / f"{n}.png") for n in range(7)])
-    # As if canvases had so many bytes.
-    (size,) = {pipeline.load(source)[1].nbytes for source in sources}
-    monkeypatch.setattr(threads_module, "_TURN_BYTES", 2**26 * size // canvas_bytes)
-    found = []
-
-    def spy(*arguments, in_turns, ahead, **options):
-        def watched() -> int:
-            found.append(ahead())
-            return found[-1]
-
-        assert in_turns == expected[0]
-        return prefetch(*arguments, in_turns=in_turns, ahead=watched, **options)
-
-    monkeypatch.setattr(features, "prefetch", spy)
-    items = list(pipeline.items(sources, on_error=no_error))
-    assert [item.source for item in items] == sources
-    assert found[: len(expected[1])] == expected[1]
 
 
 def test_leaving_early_does_not_wait() -> None:

@@ -26,7 +26,7 @@ from fmupsample.images.size import Frame, ImageSize, check_image_size, plan_fram
 from fmupsample.layers.parts import InParts
 from fmupsample.number_formats import number_format
 from fmupsample.prefetch import prefetch
-from fmupsample.threads import compute_alone, cores, models_take_all_cores, turn_length
+from fmupsample.threads import compute_alone, cores
 from fmupsample.video.frames import FrameReader
 from fmupsample.windows import (
     features_in_windows,
@@ -89,9 +89,8 @@ class FeaturePipeline:
             weights; values given in another dtype are reassembled in it.
         batch_size: pictures of equal canvas size computed together; ``None``: 1 on the CPU (where
             more costs memory and gains nothing), 8 elsewhere. Halved when memory runs out.
-        workers: threads that decode; ``None``: up to 4; 0: decode in the caller's thread. Threads
-            decode while others compute, or, where the models take all cores of a CPU, in turns with
-            them.
+        workers: threads that decode while others compute; ``None``: up to 4; 0: decode in the
+            caller's thread.
         window: side of the overlapping windows in which larger canvases are shown to the backbone.
             ``None``: 1024 for canvases of more than 2048 x 2048 pixels. Where memory runs out,
             windows are halved.
@@ -236,20 +235,11 @@ class FeaturePipeline:
                     yield item
 
         reader = self.reader or FrameReader()
-        in_turns = models_take_all_cores(self.device)
-        largest: int | None = None  # bytes of a canvas
-
-        def ahead() -> int:
-            if not in_turns:
-                return self.workers + self.batch_size
-            return turn_length(self.workers, largest) if largest else self.workers
-
         loaded = prefetch(
             partial(self._loaded, reader=reader),
             reader.watch(as_sources(sources)),
             workers=self.workers,
-            ahead=ahead,
-            in_turns=in_turns,
+            ahead=self.workers + self.batch_size,
             begin=compute_alone,
         )
         try:
@@ -261,7 +251,6 @@ class FeaturePipeline:
                     continue
                 assert result is not None
                 picture = _Loaded(number, source, *result)
-                largest = max(largest or 0, picture.canvas.nbytes)
                 order.append(number)
                 size = picture.frame.canvas
                 buckets.setdefault(size, []).append(picture)
