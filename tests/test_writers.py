@@ -189,6 +189,19 @@ def record(source: str, status: str = "ok", **more: object) -> dict:
     return {"source": source, "status": status, "output": source + ".npy"} | more
 
 
+def test_an_announcement_is_spent_by_what_was_announced(tmp_path: Path) -> None:
+    """In whatever order the parts of several processes are read."""
+    first = Manifest(tmp_path)
+    first.append(record("a", options_hash="1"))
+    first.append(record("a", "pending", options_hash="1"))
+    first.append(record("b", "pending", options_hash="1"))
+    (tmp_path / "a.npy").write_bytes(b"x")
+    (tmp_path / "b.npy").write_bytes(b"x")
+    first.close()
+    lines = [json.loads(line) for line in first.path.read_text().splitlines()]
+    assert [(line["source"], line["status"]) for line in lines] == [("a", "ok"), ("b", "pending")]
+
+
 def test_manifest_is_appended_and_compacted(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     for line in (record("b", "pending"), record("b"), record("a", "failed"), record("a")):

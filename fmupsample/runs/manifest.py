@@ -211,7 +211,9 @@ class Manifest:
 
     def _rewrite(self) -> None:
         """One line a picture, sorted by output, and no parts."""
-        said = {id(r): r for r in (*self.records.values(), *self.pending.values())}
+        done = {r["output"] for r in self.records.values() if r["status"] == "ok"}
+        announced = [r for r in self.pending.values() if r["output"] not in done]
+        said = {id(r): r for r in (*self.records.values(), *announced)}
         known = (r for r in said.values() if not self._came_to_nothing(r))
         ordered = sorted(known, key=lambda r: (r.get("output") or "", r["source"], r["status"]))
         with replacing(self.path) as temporary:
