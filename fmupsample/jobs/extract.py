@@ -192,9 +192,7 @@ class Extract(Job):
         basis, meta = Projection.load(path)
         return basis if meta.get("basis_hash") == self._basis_hash else None
 
-    def prepare(
-        self, out: Path, sources: Sequence[Source], todo: Sequence[Task], progress: Progress
-    ) -> None:
+    def prepare(self, out: Path, sources: Sequence[Source], progress: Progress) -> None:
         """Fit the basis and save it; images that cannot be used are reported in their turn."""
         if self.options.pca is None or self.basis is not None:
             return

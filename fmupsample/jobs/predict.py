@@ -207,9 +207,7 @@ class Predict(Job):
         facts = {"dtype": "uint16", "metres": {"min": low, "median": middle, "max": high}}
         return facts, lambda: deep_png(metres, depth["scale"]), beside
 
-    def finish(
-        self, out: Path, records: Sequence[Record], progress: Progress, changed: bool
-    ) -> None:
+    def finish(self, out: Path, records: Sequence[Record], progress: Progress) -> None:
         """The legend, the classes, and the areas of every image of the run."""
         files: dict[str, bytes] = {}
         table = self.probe.classes

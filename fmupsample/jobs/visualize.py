@@ -195,9 +195,7 @@ class Visualize(Job):
     def join(self, out: Path, facts: dict[str, Any]) -> None:
         self.colours.join(out, facts["basis"])
 
-    def prepare(
-        self, out: Path, sources: Sequence[Source], todo: Sequence[Task], progress: Progress
-    ) -> None:
+    def prepare(self, out: Path, sources: Sequence[Source], progress: Progress) -> None:
         self.colours.fit(out, sources, progress, self.renderer.basis_tokens, self.cache.add)
 
     def steps(self, tasks: Sequence[Task]) -> int:
@@ -306,9 +304,7 @@ class Visualize(Job):
             yield sample_tokens(self.renderer.basis_tokens(item).T[:, :, None], 2000).cpu()
             advance()
 
-    def finish(
-        self, out: Path, records: Sequence[Record], progress: Progress, changed: bool
-    ) -> None:
+    def finish(self, out: Path, records: Sequence[Record], progress: Progress) -> None:
         """The contact sheets."""
         if self.options.contact_sheet:
             shown = [record for record in records if record.get("colours") and "part" not in record]

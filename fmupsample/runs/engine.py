@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -53,7 +53,7 @@ class Run:
 
     def all(self, tasks: Sequence[Task]) -> None:
         """Every one of ``tasks``; those of a source follow each other."""
-        self.tasks = _by_source(tasks)
+        self.tasks = by_source(tasks)
         self.progress.start(self.steps(tasks), self.job.label)
         writer = BackgroundWriter(self.store)
         try:
@@ -104,7 +104,7 @@ class Run:
 
     def steps(self, tasks: Sequence[Task]) -> int:
         """How often progress hears of ``tasks``."""
-        of_each = _by_source(tasks).items()
+        of_each = by_source(tasks).items()
         return sum(len(images_of(source)) + self.job.steps(of) for source, of in of_each)
 
     def _make(
@@ -155,18 +155,25 @@ class Run:
             self.progress.warn(reason)
 
     def collect(self, records: Sequence[Record]) -> None:
-        """Note and report what has been written; a result that another one replaces goes."""
+        """Report what has been written; a result that another one replaces goes."""
+        self.tell(records)
+        for record in records:
+            if record["status"] == "ok":
+                self.store.replaced(record)
+
+    def tell(self, records: Iterable[Record]) -> None:
+        """Report what became of results."""
         told = ""
         for record in records:
             if record["status"] == "ok":
                 self.report.done.append(record)
-                self.store.replaced(record)
-            else:
+            elif record["status"] == "failed":
                 self.report.failed.append(record)
                 if record["error"] != told:  # of all results of an image, once
                     self.progress.warn(record["error"])
                 told = record["error"]
 
 
-def _by_source(tasks: Sequence[Task]) -> dict[Source, list[Task]]:
+def by_source(tasks: Sequence[Task]) -> dict[Source, list[Task]]:
+    """The tasks of each source; one process does all of them."""
     return {source: list(of) for source, of in groupby(tasks, key=lambda task: task.source)}

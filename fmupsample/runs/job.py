@@ -134,9 +134,7 @@ class Job:
         """Jobs whose results take less space, by what to type for them."""
         return {}
 
-    def prepare(
-        self, out: Path, sources: Sequence[Source], todo: Sequence[Task], progress: Progress
-    ) -> None:
+    def prepare(self, out: Path, sources: Sequence[Source], progress: Progress) -> None:
         """Make what all results share, such as a PCA basis; by one process only."""
 
     def facts(self) -> dict[str, Any]:
@@ -177,14 +175,11 @@ class Job:
         """
         raise NotImplementedError
 
-    def finish(
-        self, out: Path, records: Sequence[Record], progress: Progress, changed: bool
-    ) -> None:
+    def finish(self, out: Path, records: Sequence[Record], progress: Progress) -> None:
         """Write what tells about all results of a run: legends, contact sheets; by one process.
 
         Args:
             records: of all results there are, in the order of the sources.
-            changed: this run made or moved some of them.
         """
 
     def note(self, todo: int) -> str:

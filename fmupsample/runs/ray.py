@@ -27,11 +27,11 @@ import torch
 from fmupsample.errors import FmupsampleError, OutputError, ProcessError, UsageError
 from fmupsample.images.find import printable
 from fmupsample.progress import SILENT
-from fmupsample.runs.engine import Run
+from fmupsample.runs.engine import Run, by_source
 from fmupsample.runs.job import Job, Task
 from fmupsample.runs.manifest import Manifest, ManifestPart, Record
 from fmupsample.runs.shards import Shards, shard_name
-from fmupsample.runs.sharing import by_source, do_share, open_for_others, pack, unpack
+from fmupsample.runs.sharing import do_share, open_for_others, pack, unpack
 from fmupsample.video.frames import FrameReader
 
 # Rows of the data set: few enough for Ray to handle quickly, and no more pictures in one than an
@@ -199,7 +199,7 @@ def _failed(reason: str) -> str:
 
 def _chunks(run: Run, tasks: Sequence[Task], processors: int) -> list[str]:
     """The tasks as rows; with shards, a row is a shard."""
-    groups, size = by_source(tasks), run.job.shard_size
+    groups, size = list(by_source(tasks).values()), run.job.shard_size
     if size is None:
         few = -(-len(groups) // (processors * _ROWS_AN_ACTOR))
         size = max(-(-len(groups) // _ROWS), min(_PICTURES, few))

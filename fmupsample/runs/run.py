@@ -69,16 +69,15 @@ def run(
             if prune:
                 store.prune(plan)
             store.tidy(plan)
-            changed = bool(plan.tasks or plan.moves)
             if plan.tasks:
-                job.prepare(out, sources, plan.tasks, progress)
+                job.prepare(out, sources, progress)
             do = Run(job, store, report, progress)
             if cluster is not None:
                 cluster.all(do, plan.tasks)
             else:
                 with shared(do, plan.tasks, workers) as share:
                     do.all(share)
-            job.finish(out, _there(tasks, job, manifest), progress, changed)
+            job.finish(out, _there(tasks, job, manifest), progress)
         except KeyboardInterrupt:
             finished = len(report.done) + len(report.skipped)
             progress.warn(

@@ -87,7 +87,6 @@ class ShardStore(Store):
         output.record["key"] = str(output.task.output)
 
     def keep(self, temporary: Path, output: Output, record: Record) -> None:
-        record["key"] = str(output.task.output)
         self.shards.keep(temporary, record)
 
     def facts(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +13,7 @@ from fmupsample.atomic import temporary_for
 from fmupsample.errors import FmupsampleError, OutputError
 from fmupsample.images.find import printable
 from fmupsample.progress import Progress
-from fmupsample.runs.engine import Report, Run
+from fmupsample.runs.engine import Report, Run, by_source
 from fmupsample.runs.job import Job, Task
 from fmupsample.runs.manifest import Manifest, ManifestPart
 from fmupsample.runs.sharded import ShardStore
@@ -28,11 +27,6 @@ def store_of(job: Job, out: Path, manifest: Manifest) -> Store:
     return (Store if job.shard_size is None else ShardStore)(out, job, manifest)
 
 
-def by_source(tasks: Sequence[Task]) -> list[list[Task]]:
-    """The tasks of each source; one process does all of them."""
-    return [list(of) for _, of in groupby(tasks, key=lambda task: task.source)]
-
-
 def pack(store: Store, tasks: Sequence[Task]) -> dict[str, Any]:
     """``tasks`` and what must be known to do them, as JSON has it."""
     groups = by_source(tasks)
@@ -40,8 +34,8 @@ def pack(store: Store, tasks: Sequence[Task]) -> dict[str, Any]:
     return {
         "hash": store.job.recipe().hash,
         "folder": os.getcwd(),  # noqa: PTH109 - as text
-        "sources": [to_plain(group[0].source) for group in groups],
-        "tasks": [[[str(t.output), t.part, t.beside] for t in group] for group in groups],
+        "sources": [to_plain(source) for source in groups],
+        "tasks": [[[str(t.output), t.part, t.beside] for t in of] for of in groups.values()],
         "earlier": earlier,
         "kept": sorted(store.kept.intersection(earlier.values())),
         "job": store.job.facts(),
@@ -83,7 +77,7 @@ def shared(run: Run, tasks: Sequence[Task], workers: Workers | None) -> Iterator
         return
     store, progress = run.store, run.progress
     open_for_others(store.manifest)
-    groups = by_source(tasks)
+    groups = list(by_source(tasks).values())
     plan = temporary_for(store.out / "plan", ".json")  # what a killed run leaves of it goes
     plan.write_text(json.dumps(pack(store, tasks)))
     store.join(store.facts(), workers.count)
@@ -116,15 +110,7 @@ def _sum_up(run: Run, others: Sequence[Task]) -> None:
                 f"what became of {task.source} is not recorded in {printable(run.store.out)}: do "
                 "all processes write into one and the same folder?"
             )
-    told = ""
-    for record in records.values():
-        if record["status"] == "ok":
-            run.report.done.append(record)
-        elif record["status"] == "failed":
-            run.report.failed.append(record)
-            if record["error"] != told:
-                run.progress.warn(record["error"])
-            told = record["error"]
+    run.tell(records.values())
 
 
 def help_out(job: Job, out: Path, workers: Workers) -> Report:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fmupsample._version import __version__
 from fmupsample.atomic import remove_leftovers, sync
 from fmupsample.errors import UsageError
 from fmupsample.images.find import printable, stamp, storable
@@ -233,8 +234,6 @@ class Store:
 
 def record_of(job: Job, task: Task, item: Any = None) -> Record:
     """What the manifest says about one result, but for how it ended."""
-    from fmupsample._version import __version__
-
     recipe = job.recipe(task)
     record: Record = {
         "source": task.key,
